@@ -1,0 +1,545 @@
+//! The TOML file of a job, section by section.
+//!
+//! Section and key names are torchtitan v0.2's where the meaning is the same; a key of our own says so. Every struct
+//! denies unknown keys and has a default for every key, so that the resolved file shows them all.
+
+use crate::model::{Family, RopeScaling};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A whole job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobConfig {
+    /// Other TOML files, relative to this one, read first; later keys win.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub include: Vec<PathBuf>,
+    /// What to do and where to put it.
+    pub job: Job,
+    /// The architecture and where its assets are.
+    pub model: Model,
+    /// What to read.
+    pub data: Data,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+    /// The learning rate over time.
+    pub lr_scheduler: LrScheduler,
+    /// The loop.
+    pub training: Training,
+    /// How ranks share the work.
+    pub parallelism: Parallelism,
+    /// What is recomputed in backward.
+    pub activation_checkpoint: ActivationCheckpoint,
+    /// Saving and resuming.
+    pub checkpoint: Checkpoint,
+    /// Evaluation during training.
+    pub validation: Validation,
+    /// What is recorded.
+    pub metrics: Metrics,
+    /// Communication.
+    pub comm: Comm,
+    /// Reproducibility.
+    pub debug: Debug,
+}
+
+/// `[job]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Job {
+    /// What kind of job this is (our own key).
+    #[serde(rename = "type")]
+    pub kind: JobType,
+    /// The run folder: logs, metrics, checkpoints, samples and exports go here.
+    pub dump_folder: PathBuf,
+    /// Free text for the report.
+    pub description: String,
+    /// Print the resolved config at the start.
+    pub print_config: bool,
+}
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JobType {
+    /// Next-token prediction on packed text.
+    #[default]
+    Pretrain,
+}
+
+/// `[model]`: a flavor, or the folder whose config.json says it, or every key by hand; keys given here win.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// The family.
+    pub name: Option<Family>,
+    /// A shape by name, as listed by `tangelo schema --flavors`, such as `smollm2-135m`.
+    pub flavor: Option<String>,
+    /// A folder in Hugging Face's format (config.json, tokenizer.json, weights) or a GGUF file.
+    pub hf_assets_path: Option<PathBuf>,
+    /// V. Defaults to the tokenizer's size rounded up to a multiple of 64 where neither flavor nor assets say it.
+    pub vocab_size: Option<usize>,
+    /// D.
+    pub hidden_size: Option<usize>,
+    /// Width of the feed-forward's hidden layer.
+    pub intermediate_size: Option<usize>,
+    /// L.
+    pub num_hidden_layers: Option<usize>,
+    /// H.
+    pub num_attention_heads: Option<usize>,
+    /// K.
+    pub num_key_value_heads: Option<usize>,
+    /// Width of a head; D / H where absent.
+    pub head_dim: Option<usize>,
+    /// Longest sequence, tokens.
+    pub max_position_embeddings: Option<usize>,
+    /// Base of RoPE's wavelengths.
+    pub rope_theta: Option<f64>,
+    /// Stretching of RoPE.
+    pub rope_scaling: Option<RopeScaling>,
+    /// Epsilon of RMS norms.
+    pub rms_norm_eps: Option<f64>,
+    /// Attention window, tokens.
+    pub sliding_window: Option<usize>,
+    /// Head shares the embedding's weight.
+    pub tie_word_embeddings: Option<bool>,
+    /// Standard deviation of initial weights.
+    pub initializer_range: Option<f64>,
+}
+
+/// `[data]` (our own section): where tokens come from and how they are packed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// What to read; each is prepared (tokenised) once and mixed by weight.
+    pub sources: Vec<DataSource>,
+    /// tokenizer.json, a folder that holds one, or a GGUF file. Default: in `model.hf_assets_path`.
+    pub tokenizer: Option<PathBuf>,
+    /// Where token shards are kept. Default: `prepared` in the run folder.
+    pub prepared_folder: Option<PathBuf>,
+    /// How documents are laid into sequences.
+    pub packing: Packing,
+    /// Positions restart at each document and attention never crosses it.
+    pub document_mask: bool,
+    /// Part of each source's documents held out for validation, chosen by hash of (seed, document index).
+    pub validation_fraction: f64,
+    /// Tokens per shard file.
+    pub shard_tokens: usize,
+}
+
+/// One source of text or of prepared tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataSource {
+    /// Names it in metrics and manifests; the path's last part where absent.
+    pub name: Option<String>,
+    /// Globs of text files, .jsonl(.gz|.zst), .parquet or .arrow; or one folder made by `tangelo data prepare`.
+    pub paths: Vec<String>,
+    /// The column with the text.
+    pub text_column: Option<String>,
+    /// Share of the sequences that come from here, relative to the other sources'. Default: by its number of sequences.
+    pub weight: Option<f64>,
+}
+
+/// How documents are laid into sequences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Packing {
+    /// Documents end to end, cut every `seq_len` tokens.
+    #[default]
+    Concat,
+    /// Best-fit decreasing; documents longer than a sequence are split, nothing is dropped (arXiv 2404.10830).
+    BestFit,
+}
+
+/// `[optimizer]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Which.
+    pub name: OptimizerName,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay, on matrices only.
+    pub weight_decay: f64,
+}
+
+/// Which optimizer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OptimizerName {
+    /// Loshchilov and Hutter, arXiv 1711.05101.
+    #[default]
+    AdamW,
+}
+
+/// `[lr_scheduler]`: warm-up, plateau, decay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LrScheduler {
+    /// Steps from 0 to the peak, linearly.
+    pub warmup_steps: usize,
+    /// Length of the whole schedule; `training.steps` where absent.
+    pub total_steps: Option<usize>,
+    /// Part of the schedule spent decaying, at its end (WSD); 0 is constant, absent: all of it after the warm-up.
+    pub decay_ratio: Option<f64>,
+    /// Shape of the decay.
+    pub decay_type: DecayType,
+    /// The last learning rate over the peak.
+    pub min_lr_factor: f64,
+}
+
+/// Shape of the decay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayType {
+    /// A straight line.
+    #[default]
+    Linear,
+    /// 1 - sqrt of progress.
+    Sqrt,
+    /// Half a cosine.
+    Cosine,
+}
+
+/// `[training]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Training {
+    /// Sequences a rank puts through the model at once.
+    pub local_batch_size: usize,
+    /// Sequences per optimizer step over all ranks; -1: `local_batch_size` times the data-parallel size.
+    pub global_batch_size: i64,
+    /// Tokens per sequence (S).
+    pub seq_len: usize,
+    /// Gradients are scaled down to this global norm; 0 switches clipping off.
+    pub max_norm: f64,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Type of parameters and activations: `float32`, or `bfloat16` with fp32 master weights. Absent (`auto`):
+    /// bfloat16 on a GPU, float32 on a CPU.
+    pub mixed_precision_param: ComputeType,
+    /// Type of gradients and reductions: always `float32`.
+    pub mixed_precision_reduce: ReduceType,
+    /// Where to train (our own key): `auto`, `cpu`, `cuda`.
+    pub device: DeviceChoice,
+    /// Threads per rank on a CPU (our own key); 0: cores divided by the ranks of the node.
+    pub num_threads: usize,
+    /// Steps with a non-finite loss or gradient that are skipped before training stops (our own key).
+    pub max_skipped: usize,
+}
+
+/// Type of parameters and activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputeType {
+    /// bfloat16 on a GPU, float32 on a CPU.
+    #[default]
+    Auto,
+    /// IEEE binary32.
+    Float32,
+    /// bfloat16 with fp32 master weights.
+    Bfloat16,
+}
+
+/// Type of gradients and reductions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReduceType {
+    /// IEEE binary32.
+    #[default]
+    Float32,
+}
+
+/// Where to train.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceChoice {
+    /// CUDA where there is a GPU, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU with the rank's local index.
+    Cuda,
+}
+
+/// `[parallelism]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parallelism {
+    /// Data parallel, weights replicated.
+    pub data_parallel_replicate_degree: usize,
+    /// Data parallel over which ZeRO scopes shard; -1: what the world size leaves.
+    pub data_parallel_shard_degree: i64,
+    /// Ranks over which parameters are sharded (our own key; ZeRO-3 scope). 1: replicated.
+    pub zero_parameter_degree: i64,
+    /// Ranks over which gradients are sharded (our own key; ZeRO-2 scope). 1: replicated.
+    pub zero_gradient_degree: i64,
+    /// Ranks over which optimizer states are sharded (our own key; ZeRO-1 scope). 1: replicated, -1: all of
+    /// `data_parallel_shard_degree`.
+    pub zero_optimizer_degree: i64,
+    /// Tensor parallel.
+    pub tensor_parallel_degree: usize,
+    /// Pipeline stages.
+    pub pipeline_parallel_degree: usize,
+    /// Context parallel.
+    pub context_parallel_degree: usize,
+}
+
+/// `[activation_checkpoint]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ActivationCheckpoint {
+    /// What is recomputed.
+    pub mode: RecomputeMode,
+    /// With `selective`: every k-th block is recomputed.
+    pub selective_ac_option: String,
+}
+
+/// What is recomputed in backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RecomputeMode {
+    /// Nothing: every block's activations are kept.
+    #[default]
+    None,
+    /// Every `selective_ac_option`-th block.
+    Selective,
+    /// Every block.
+    Full,
+}
+
+/// `[checkpoint]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// Save, and resume from what the run folder holds.
+    pub enable: bool,
+    /// Folder inside the run folder.
+    pub folder: PathBuf,
+    /// Steps between saves.
+    pub interval: usize,
+    /// Start from the checkpoint or Hugging Face folder here when the run folder has none.
+    pub initial_load_path: Option<PathBuf>,
+    /// Load weights only, not optimizer, step and data position.
+    pub initial_load_model_only: bool,
+    /// `initial_load_path` (or, without it, `model.hf_assets_path`) is a Hugging Face folder or GGUF file.
+    pub initial_load_in_hf: bool,
+    /// The last save keeps weights only.
+    pub last_save_model_only: bool,
+    /// The last step also exports a Hugging Face folder, `export` in the run folder.
+    pub last_save_in_hf: bool,
+    /// Element type of exports.
+    pub export_dtype: ExportType,
+    /// Whether training goes on while files are written.
+    pub async_mode: AsyncMode,
+    /// Newest checkpoints kept; 0 keeps all.
+    pub keep_latest_k: usize,
+    /// Checkpoints at multiples of this many steps are kept for good (our own key); 0: none.
+    pub keep_every: usize,
+    /// The step to resume from; -1: the newest usable one.
+    pub load_step: i64,
+}
+
+/// Element type of exports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportType {
+    /// IEEE binary32.
+    #[default]
+    Float32,
+    /// IEEE binary16.
+    Float16,
+    /// bfloat16.
+    Bfloat16,
+}
+
+/// Whether training goes on while a checkpoint is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AsyncMode {
+    /// Training waits for the disk.
+    Disabled,
+    /// Training waits only for the copy out of the model.
+    #[default]
+    Async,
+}
+
+/// `[validation]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Validation {
+    /// Evaluate on the held-out documents.
+    pub enable: bool,
+    /// Steps between evaluations.
+    pub freq: usize,
+    /// Global batches per evaluation; -1: all of the held-out data.
+    pub steps: i64,
+    /// Sample this many tokens from each of `prompts` after an evaluation (our own key); 0: none.
+    pub sample_tokens: usize,
+    /// What samples continue (our own key).
+    pub prompts: Vec<String>,
+}
+
+/// `[metrics]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Steps between records.
+    pub log_freq: usize,
+    /// Write TensorBoard event files too.
+    pub enable_tensorboard: bool,
+    /// Folder of the event files inside the run folder.
+    pub save_tb_folder: PathBuf,
+}
+
+/// `[comm]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Comm {
+    /// How long ranks wait for each other at the start, and in the first step, seconds.
+    pub init_timeout_seconds: u64,
+    /// How long a rank waits inside a collective later, seconds.
+    pub train_timeout_seconds: u64,
+}
+
+/// `[debug]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Debug {
+    /// Seeds initialisation and data order.
+    pub seed: u64,
+    /// Deterministic kernels on a GPU; a CPU always is.
+    pub deterministic: bool,
+}
+
+impl Default for Job {
+    fn default() -> Job {
+        Job {
+            kind: JobType::Pretrain,
+            dump_folder: "runs/default".into(),
+            description: String::new(),
+            print_config: false,
+        }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Data {
+        Data {
+            sources: Vec::new(),
+            tokenizer: None,
+            prepared_folder: None,
+            packing: Packing::Concat,
+            document_mask: true,
+            validation_fraction: 0.005,
+            shard_tokens: 1 << 26,
+        }
+    }
+}
+
+impl Default for Optimizer {
+    fn default() -> Optimizer {
+        Optimizer { name: OptimizerName::AdamW, lr: 8e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
+    }
+}
+
+impl Default for LrScheduler {
+    fn default() -> LrScheduler {
+        LrScheduler {
+            warmup_steps: 200,
+            total_steps: None,
+            decay_ratio: None,
+            decay_type: DecayType::Linear,
+            min_lr_factor: 0.0,
+        }
+    }
+}
+
+impl Default for Training {
+    fn default() -> Training {
+        Training {
+            local_batch_size: 8,
+            global_batch_size: -1,
+            seq_len: 2048,
+            max_norm: 1.0,
+            steps: 10_000,
+            mixed_precision_param: ComputeType::Auto,
+            mixed_precision_reduce: ReduceType::Float32,
+            device: DeviceChoice::Auto,
+            num_threads: 0,
+            max_skipped: 10,
+        }
+    }
+}
+
+impl Default for Parallelism {
+    fn default() -> Parallelism {
+        Parallelism {
+            data_parallel_replicate_degree: 1,
+            data_parallel_shard_degree: -1,
+            zero_parameter_degree: 1,
+            zero_gradient_degree: 1,
+            zero_optimizer_degree: -1,
+            tensor_parallel_degree: 1,
+            pipeline_parallel_degree: 1,
+            context_parallel_degree: 1,
+        }
+    }
+}
+
+impl Default for ActivationCheckpoint {
+    fn default() -> ActivationCheckpoint {
+        ActivationCheckpoint { mode: RecomputeMode::None, selective_ac_option: "2".into() }
+    }
+}
+
+impl Default for Checkpoint {
+    fn default() -> Checkpoint {
+        Checkpoint {
+            enable: true,
+            folder: "checkpoint".into(),
+            interval: 500,
+            initial_load_path: None,
+            initial_load_model_only: true,
+            initial_load_in_hf: false,
+            last_save_model_only: false,
+            last_save_in_hf: false,
+            export_dtype: ExportType::Float32,
+            async_mode: AsyncMode::Async,
+            keep_latest_k: 10,
+            keep_every: 0,
+            load_step: -1,
+        }
+    }
+}
+
+impl Default for Validation {
+    fn default() -> Validation {
+        Validation { enable: false, freq: 100, steps: 10, sample_tokens: 0, prompts: Vec::new() }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        Metrics { log_freq: 10, enable_tensorboard: true, save_tb_folder: "tb".into() }
+    }
+}
+
+impl Default for Comm {
+    fn default() -> Comm {
+        Comm { init_timeout_seconds: 300, train_timeout_seconds: 100 }
+    }
+}
+
+impl Default for Debug {
+    fn default() -> Debug {
+        Debug { seed: 42, deterministic: true }
+    }
+}

@@ -1,0 +1,58 @@
+//! Every environment variable that Tangelo reads or sets, in one documented list.
+//!
+//! Reading them is the caller's business (this room does no IO); this is where their names live.
+
+/// What an environment variable is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EnvVar {
+    /// Its name.
+    pub name: &'static str,
+    /// Who sets it.
+    pub set_by: &'static str,
+    /// What it means.
+    pub meaning: &'static str,
+}
+
+macro_rules! env_vars {
+    ($($ident:ident = $name:literal, $set_by:literal, $meaning:literal;)*) => {
+        $(#[doc = $meaning] pub const $ident: &str = $name;)*
+        /// Every variable, for documentation and tests.
+        pub const ALL: &[EnvVar] = &[$(EnvVar { name: $name, set_by: $set_by, meaning: $meaning }),*];
+    };
+}
+
+env_vars! {
+    RANK = "RANK", "tangelo run, torchrun", "Global rank of this process.";
+    LOCAL_RANK = "LOCAL_RANK", "tangelo run, torchrun", "Rank of this process on its node; chooses the device.";
+    WORLD_SIZE = "WORLD_SIZE", "tangelo run, torchrun", "Number of ranks in the job.";
+    LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE", "tangelo run, torchrun", "Number of ranks on this node.";
+    GROUP_RANK = "GROUP_RANK", "tangelo run, torchrun", "Index of this node.";
+    GROUP_WORLD_SIZE = "GROUP_WORLD_SIZE", "tangelo run, torchrun", "Number of nodes.";
+    MASTER_ADDR = "MASTER_ADDR", "tangelo run, torchrun", "Host where the ranks meet.";
+    MASTER_PORT = "MASTER_PORT", "tangelo run, torchrun", "Port where the ranks meet.";
+    AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE", "torchrun", "True where the launcher already serves the store at MASTER_ADDR:MASTER_PORT, so rank 0 does not.";
+    RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT", "tangelo run, torchrun", "How often the job was restarted so far.";
+    MAX_RESTARTS = "TORCHELASTIC_MAX_RESTARTS", "tangelo run, torchrun", "How often it may be restarted.";
+    RUN_ID = "TORCHELASTIC_RUN_ID", "tangelo run, torchrun", "Name of the run, part of every store key.";
+    SLURM_PROCID = "SLURM_PROCID", "Slurm", "Global rank where srun started the ranks.";
+    SLURM_LOCALID = "SLURM_LOCALID", "Slurm", "Local rank where srun started the ranks.";
+    SLURM_NTASKS = "SLURM_NTASKS", "Slurm", "World size where srun started the ranks.";
+    ERROR_FILE = "TANGELO_ERROR_FILE", "tangelo run", "File into which a rank writes its last error as JSON before it exits.";
+    PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run", "File descriptor on which rank 0 writes progress as JSON lines, for the launcher's bar.";
+    SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run", "Process id of the launcher: a worker that finds another parent exits.";
+    FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank]`: kill, error, hang, nan, kill_in_save.";
+    LIBTORCH = "LIBTORCH", "user, set-up", "Folder of a libtorch to use instead of the one that set-up installs.";
+    NO_COLOR = "NO_COLOR", "user", "Set to anything: no colours on the terminal.";
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn names_are_unique_and_documented() {
+        let mut names: Vec<_> = super::ALL.iter().map(|v| v.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), super::ALL.len());
+        assert!(super::ALL.iter().all(|v| !v.meaning.is_empty() && !v.set_by.is_empty()));
+    }
+}

@@ -1,0 +1,21 @@
+//! Pure types shared by every room: the mesh of ranks, who holds which box of a tensor, how to get from one
+//! holding to another, the batch that flows through a step, and the loss that reads it.
+//!
+//! Invariants: no IO, no clock, no threads, no tensors. Everything here is a function of its arguments.
+//! Deliberately absent: device types, communicators, and anything that knows how a file is laid out.
+
+pub mod batch;
+pub mod dtype;
+pub mod env;
+pub mod hash;
+pub mod layout;
+pub mod loss;
+pub mod mesh;
+pub mod reshard;
+
+pub use batch::{Batch, BatchError, Column};
+pub use dtype::DType;
+pub use layout::{IndexBox, ParamMeta, Placement, Split};
+pub use loss::{LossComponent, LossSpec};
+pub use mesh::{Axis, DeviceMesh, MeshError, SubAxis};
+pub use reshard::{BoxCopy, ReshardError, ReshardPlan};

@@ -1,0 +1,1 @@
+//! Arrow data pipeline: source, tokenise, pack, mix, load.

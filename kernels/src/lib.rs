@@ -1,0 +1,1 @@
+//! Communicators, the device thread, fused operators and the C++ shim.

@@ -1,0 +1,1 @@
+//! Metrics, TensorBoard event files and reports.

@@ -1,0 +1,1 @@
+//! What a plan costs: memory, FLOPs, the walk of a batch.

@@ -1,0 +1,2 @@
+//! The user binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Safetensors, GGUF and Hugging Face folders, read and written.

@@ -1,0 +1,1 @@
+//! Model, block and mixer over packed tokens.

@@ -1,0 +1,1 @@
+//! Recipes, block executor, optimizers, checkpoints; the binary tangelo-worker.

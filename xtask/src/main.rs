@@ -1,0 +1,2 @@
+//! Set-up, test, bench and soak commands.
+fn main() {}
