@@ -1,2 +1,69 @@
-//! Set-up, test, bench and soak commands.
-fn main() {}
+//! `cargo xtask`: everything around the code that is not the code.
+//!
+//! Needs no libtorch and few crates, so that it compiles before anything is set up. Each command is a module; each
+//! calls the same set-up first, which does nothing where nothing is missing. Absent: anything a user's run needs at
+//! run time (that is `tangelo`'s business).
+
+mod corpus;
+mod pins;
+mod quickstart;
+mod setup;
+mod shell;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Set-up, first run and checks of Tangelo.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make .venv, install the pinned libtorch, link .libtorch to it. Does nothing where all is there.
+    Setup {
+        /// Also install the pinned Python peers that tests and benchmarks compare with.
+        #[arg(long)]
+        peers: bool,
+    },
+    /// Set up, build, and train a small model on real text with two workers, in minutes.
+    Quickstart(quickstart::Options),
+    /// Set up, then check everything: format, lints, docs, build, tests.
+    Test(test::Options),
+    /// Write the text that `quickstart` trains on: one JSON line per file.
+    Corpus {
+        /// Folder or file to take text from; the crates in cargo's registry where absent.
+        path: Option<PathBuf>,
+        /// Where to write the lines.
+        #[arg(long)]
+        output: PathBuf,
+        /// Stop after this many bytes of text.
+        #[arg(long, default_value_t = corpus::DEFAULT_BYTES)]
+        bytes: u64,
+    },
+}
+
+fn main() -> Result<()> {
+    let repo = shell::Repo::find()?;
+    match Cli::parse().command {
+        Command::Setup { peers } => {
+            setup::libtorch(&repo)?;
+            if peers {
+                setup::peers(&repo)?;
+            }
+            Ok(())
+        }
+        Command::Quickstart(options) => quickstart::run(&repo, &options),
+        Command::Test(options) => test::run(&repo, &options),
+        Command::Corpus { path, output, bytes } => {
+            let summary = corpus::write(path.as_deref(), &output, bytes)?;
+            println!("{summary}");
+            Ok(())
+        }
+    }
+}
