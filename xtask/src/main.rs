@@ -14,6 +14,7 @@ mod test;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// Set-up, first run and checks of Tangelo.
 #[derive(Parser)]
@@ -48,7 +49,14 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    let Err(error) = run() else { return ExitCode::SUCCESS };
+    // The chain, outermost first; no backtrace: every error here says what to do.
+    error.chain().for_each(|cause| eprintln!("error: {cause}"));
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<()> {
     let repo = shell::Repo::find()?;
     match Cli::parse().command {
         Command::Setup { peers } => {

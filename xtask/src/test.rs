@@ -133,7 +133,7 @@ fn timed(stage: Stage, repo: &Repo, options: &Options) -> Line {
     let outcome = match stage.run(repo, options) {
         Ok(()) => Outcome::Passed,
         Err(error) => {
-            eprintln!("{}: {error:?}", stage.name());
+            error.chain().for_each(|cause| eprintln!("{}: {cause}", stage.name()));
             Outcome::Failed
         }
     };

@@ -1,0 +1,198 @@
+"""Golden answers from transformers, for tests/tests/it/parity.rs.
+
+  golden.py make OUT SEED          one folder per case in CASES: a random small model, its logits, loss and gradients
+  golden.py logits MODEL IDS OUT   logits of a saved model on one sequence, float32
+  golden.py gguf FILE OUT PROMPT.. greedy continuations and log-probabilities of a GGUF file
+
+float64 is the truth here, so it must be float64 throughout: transformers computes rotary angles, RMS norms and the
+loss in float32 whatever the model's type, so the float64 run replaces those three by plain formulas in the model's
+type. Rotary frequencies are derived from the config again, independently of transformers.
+"""
+
+import json
+import math
+import random
+import sys
+import types
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+# name, config class, keys; every case draws its own sizes. Between them: both kinds of RoPE scaling, windows, biases,
+# head norms, tied and untied heads, grouped and plain attention.
+CASES = [
+    ("llama-plain-tied-gqa", LlamaConfig, dict(tie_word_embeddings=True, grouped=True)),
+    ("llama-linear-untied-mha", LlamaConfig, dict(tie_word_embeddings=False, rope=dict(rope_type="linear", factor=4.0))),
+    ("llama-llama3-tied-gqa", LlamaConfig, dict(tie_word_embeddings=True, grouped=True, rope=dict(rope_type="llama3", **LLAMA3))),
+    ("llama-biases-untied-gqa", LlamaConfig, dict(tie_word_embeddings=False, grouped=True, attention_bias=True, mlp_bias=True)),
+    ("mistral-window-untied-gqa", MistralConfig, dict(tie_word_embeddings=False, grouped=True, sliding_window=7)),
+    ("mistral-full-tied-mha", MistralConfig, dict(tie_word_embeddings=True, sliding_window=None)),
+    ("qwen2-tied-gqa", Qwen2Config, dict(tie_word_embeddings=True, grouped=True)),
+    ("qwen2-untied-mha", Qwen2Config, dict(tie_word_embeddings=False)),
+    ("qwen3-untied-gqa", Qwen3Config, dict(tie_word_embeddings=False, grouped=True, own_head_dim=True)),
+    ("qwen3-tied-mha", Qwen3Config, dict(tie_word_embeddings=True, own_head_dim=True)),
+]
+NUM_GREEDY = 64
+
+
+def draw_config(config_class, keys, rng):
+    keys = dict(keys)
+    grouped, own_head_dim = keys.pop("grouped", False), keys.pop("own_head_dim", False)
+    rope = dict(keys.pop("rope", dict(rope_type="default")), rope_theta=rng.choice([10000.0, 100000.0, 1000000.0]))
+    kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([8, 16, 20])
+    heads = kv_heads * (rng.choice([2, 3]) if grouped else 1)
+    hidden = heads * head_dim + (rng.choice([-8, 8, 24]) if own_head_dim else 0)
+    return config_class(
+        vocab_size=rng.randrange(97, 400),
+        hidden_size=max(hidden, 8),
+        intermediate_size=rng.randrange(24, 120),
+        num_hidden_layers=rng.choice([2, 3]),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        rms_norm_eps=rng.choice([1e-5, 1e-6]),
+        rope_parameters=rope,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **keys,
+    )
+
+
+def randomise(model, generator):
+    """Weights large enough that attention and gates are far from linear; norms and biases away from 1 and 0."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() == 1:
+                p.copy_(0.1 * noise if name.endswith("bias") else 1.0 + 0.2 * noise)
+            elif "embed_tokens" in name or "lm_head" in name:
+                p.copy_(0.3 * noise)
+            else:
+                p.copy_(noise * (1.2 / math.sqrt(p.shape[1])))
+
+
+def inverse_frequencies(config):
+    """In float64. Linear: Chen et al. 2023; llama3: frequencies by wavelength, as the Llama 3.1 report describes."""
+    rope, dim = config.rope_parameters, config.head_dim
+    inv = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if rope["rope_type"] == "linear":
+        return inv / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return inv * keep + inv / rope["factor"] * (1 - keep)
+    return inv
+
+
+def to_float64(model):
+    """The same model, computing everything in float64."""
+    model = model.double()
+    inv = inverse_frequencies(model.config)
+
+    def rotary(self, x, position_ids):
+        angles = position_ids[..., None].double() * inv
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    model.model.rotary_emb.forward = types.MethodType(rotary, model.model.rotary_emb)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(norm, module)
+    return model
+
+
+def run(model, documents):
+    """Logits of every document, one after the other, and the mean loss over all next tokens, with gradients."""
+    model.zero_grad()
+    logits = [model(ids[None]).logits[0] for ids in documents]
+    losses = [F.cross_entropy(l[:-1], ids[1:], reduction="sum") for l, ids in zip(logits, documents)]
+    loss = sum(losses) / sum(len(ids) - 1 for ids in documents)
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return torch.cat(logits).detach(), loss.detach(), grads
+
+
+def greedy(model, prompt, count):
+    """`count` most likely tokens after `prompt` with keys and values kept, and the log-probability of each."""
+    ids, logprobs, cache, feed = [], [], None, prompt[None]
+    with torch.no_grad():
+        for _ in range(count):
+            out = model(feed, past_key_values=cache, use_cache=True)
+            row = out.logits[0, -1].float().log_softmax(-1)
+            token = int(row.argmax())
+            ids.append(token)
+            logprobs.append(float(row[token]))
+            cache, feed = out.past_key_values, torch.tensor([[token]])
+    return ids, logprobs
+
+
+def make(out, seed):
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    for name, config_class, keys in CASES:
+        config = draw_config(config_class, keys, rng)
+        folder = Path(out) / name
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+        randomise(model, generator)
+        model.save_pretrained(folder / "model")
+        lengths = [rng.randrange(2, 40) for _ in range(rng.choice([1, 3, 4]))]
+        documents = [torch.randint(config.vocab_size, (n,), generator=generator) for n in lengths]
+        prompt = torch.randint(config.vocab_size, (rng.randrange(1, 12),), generator=generator)
+        greedy_ids, _ = greedy(model, prompt, NUM_GREEDY)
+        tensors = {"ids": torch.cat(documents), "lengths": torch.tensor(lengths)}
+        tensors |= {"prompt": prompt, "greedy": torch.tensor(greedy_ids)}
+        for kind, m in [("f32", lambda: model), ("f64", lambda: to_float64(model))]:
+            logits, loss, grads = run(m(), documents)
+            tensors |= {f"logits.{kind}": logits, f"loss.{kind}": loss.reshape(1)}
+            tensors |= {f"grad.{kind}.{n}": g.contiguous() for n, g in grads.items()}
+        save_file(tensors, folder / "golden.safetensors")
+    (Path(out) / "cases.json").write_text(json.dumps([name for name, _, _ in CASES]))
+
+
+def logits(folder, ids, out):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        save_file({"logits": model(torch.tensor([json.loads(ids)])).logits[0].contiguous()}, out)
+
+
+def gguf(file, out, prompts):
+    folder, name = str(Path(file).parent), Path(file).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids[0]
+        new, logprobs = greedy(model, ids, NUM_GREEDY)
+        with torch.no_grad():
+            rows = model(ids[None]).logits[0].float().log_softmax(-1)
+        scores = [None] + rows[:-1].gather(1, ids[1:, None])[:, 0].tolist()
+        answers.append(dict(prompt=prompt, ids=ids.tolist(), scores=scores, greedy=new, logprobs=logprobs))
+    Path(out).write_text(json.dumps(answers))
+
+
+def main():
+    torch.set_num_threads(2)
+    match sys.argv[1:]:
+        case ["make", out, seed]:
+            make(out, int(seed))
+        case ["logits", folder, ids, out]:
+            logits(folder, ids, out)
+        case ["gguf", file, out, *prompts]:
+            gguf(file, out, prompts)
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
