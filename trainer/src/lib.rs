@@ -1,1 +1,3 @@
 //! Recipes, block executor, optimizers, checkpoints; the binary tangelo-worker.
+
+pub mod checkpoint;
