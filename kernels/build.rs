@@ -27,6 +27,7 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .opt_level(3)
+        .debug(false)
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
         .warnings(false)

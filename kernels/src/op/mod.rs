@@ -1,0 +1,36 @@
+//! The operators of the model, its loss and its optimizer. Each lies in a folder of its own with `reference.rs`, the
+//! same thing in plain tch operations, first.
+//!
+//! Conventions: activations are token-major, `[T, ...]` with T the packed tokens of a micro-batch, and contiguous
+//! where an operator says so. On a CPU the shim's kernels run; elsewhere, and for float64, the reference does.
+//! Failures panic with a message, as tch's plain operations do.
+//!
+//! **Main gradients.** Weights never use `.grad`, which would accumulate in the weight's own type. An operator with a
+//! weight takes the tensor its gradient is *added* to in place: contiguous, of the weight's shape, fp32 (float64 for a
+//! float64 weight). Without one, the weight is frozen and gradients flow to the activations alone. The weight must not
+//! require a gradient itself. A weight may be a view of whole rows of a larger buffer.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod linear;
+pub mod reduce;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
+pub use adamw::{AdamW, AdamWState, DecaySegment, adamw_step};
+pub use attention::{attention, attention_with_past};
+pub use cross_entropy::{CrossEntropy, cross_entropy_chunked, cross_entropy_loss, token_logprobs};
+pub use embedding::embedding;
+pub use linear::linear;
+pub use reduce::{all_finite, chunk_square_sums, sum_in_rank_order};
+pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rope::{qkv_rope, rope};
+pub use swiglu::swiglu;
+
+/// The type sums are kept in: double for double, float for everything narrower.
+pub(crate) fn accumulate_kind(tensor: &tch::Tensor) -> tch::Kind {
+    if tensor.kind() == tch::Kind::Double { tch::Kind::Double } else { tch::Kind::Float }
+}
