@@ -99,8 +99,12 @@ pub struct Model {
     pub rope_scaling: Option<RopeScaling>,
     /// Epsilon of RMS norms.
     pub rms_norm_eps: Option<f64>,
-    /// Attention window, tokens.
+    /// Attention window, tokens, of every layer (of those that have one in `hf_assets_path`, where some do); 0: none.
     pub sliding_window: Option<usize>,
+    /// Biases on q, k, v and the output projection (llama, qwen3; qwen2 always has them on q, k and v).
+    pub attention_bias: Option<bool>,
+    /// Biases on the feed-forward's projections (llama).
+    pub mlp_bias: Option<bool>,
     /// Head shares the embedding's weight.
     pub tie_word_embeddings: Option<bool>,
     /// Standard deviation of initial weights.
@@ -115,6 +119,9 @@ pub struct Data {
     pub sources: Vec<DataSource>,
     /// tokenizer.json, a folder that holds one, or a GGUF file. Default: in `model.hf_assets_path`.
     pub tokenizer: Option<PathBuf>,
+    /// Train a byte-level BPE of this many tokens on the sources first, and use it (our own key); 0: off. It is kept
+    /// as tokenizer.json in `prepared_folder`.
+    pub train_tokenizer_vocab: usize,
     /// Where token shards are kept. Default: `prepared` in the run folder.
     pub prepared_folder: Option<PathBuf>,
     /// How documents are laid into sequences.
@@ -435,6 +442,7 @@ impl Default for Data {
         Data {
             sources: Vec::new(),
             tokenizer: None,
+            train_tokenizer_vocab: 0,
             prepared_folder: None,
             packing: Packing::Concat,
             document_mask: true,

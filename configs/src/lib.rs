@@ -1,15 +1,32 @@
 //! What a user asks for, resolved once into what the program needs.
 //!
 //! [`JobConfig`] is the TOML file, section by section, in torchtitan v0.2's names where the meaning is the same.
-//! [`resolve`](resolve::resolve) turns it into a [`Plan`]: every default filled in, every cross-field rule checked.
-//! Nothing downstream sees the raw TOML. [`ModelSpec`] is an architecture as data: it lists parameters and counts
-//! FLOPs and bytes without libtorch.
+//! [`load`](resolve::load) reads it, with includes and `--set`; [`resolve`](resolve::resolve) turns it into a
+//! [`Plan`]: every default filled in, every cross-field rule checked. Nothing downstream sees the raw TOML.
+//! [`ModelSpec`] is an architecture as data: it lists parameters and counts FLOPs and bytes without libtorch;
+//! [`hf_config`] reads and writes it as Hugging Face's config.json.
+//!
+//! Invariant: only `load` and [`Resources::of_this_machine`](resolve::Resources::of_this_machine) touch the system.
 
+mod architecture;
+mod check;
+mod error;
+pub mod flavor;
+pub mod hf_config;
 pub mod job;
+mod known;
+mod load;
 pub mod model;
+mod nearest;
 pub mod plan;
 pub mod requests;
+pub mod resolve;
+pub mod schema;
 
+pub use error::{ConfigError, Origin, TextError};
+pub use flavor::flavors;
 pub use job::JobConfig;
 pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use plan::Plan;
+pub use resolve::{ModelAssets, Resources, SpecialTokens};
+pub use schema::schema;

@@ -1,8 +1,10 @@
 //! What a job resolves to: the only form of a configuration that the rest of the program sees.
 
-use crate::{JobConfig, ModelSpec};
+use crate::job::{ComputeType, DecayType, RecomputeMode};
+use crate::{ConfigError, JobConfig, ModelSpec};
 use serde::{Deserialize, Serialize};
-use tangelo_core::DeviceMesh;
+use tangelo_core::schedule::{DecayShape, LrSchedule};
+use tangelo_core::{DType, DeviceMesh};
 
 /// A resolved job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,4 +24,67 @@ pub struct Plan {
     pub gradient_accumulation_steps: usize,
     /// Ranks over which optimizer states are sharded (inner part of `dp_shard`).
     pub zero_optimizer_degree: usize,
+}
+
+impl Plan {
+    /// The resolved configuration as a file: loading and resolving it gives this plan again.
+    ///
+    /// # Errors
+    /// [`ConfigError::Values`] where a value has no form in TOML, such as a path that is not UTF-8.
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        toml::to_string_pretty(&self.config)
+            .map_err(|e| ConfigError::Values(vec![format!("the resolved configuration cannot be written: {e}")]))
+    }
+
+    /// The learning rate over time.
+    pub fn schedule(&self) -> LrSchedule {
+        LrSchedule::from(self)
+    }
+
+    /// Element type of parameters and activations.
+    pub fn compute_dtype(&self) -> DType {
+        match self.config.training.mixed_precision_param {
+            ComputeType::Bfloat16 => DType::BF16,
+            ComputeType::Float32 | ComputeType::Auto => DType::F32,
+        }
+    }
+
+    /// Tokens per optimizer step over all ranks.
+    pub fn tokens_per_step(&self) -> usize {
+        self.global_batch_size * self.config.training.seq_len
+    }
+
+    /// Whether block `layer` keeps only its input in forward and runs again in backward. With `selective`, every k-th
+    /// block does, the k-th first.
+    pub fn recomputes(&self, layer: usize) -> bool {
+        let recompute = &self.config.activation_checkpoint;
+        match recompute.mode {
+            RecomputeMode::None => false,
+            RecomputeMode::Full => true,
+            RecomputeMode::Selective => {
+                let every = recompute.selective_ac_option.parse::<usize>().unwrap_or(1).max(1);
+                (layer + 1).is_multiple_of(every)
+            }
+        }
+    }
+}
+
+impl From<&Plan> for LrSchedule {
+    fn from(plan: &Plan) -> LrSchedule {
+        let s = &plan.config.lr_scheduler;
+        let total_steps = s.total_steps.unwrap_or(plan.config.training.steps);
+        let ratio = s.decay_ratio.unwrap_or(0.0);
+        LrSchedule {
+            peak: plan.config.optimizer.lr,
+            warmup_steps: s.warmup_steps,
+            total_steps,
+            decay_steps: (total_steps as f64 * ratio).round() as usize,
+            decay_type: match s.decay_type {
+                DecayType::Linear => DecayShape::Linear,
+                DecayType::Sqrt => DecayShape::Sqrt,
+                DecayType::Cosine => DecayShape::Cosine,
+            },
+            min_factor: s.min_lr_factor,
+        }
+    }
 }

@@ -12,6 +12,7 @@ pub mod layout;
 pub mod loss;
 pub mod mesh;
 pub mod reshard;
+pub mod schedule;
 
 pub use batch::{Batch, BatchError, Column};
 pub use dtype::DType;
@@ -19,3 +20,4 @@ pub use layout::{IndexBox, ParamMeta, Placement, Split};
 pub use loss::{LossComponent, LossSpec};
 pub use mesh::{Axis, DeviceMesh, MeshError, SubAxis};
 pub use reshard::{BoxCopy, ReshardError, ReshardPlan};
+pub use schedule::{DecayShape, LrSchedule};

@@ -1,0 +1,357 @@
+//! Rules on values: each alone, then together. Every message shows the numbers and says what to do.
+//!
+//! Each function collects everything that is wrong before it fails, so that a user sees it all at once.
+
+use crate::architecture::family_name;
+use crate::job::{DataSource, JobConfig, Model, Parallelism, RecomputeMode};
+use crate::model::Family;
+use crate::{ConfigError, MixerSpec, ModelSpec, RopeScaling};
+
+/// The largest integer that TOML can hold.
+const MAX_TOML_INTEGER: u64 = i64::MAX as u64;
+
+/// Bounds of single values and rules between sections that need no architecture.
+pub(crate) fn check_values(c: &JobConfig) -> Result<(), ConfigError> {
+    let mut found = Found::default();
+    training(&mut found, c);
+    schedule(&mut found, c);
+    optimizer(&mut found, c);
+    parallelism(&mut found, &c.parallelism);
+    data(&mut found, c);
+    recompute(&mut found, c);
+    saving(&mut found, c);
+    validation(&mut found, c);
+    model_keys(&mut found, &c.model);
+    found.at_least("metrics.log_freq", c.metrics.log_freq, 1);
+    found.at_least("comm.init_timeout_seconds", c.comm.init_timeout_seconds as usize, 1);
+    found.at_least("comm.train_timeout_seconds", c.comm.train_timeout_seconds as usize, 1);
+    found.require(c.debug.seed <= MAX_TOML_INTEGER, || {
+        format!("`debug.seed` = {} is above {MAX_TOML_INTEGER}, the largest integer of a TOML file", c.debug.seed)
+    });
+    found.result()
+}
+
+fn training(found: &mut Found, c: &JobConfig) {
+    let t = &c.training;
+    found.at_least("training.local_batch_size", t.local_batch_size, 1);
+    found.at_least("training.seq_len", t.seq_len, 2);
+    found.at_least("training.steps", t.steps, 1);
+    found.require(t.global_batch_size == -1 || t.global_batch_size >= 1, || {
+        format!(
+            "`training.global_batch_size` = {}; it is a number of sequences, or -1 for `training.local_batch_size` \
+             times the data-parallel size",
+            t.global_batch_size
+        )
+    });
+    found.not_negative("training.max_norm", t.max_norm);
+}
+
+fn schedule(found: &mut Found, c: &JobConfig) {
+    let s = &c.lr_scheduler;
+    let total = s.total_steps.unwrap_or(c.training.steps);
+    let total_name = if s.total_steps.is_some() { "lr_scheduler.total_steps" } else { "training.steps" };
+    found.require(s.warmup_steps <= total, || {
+        format!(
+            "`lr_scheduler.warmup_steps` = {} > `{total_name}` = {total}: the warm-up would never end; lower it to {} \
+             or so",
+            s.warmup_steps,
+            total.div_ceil(10)
+        )
+    });
+    found.unit("lr_scheduler.min_lr_factor", s.min_lr_factor);
+    if let Some(ratio) = s.decay_ratio {
+        found.unit("lr_scheduler.decay_ratio", ratio);
+        let decay = (total as f64 * ratio).round() as usize;
+        found.require(s.warmup_steps > total || s.warmup_steps + decay <= total, || {
+            format!(
+                "`lr_scheduler.warmup_steps` {} + decay {decay} (= {total_name} {total} x `lr_scheduler.decay_ratio` \
+                 {ratio}) = {} > {total} steps; lower one of them",
+                s.warmup_steps,
+                s.warmup_steps + decay
+            )
+        });
+    }
+    found.require(c.training.steps <= total || s.min_lr_factor > 0.0 || s.decay_ratio == Some(0.0), || {
+        format!(
+            "`training.steps` = {} > `lr_scheduler.total_steps` = {total}: the last {} steps would have a learning rate \
+             of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`",
+            c.training.steps,
+            c.training.steps - total
+        )
+    });
+}
+
+fn optimizer(found: &mut Found, c: &JobConfig) {
+    let o = &c.optimizer;
+    found.not_negative("optimizer.lr", o.lr);
+    found.not_negative("optimizer.weight_decay", o.weight_decay);
+    found.require(o.eps.is_finite() && o.eps > 0.0, || format!("`optimizer.eps` = {}; it must be above 0", o.eps));
+    for (key, beta) in [("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)] {
+        found.require((0.0..1.0).contains(&beta), || format!("`{key}` = {beta}; it must be in [0, 1)"));
+    }
+}
+
+fn parallelism(found: &mut Found, p: &Parallelism) {
+    found.at_least("parallelism.data_parallel_replicate_degree", p.data_parallel_replicate_degree, 1);
+    for (key, degree) in [
+        ("parallelism.data_parallel_shard_degree", p.data_parallel_shard_degree),
+        ("parallelism.zero_parameter_degree", p.zero_parameter_degree),
+        ("parallelism.zero_gradient_degree", p.zero_gradient_degree),
+        ("parallelism.zero_optimizer_degree", p.zero_optimizer_degree),
+    ] {
+        found.require(degree == -1 || degree >= 1, || {
+            format!("`{key}` = {degree}; it is a number of ranks, or -1 for all that are left")
+        });
+    }
+    for (key, degree, what) in [
+        ("tensor_parallel_degree", p.tensor_parallel_degree as i64, "tensor parallelism"),
+        ("pipeline_parallel_degree", p.pipeline_parallel_degree as i64, "pipeline parallelism"),
+        ("context_parallel_degree", p.context_parallel_degree as i64, "context parallelism"),
+        ("zero_parameter_degree", p.zero_parameter_degree, "sharding of parameters (ZeRO-3)"),
+        ("zero_gradient_degree", p.zero_gradient_degree, "sharding of gradients (ZeRO-2)"),
+    ] {
+        found.require(degree == 1, || {
+            format!(
+                "`parallelism.{key}` = {degree}, but {what} is not offered yet; set it to 1 (data parallelism and \
+                 ZeRO-1, `parallelism.zero_optimizer_degree`, are)"
+            )
+        });
+    }
+}
+
+/// The lattice of ZeRO scopes: optimizer states are spread at least as far as gradients, these as parameters, and each
+/// scope divides the next (AMSP, arXiv 2311.00257).
+pub(crate) fn check_zero_scopes(p: &Parallelism, shard: usize) -> Result<(), ConfigError> {
+    let mut found = Found::default();
+    let chain = [
+        ("data_parallel_shard_degree", shard),
+        ("zero_optimizer_degree", p.zero_optimizer_degree as usize),
+        ("zero_gradient_degree", p.zero_gradient_degree as usize),
+        ("zero_parameter_degree", p.zero_parameter_degree as usize),
+    ];
+    for pair in chain.windows(2) {
+        let ((outer, n), (inner, m)) = (pair[0], pair[1]);
+        found.require(n.is_multiple_of(m), || {
+            let reason = if m > n { format!("{m} > {n}") } else { format!("{n} / {m} leaves {}", n % m) };
+            format!(
+                "`parallelism.{inner}` = {m} must divide `parallelism.{outer}` = {n}, but {reason}; scopes nest: \
+                 data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            )
+        });
+    }
+    found.result()
+}
+
+fn data(found: &mut Found, c: &JobConfig) {
+    let d = &c.data;
+    found.require(!d.sources.is_empty(), || {
+        "`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = [\"corpus/*.txt\"]".into()
+    });
+    for (index, source) in d.sources.iter().enumerate() {
+        let label = source.name.clone().unwrap_or_else(|| index.to_string());
+        found.require(!source.paths.is_empty(), || format!("`data.sources` {label}: `paths` is empty"));
+        if let Some(weight) = source.weight {
+            found.require(weight.is_finite() && weight > 0.0, || {
+                format!("`data.sources` {label}: `weight` = {weight}; it must be above 0 (or remove the source)")
+            });
+        }
+    }
+    let name = |s: &DataSource| s.name.clone().unwrap_or_default();
+    for (index, source) in d.sources.iter().enumerate().filter(|(_, s)| s.name.is_some()) {
+        found.require(!d.sources[..index].iter().any(|other| name(other) == name(source)), || {
+            format!("`data.sources`: two are named \"{}\"; give each its own `name`", name(source))
+        });
+    }
+    let weighted = d.sources.iter().filter(|s| s.weight.is_some()).count();
+    found.require(weighted == 0 || weighted == d.sources.len(), || {
+        format!("`data.sources`: {weighted} of {} have a `weight`; give one to all or to none", d.sources.len())
+    });
+    found.require((0.0..1.0).contains(&d.validation_fraction), || {
+        format!("`data.validation_fraction` = {}; it must be in [0, 1)", d.validation_fraction)
+    });
+    found.at_least("data.shard_tokens", d.shard_tokens, 1 << 10);
+    found.require(d.train_tokenizer_vocab == 0 || d.train_tokenizer_vocab >= 257, || {
+        format!(
+            "`data.train_tokenizer_vocab` = {}; a byte-level tokenizer has 256 bytes and a mark for the end of a \
+             document: at least 257, or 0 to train none",
+            d.train_tokenizer_vocab
+        )
+    });
+}
+
+fn recompute(found: &mut Found, c: &JobConfig) {
+    let option = &c.activation_checkpoint.selective_ac_option;
+    let every = option.parse::<usize>().ok().filter(|&k| k >= 1);
+    found.require(every.is_some() || c.activation_checkpoint.mode != RecomputeMode::Selective, || {
+        format!(
+            "`activation_checkpoint.selective_ac_option` = \"{option}\"; a whole number k in quotes is offered (every \
+             k-th block is recomputed), operator by operator (\"op\") is not"
+        )
+    });
+}
+
+fn saving(found: &mut Found, c: &JobConfig) {
+    let s = &c.checkpoint;
+    found.at_least("checkpoint.interval", s.interval, 1);
+    found.require(!s.folder.as_os_str().is_empty(), || "`checkpoint.folder` is empty".into());
+    found.require(s.load_step >= -1, || {
+        format!("`checkpoint.load_step` = {}; it is a step, or -1 for the newest", s.load_step)
+    });
+    found.require(!s.initial_load_in_hf || s.initial_load_path.is_some(), || {
+        "`checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor \
+         `model.hf_assets_path` says which model to start from"
+            .into()
+    });
+    found.require(!s.initial_load_in_hf || s.initial_load_model_only, || {
+        "`checkpoint.initial_load_in_hf` needs `checkpoint.initial_load_model_only` = true: a Hugging Face folder \
+         holds no optimizer states"
+            .into()
+    });
+}
+
+fn validation(found: &mut Found, c: &JobConfig) {
+    let v = &c.validation;
+    found.at_least("validation.freq", v.freq, 1);
+    found.require(v.steps == -1 || v.steps >= 1, || {
+        format!("`validation.steps` = {}; it is a number of batches, or -1 for all of the held-out data", v.steps)
+    });
+    found.require(!v.enable || c.data.validation_fraction > 0.0, || {
+        "`validation.enable` is set, but `data.validation_fraction` = 0 holds nothing out".into()
+    });
+    found.require(v.sample_tokens == 0 || !v.prompts.is_empty(), || {
+        format!("`validation.sample_tokens` = {}, but `validation.prompts` is empty", v.sample_tokens)
+    });
+}
+
+fn model_keys(found: &mut Found, m: &Model) {
+    for (key, value) in [
+        ("model.vocab_size", m.vocab_size),
+        ("model.hidden_size", m.hidden_size),
+        ("model.intermediate_size", m.intermediate_size),
+        ("model.num_hidden_layers", m.num_hidden_layers),
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.num_key_value_heads", m.num_key_value_heads),
+        ("model.head_dim", m.head_dim),
+        ("model.max_position_embeddings", m.max_position_embeddings),
+    ] {
+        if let Some(value) = value {
+            found.at_least(key, value, 1);
+        }
+    }
+}
+
+/// Rules that need the resolved architecture.
+pub(crate) fn check_with_model(c: &JobConfig, spec: &ModelSpec) -> Result<(), ConfigError> {
+    let mut found = Found::default();
+    architecture(&mut found, &c.model, spec);
+    let (length, longest) = (c.training.seq_len, spec.max_position_embeddings);
+    found.require(length <= longest, || {
+        format!(
+            "`training.seq_len` = {length} > `model.max_position_embeddings` = {longest}: positions {longest} and above \
+             are not meant for this model; lower the one or raise the other"
+        )
+    });
+    found.result()
+}
+
+fn architecture(found: &mut Found, keys: &Model, spec: &ModelSpec) {
+    let Some(block) = spec.blocks.first() else { return };
+    let MixerSpec::Attention(a) = &block.mixer;
+    let (heads, kv, family) = (a.num_heads, a.num_kv_heads, spec.family);
+    found.require(heads.is_multiple_of(kv), || {
+        format!(
+            "`model.num_attention_heads` = {heads} is not a multiple of `model.num_key_value_heads` = {kv}: {heads} / \
+             {kv} leaves {}",
+            heads % kv
+        )
+    });
+    found.require(a.head_dim > 0 && a.head_dim.is_multiple_of(2), || {
+        format!("`model.head_dim` = {}; RoPE turns pairs, so it must be even and above 0", a.head_dim)
+    });
+    let d = spec.hidden_size;
+    found.require(family != Family::Llama || d.is_multiple_of(heads), || {
+        format!(
+            "`model.hidden_size` = {d} is not a multiple of `model.num_attention_heads` = {heads}, which transformers \
+             demands of the llama family: {d} / {heads} leaves {}",
+            d % heads
+        )
+    });
+    found.require(a.sliding_window.is_none() || family != Family::Llama, || {
+        "`model.sliding_window` is set, but the llama family has none; set `model.name` = \"mistral\" or remove it"
+            .into()
+    });
+    let bias = keys.attention_bias.unwrap_or(false);
+    let fits = match family {
+        Family::Llama | Family::Qwen3 => true,
+        Family::Mistral => !bias,
+        Family::Qwen2 => bias,
+    };
+    found.require(fits, || {
+        let rule = if bias { "has no attention biases" } else { "always has biases on q, k and v" };
+        format!("`model.attention_bias` = {bias}, but the {} family {rule}; remove the key", family_name(family))
+    });
+    found.require(!block.feed_forward.bias || family == Family::Llama, || {
+        format!("`model.mlp_bias` = true, but the {} family has none; remove the key", family_name(family))
+    });
+    found.positive("model.rope_theta", a.rope.theta);
+    found.positive("model.rms_norm_eps", spec.rms_norm_eps);
+    found.unit("model.initializer_range", spec.initializer_range);
+    rope_scaling(found, a.rope.scaling);
+}
+
+fn rope_scaling(found: &mut Found, scaling: Option<RopeScaling>) {
+    match scaling {
+        None => {}
+        Some(RopeScaling::Linear { factor }) => found.factor("model.rope_scaling.factor", factor),
+        Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => {
+            found.factor("model.rope_scaling.factor", factor);
+            found.positive("model.rope_scaling.low_freq_factor", low_freq_factor);
+            found.require(high_freq_factor > low_freq_factor, || {
+                format!(
+                    "`model.rope_scaling.high_freq_factor` = {high_freq_factor} must be above `low_freq_factor` = \
+                     {low_freq_factor}"
+                )
+            });
+            let key = "model.rope_scaling.original_max_position_embeddings";
+            found.at_least(key, original_max_position_embeddings, 1);
+        }
+    }
+}
+
+/// Collects what is wrong.
+#[derive(Default)]
+struct Found(Vec<String>);
+
+impl Found {
+    fn require(&mut self, holds: bool, message: impl FnOnce() -> String) {
+        if !holds {
+            self.0.push(message());
+        }
+    }
+
+    fn at_least(&mut self, key: &str, value: usize, least: usize) {
+        self.require(value >= least, || format!("`{key}` = {value}; it must be at least {least}"));
+    }
+
+    fn not_negative(&mut self, key: &str, value: f64) {
+        self.require(value.is_finite() && value >= 0.0, || {
+            format!("`{key}` = {value}; it must be a number of at least 0")
+        });
+    }
+
+    fn positive(&mut self, key: &str, value: f64) {
+        self.require(value.is_finite() && value > 0.0, || format!("`{key}` = {value}; it must be a number above 0"));
+    }
+
+    fn unit(&mut self, key: &str, value: f64) {
+        self.require((0.0..=1.0).contains(&value), || format!("`{key}` = {value}; it must be in [0, 1]"));
+    }
+
+    fn factor(&mut self, key: &str, value: f64) {
+        self.require(value.is_finite() && value >= 1.0, || format!("`{key}` = {value}; it must be at least 1"));
+    }
+
+    fn result(self) -> Result<(), ConfigError> {
+        if self.0.is_empty() { Ok(()) } else { Err(ConfigError::Values(self.0)) }
+    }
+}

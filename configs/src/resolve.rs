@@ -1,0 +1,255 @@
+//! From a [`JobConfig`] to a [`Plan`]: every default filled in, every cross-field rule checked.
+//!
+//! [`resolve`] is a function of the configuration, the [`Resources`] and what [`ModelAssets`] reads; it looks at no
+//! environment variable and no clock. Resolving a resolved configuration again gives the same plan.
+//!
+//! Three values stay as the user wrote them because they are instructions, not defaults: `checkpoint.load_step = -1`
+//! (the newest), `validation.steps = -1` (all of the held-out data), and absent `data.sources.weight`s (by size).
+
+use crate::check::{check_values, check_with_model};
+use crate::job::{ComputeType, Data, DataSource, DeviceChoice, JobConfig};
+use crate::{ConfigError, ModelSpec, Plan, architecture};
+use std::path::{Path, PathBuf};
+use tangelo_core::{Axis, DeviceMesh};
+
+pub use crate::load::{load, load_str};
+
+/// What a configuration is resolved for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resources {
+    /// Ranks in the job.
+    pub world_size: usize,
+    /// Ranks on this node: they share its cores.
+    pub local_world_size: usize,
+    /// Cores of this node.
+    pub num_cores: usize,
+    /// Whether there is a GPU.
+    pub cuda: bool,
+    /// What relative paths are relative to.
+    pub current_dir: PathBuf,
+    /// What `~/` stands for.
+    pub home: Option<PathBuf>,
+}
+
+impl Resources {
+    /// What this machine offers to `local_world_size` of `world_size` ranks. A GPU counts where the driver shows one
+    /// (`/dev/nvidia0`); libcuda itself is not opened.
+    ///
+    /// # Errors
+    /// Where the current directory is gone.
+    pub fn of_this_machine(world_size: usize, local_world_size: usize) -> Result<Resources, ConfigError> {
+        let current_dir = std::env::current_dir()
+            .map_err(|e| ConfigError::Read { path: PathBuf::from("."), message: e.to_string() })?;
+        Ok(Resources {
+            world_size,
+            local_world_size,
+            num_cores: std::thread::available_parallelism().map_or(1, usize::from),
+            cuda: Path::new("/dev/nvidia0").exists(),
+            current_dir,
+            home: std::env::var_os("HOME").map(PathBuf::from),
+        })
+    }
+
+    /// `path` without `~/` and relative parts at its front.
+    pub fn absolute(&self, path: &Path) -> PathBuf {
+        match (path.strip_prefix("~"), &self.home) {
+            (Ok(rest), Some(home)) => home.join(rest),
+            _ => self.current_dir.join(path),
+        }
+    }
+}
+
+/// The marks that a tokenizer puts around documents.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Id that starts a document.
+    pub bos: Option<u32>,
+    /// Ids that end a document.
+    pub eos: Vec<u32>,
+}
+
+/// What resolving needs to know of files that this room does not read.
+pub trait ModelAssets {
+    /// The architecture of the model at `path`: a Hugging Face folder or a GGUF file.
+    fn model_spec(&self, path: &Path) -> Result<ModelSpec, String>;
+
+    /// Number of ids of the tokenizer at `path`, added tokens included: tokenizer.json, a folder or a GGUF file.
+    fn vocab_size(&self, tokenizer: &Path) -> Result<usize, String>;
+
+    /// The tokenizer's document marks; none where it does not say.
+    fn special_tokens(&self, tokenizer: &Path) -> Result<SpecialTokens, String> {
+        let _ = tokenizer;
+        Ok(SpecialTokens::default())
+    }
+}
+
+/// The id that ends a document in a tokenizer trained for `data.train_tokenizer_vocab`: special tokens come first.
+pub const TRAINED_TOKENIZER_EOS: u32 = 0;
+
+/// The vocabulary is padded to a multiple of this: matrix products over odd sizes are slow.
+pub const VOCAB_MULTIPLE: usize = 64;
+
+/// Fills in every default and checks every rule.
+///
+/// # Errors
+/// [`ConfigError::Values`] with everything that is wrong at once, or [`ConfigError::Assets`].
+pub fn resolve(config: JobConfig, resources: &Resources, assets: &dyn ModelAssets) -> Result<Plan, ConfigError> {
+    let mut config = config;
+    config.include.clear();
+    resolve_paths(&mut config, resources)?;
+    check_values(&config)?;
+    let (mesh, degrees) = resolve_parallelism(&mut config, resources.world_size)?;
+    resolve_device(&mut config, resources);
+    resolve_schedule(&mut config);
+    let model = architecture::resolve(&mut config, assets)?;
+    let accumulation = resolve_batch(&mut config, degrees.data_parallel)?;
+    check_with_model(&config, &model)?;
+    Ok(Plan {
+        model,
+        mesh,
+        data_parallel_size: degrees.data_parallel,
+        global_batch_size: config.training.global_batch_size as usize,
+        gradient_accumulation_steps: accumulation,
+        zero_optimizer_degree: degrees.zero_optimizer,
+        config,
+    })
+}
+
+struct Degrees {
+    data_parallel: usize,
+    zero_optimizer: usize,
+}
+
+fn resolve_paths(config: &mut JobConfig, resources: &Resources) -> Result<(), ConfigError> {
+    let absolute = |path: &mut PathBuf| *path = resources.absolute(path);
+    absolute(&mut config.job.dump_folder);
+    config.model.hf_assets_path.iter_mut().for_each(absolute);
+    config.checkpoint.initial_load_path.iter_mut().for_each(absolute);
+    resolve_data(&mut config.data, &config.job.dump_folder, config.model.hf_assets_path.as_deref(), resources)?;
+    let load = &mut config.checkpoint;
+    if load.initial_load_in_hf && load.initial_load_path.is_none() {
+        load.initial_load_path.clone_from(&config.model.hf_assets_path);
+    }
+    Ok(())
+}
+
+fn resolve_data(
+    data: &mut Data,
+    run_folder: &Path,
+    hf_assets: Option<&Path>,
+    resources: &Resources,
+) -> Result<(), ConfigError> {
+    let prepared = data.prepared_folder.take().unwrap_or_else(|| run_folder.join("prepared"));
+    let prepared = resources.absolute(&prepared);
+    data.tokenizer = match data.tokenizer.take().map(|path| resources.absolute(&path)) {
+        None if data.train_tokenizer_vocab > 0 => Some(prepared.join("tokenizer.json")),
+        None => hf_assets.map(Path::to_owned),
+        Some(path) if data.train_tokenizer_vocab > 0 && path != prepared.join("tokenizer.json") => {
+            return Err(ConfigError::Values(vec![format!(
+                "`data.tokenizer` = \"{}\" and `data.train_tokenizer_vocab` = {} exclude each other: use the one or \
+                 train the other",
+                path.display(),
+                data.train_tokenizer_vocab
+            )]));
+        }
+        given => given,
+    };
+    data.prepared_folder = Some(prepared);
+    let mut names: Vec<String> = Vec::new();
+    for source in &mut data.sources {
+        for path in &mut source.paths {
+            *path = resources.absolute(Path::new(path)).to_string_lossy().into_owned();
+        }
+        let name = source.name.clone().unwrap_or_else(|| unique(source_name(source), &names));
+        names.push(name.clone());
+        source.name = Some(name);
+        source.text_column.get_or_insert_with(|| "text".into());
+    }
+    Ok(())
+}
+
+/// The last part of the first path that is no pattern, without its extensions.
+fn source_name(source: &DataSource) -> String {
+    let first = source.paths.first().map_or("", String::as_str);
+    let plain = first.rsplit('/').find(|part| !part.is_empty() && !part.contains(['*', '?', '[']));
+    let name = plain.map_or("", |part| part.trim_start_matches('.').split('.').next().unwrap_or_default());
+    if name.is_empty() { "source".into() } else { name.into() }
+}
+
+fn unique(name: String, taken: &[String]) -> String {
+    let numbered = (2..).map(|n| format!("{name}-{n}"));
+    std::iter::once(name.clone()).chain(numbered).find(|n| !taken.contains(n)).unwrap_or(name)
+}
+
+/// Turns -1 degrees into numbers and builds the mesh.
+fn resolve_parallelism(config: &mut JobConfig, world_size: usize) -> Result<(DeviceMesh, Degrees), ConfigError> {
+    let p = &mut config.parallelism;
+    let others = p.data_parallel_replicate_degree
+        * p.tensor_parallel_degree
+        * p.pipeline_parallel_degree
+        * p.context_parallel_degree;
+    if p.data_parallel_shard_degree == -1 {
+        p.data_parallel_shard_degree = (world_size / others).max(1) as i64;
+    }
+    let shard = p.data_parallel_shard_degree as usize;
+    if p.zero_optimizer_degree == -1 {
+        p.zero_optimizer_degree = p.data_parallel_shard_degree;
+    }
+    let mesh = DeviceMesh::new(&[
+        (Axis::Pp, p.pipeline_parallel_degree),
+        (Axis::DpReplicate, p.data_parallel_replicate_degree),
+        (Axis::DpShard, shard),
+        (Axis::Cp, p.context_parallel_degree),
+        (Axis::Tp, p.tensor_parallel_degree),
+    ])
+    .map_err(|e| ConfigError::Values(vec![e.to_string()]))?;
+    mesh.check_world_size(world_size).map_err(|e| ConfigError::Values(vec![e.to_string()]))?;
+    let zero_optimizer = p.zero_optimizer_degree as usize;
+    crate::check::check_zero_scopes(p, shard)?;
+    Ok((mesh, Degrees { data_parallel: p.data_parallel_replicate_degree * shard, zero_optimizer }))
+}
+
+fn resolve_device(config: &mut JobConfig, resources: &Resources) {
+    let t = &mut config.training;
+    if t.device == DeviceChoice::Auto {
+        t.device = if resources.cuda { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
+    }
+    if t.mixed_precision_param == ComputeType::Auto {
+        t.mixed_precision_param = match t.device {
+            DeviceChoice::Cuda => ComputeType::Bfloat16,
+            _ => ComputeType::Float32,
+        };
+    }
+    if t.num_threads == 0 {
+        t.num_threads = (resources.num_cores / resources.local_world_size.max(1)).max(1);
+    }
+}
+
+fn resolve_schedule(config: &mut JobConfig) {
+    let s = &mut config.lr_scheduler;
+    let total = *s.total_steps.get_or_insert(config.training.steps);
+    let after_warmup = total.saturating_sub(s.warmup_steps) as f64 / total.max(1) as f64;
+    s.decay_ratio.get_or_insert(after_warmup);
+}
+
+/// Fills in the global batch and returns the micro-batches per rank and step.
+fn resolve_batch(config: &mut JobConfig, data_parallel: usize) -> Result<usize, ConfigError> {
+    let t = &mut config.training;
+    let per_pass = t.local_batch_size * data_parallel;
+    if t.global_batch_size == -1 {
+        t.global_batch_size = per_pass as i64;
+    }
+    let global = t.global_batch_size as usize;
+    if !global.is_multiple_of(per_pass) {
+        let below = global / per_pass * per_pass;
+        let nearest = if below == 0 { per_pass.to_string() } else { format!("{below} or {}", below + per_pass) };
+        return Err(ConfigError::Values(vec![format!(
+            "`training.global_batch_size` = {global} is not `training.local_batch_size` {} x data-parallel size \
+             {data_parallel} = {per_pass} sequences times a whole number of accumulation steps: {global} / {per_pass} \
+             leaves {}; take {nearest}, or another local batch size",
+            t.local_batch_size,
+            global % per_pass
+        )]));
+    }
+    Ok(global / per_pass)
+}
