@@ -1,0 +1,35 @@
+//! Collective communication between the ranks of a job.
+//!
+//! A [`Communicator`] belongs to one rank and one group of ranks; it lives on that rank's device thread. Three back
+//! ends move the bytes, one code path above them does the arithmetic:
+//!
+//! ```text
+//!   Communicator          checks, sequence numbers, deadlines, statistics, sums in rank order
+//!     Backend             "these tensors to those peers, those tensors from these peers, by then"
+//!       local             ranks are threads of one process; shared memory; for tests and layout checks
+//!       gloo              ranks are processes; libtorch's Gloo over TCP; tensors on the CPU
+//!       nccl              ranks are processes; one GPU each
+//! ```
+//!
+//! Invariants:
+//! 1. Every reduction is a sum (or maximum, minimum) of whole parts in ascending rank order, in fp32 for 16-bit
+//!    inputs, rounded once. Its bits depend on the values and the number of ranks only: not on the back end, not on
+//!    how tensors were bucketed, not on who owns which part.
+//! 2. Every call has a deadline. A call that failed leaves its communicator failed: later calls return at once.
+//! 3. Every message says which call it belongs to; ranks that call different things get [`CommErrorKind::Mismatch`],
+//!    not each other's bytes.
+//! 4. World size 1 runs the same code with nobody to talk to.
+//!
+//! Absent on purpose: asynchronous collectives (the block executor decides what overlaps), averaging (callers scale),
+//! and reductions in the network, whose order of summation cannot be fixed.
+
+mod backend;
+mod communicator;
+mod error;
+pub mod local;
+mod reduce;
+
+pub use backend::AbortHandle;
+pub use communicator::{CommOptions, CommStats, Communicator};
+pub use error::{CommError, CommErrorKind, Operation};
+pub use reduce::ReduceOp;

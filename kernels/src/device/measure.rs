@@ -1,0 +1,108 @@
+//! Memory in use and the speed of matrix products.
+
+use super::DeviceError;
+use std::time::{Duration, Instant};
+use tch::{Device, Kind, Tensor};
+
+/// Memory of this process, in bytes; 0 where the system does not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Main memory now.
+    pub resident_bytes: u64,
+    /// Main memory at most, since the process began.
+    pub peak_resident_bytes: u64,
+}
+
+/// Memory of this process now and at its peak.
+pub fn memory() -> MemoryUse {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    MemoryUse { resident_bytes: status_bytes(&status, "VmRSS:"), peak_resident_bytes: status_bytes(&status, "VmHWM:") }
+}
+
+fn status_bytes(status: &str, key: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map_or(0, |kib| kib * 1024)
+}
+
+/// Floating-point operations per second of the fastest large matrix product this process can do on the device, with
+/// its present number of threads: the best of a few square sizes and, on the CPU, of libtorch's two product libraries.
+/// Takes about the given time. This is the denominator of MFU, so it is a peak that was reached, not a data sheet's.
+pub fn measured_matmul_peak_flops(device: Device, kind: Kind, seconds: f64) -> Result<f64, DeviceError> {
+    let sizes: &[i64] = if device.is_cuda() { &[4096, 8192] } else { &[512, 1024, 2048] };
+    let budget = Duration::from_secs_f64(seconds.max(0.0) / sizes.len() as f64);
+    let mut best = 0.0f64;
+    for &size in sizes {
+        let measured = tch::no_grad(|| measure_size(device, kind, size, budget));
+        let flops = measured.map_err(|error| {
+            DeviceError::Unavailable(format!("a {size} x {size} product of {kind:?} on {device:?} failed: {error}"))
+        })?;
+        best = best.max(flops);
+    }
+    Ok(best)
+}
+
+fn measure_size(device: Device, kind: Kind, size: i64, budget: Duration) -> Result<f64, tch::TchError> {
+    let random = || Tensor::f_randn([size, size], (Kind::Float, device))?.f_to_kind(kind);
+    let (a, b) = (random()?, random()?);
+    let plain = fastest(device, budget / 2, || Ok(drop(a.f_matmul(&b)?)))?;
+    let mut seconds = plain;
+    if device == Device::Cpu && kind == Kind::Float {
+        // Plain fp32 products go to MKL, which some processors run at half of what oneDNN reaches.
+        let (a, b) = (a.f_to_mkldnn(None::<Kind>)?, b.f_to_mkldnn(None::<Kind>)?);
+        let bias: Option<Tensor> = None;
+        let product = || Ok(drop(Tensor::f_mkldnn_linear(&a, &b, bias.as_ref())?));
+        seconds = seconds.min(fastest(device, budget / 2, product)?);
+    }
+    Ok(2.0 * (size as f64).powi(3) / seconds)
+}
+
+/// The shortest time of the product, over as many runs as fit.
+fn fastest(
+    device: Device,
+    budget: Duration,
+    product: impl Fn() -> Result<(), tch::TchError>,
+) -> Result<f64, tch::TchError> {
+    let synchronize = || {
+        if let Device::Cuda(index) = device {
+            tch::Cuda::synchronize(index as i64);
+        }
+    };
+    product()?;
+    synchronize();
+    let begin = Instant::now();
+    let mut best = f64::INFINITY;
+    for _ in 0..1_000_000 {
+        let start = Instant::now();
+        product()?;
+        synchronize();
+        best = best.min(start.elapsed().as_secs_f64());
+        if begin.elapsed() >= budget {
+            break;
+        }
+    }
+    Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_grows_with_what_is_touched() {
+        let before = memory();
+        assert!(before.resident_bytes > 1 << 20 && before.peak_resident_bytes >= before.resident_bytes);
+        let block = std::hint::black_box(vec![1u8; 64 << 20]);
+        let after = memory();
+        assert!(after.peak_resident_bytes >= before.resident_bytes + block.len() as u64 / 2, "{before:?} {after:?}");
+    }
+
+    #[test]
+    fn the_peak_is_plausible() {
+        // Any processor that runs libtorch does more than 1 GFLOP/s, and none does 10 PFLOP/s.
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let flops = measured_matmul_peak_flops(Device::Cpu, kind, 0.05).unwrap();
+            assert!((1e9..1e16).contains(&flops), "{flops}");
+        }
+    }
+}
