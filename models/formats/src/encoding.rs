@@ -32,15 +32,8 @@ pub enum Encoding {
 
 impl Encoding {
     /// Every encoding.
-    pub const ALL: [Encoding; 7] = [
-        Encoding::F64,
-        Encoding::F32,
-        Encoding::F16,
-        Encoding::BF16,
-        Encoding::Q8_0,
-        Encoding::Q4_0,
-        Encoding::Q4_1,
-    ];
+    pub const ALL: [Encoding; 7] =
+        [Encoding::F64, Encoding::F32, Encoding::F16, Encoding::BF16, Encoding::Q8_0, Encoding::Q4_0, Encoding::Q4_1];
 
     /// Values per block.
     pub const fn block_values(self) -> usize {

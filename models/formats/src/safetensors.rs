@@ -70,9 +70,9 @@ const HINT: &str = "; the file was probably cut short: copy or download it again
 /// The header and where the data starts.
 fn header(map: &Map) -> Result<(JsonMap<String, Value>, usize)> {
     let damaged = |detail: String| FormatError::damaged(map.path(), detail);
-    let length = map.first_chunk::<LENGTH_BYTES>().ok_or_else(|| {
-        damaged(format!("{} bytes is too short for a safetensors file{HINT}", map.len()))
-    })?;
+    let length = map
+        .first_chunk::<LENGTH_BYTES>()
+        .ok_or_else(|| damaged(format!("{} bytes is too short for a safetensors file{HINT}", map.len())))?;
     let length = u64::from_le_bytes(*length);
     let length = usize::try_from(length).ok().filter(|&n| n <= MAX_HEADER_BYTES).ok_or_else(|| {
         damaged(format!("its first 8 bytes give a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed"))
@@ -92,7 +92,10 @@ fn check_length(map: &Map, name: &str, stored: &Stored) -> Result<()> {
         return Ok(());
     }
     let (bytes, shape) = (stored.bytes.len(), &stored.shape);
-    Err(FormatError::damaged(map.path(), format!("tensor {name} of shape {shape:?} and type {encoding:?} has {bytes} bytes")))
+    Err(FormatError::damaged(
+        map.path(),
+        format!("tensor {name} of shape {shape:?} and type {encoding:?} has {bytes} bytes"),
+    ))
 }
 
 fn encoding(dtype: &str) -> Option<Encoding> {

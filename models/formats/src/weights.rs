@@ -168,12 +168,7 @@ impl Weights {
     }
 
     /// Picks the model's parameters from the tensors found.
-    fn select(
-        path: &Path,
-        spec: ModelSpec,
-        files: Vec<Map>,
-        mut tensors: HashMap<String, Stored>,
-    ) -> Result<Weights> {
+    fn select(path: &Path, spec: ModelSpec, files: Vec<Map>, mut tensors: HashMap<String, Stored>) -> Result<Weights> {
         forget_what_is_derived(&spec, &mut tensors);
         let mut problems = Vec::new();
         let (mut metas, mut stored) = (Vec::new(), Vec::new());

@@ -208,15 +208,16 @@ impl Listed {
         let size = match encoding {
             None => Some(0),
             Some(e) if shape.last().is_some_and(|n| n % e.block_values() != 0) => {
-                return Err(damaged(format!("rows of {:?} values of type {type_name} are no whole blocks", shape.last())));
+                return Err(damaged(format!(
+                    "rows of {:?} values of type {type_name} are no whole blocks",
+                    shape.last()
+                )));
             }
             Some(e) => shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).and_then(|n| e.bytes_of(n)),
         };
         let end = start.zip(size).and_then(|(start, size)| start.checked_add(size)).filter(|&end| end <= file_bytes);
         match (start, end) {
-            (Some(start), Some(end)) => {
-                Ok(Tensor { name: self.name, shape, encoding, type_name, bytes: start..end })
-            }
+            (Some(start), Some(end)) => Ok(Tensor { name: self.name, shape, encoding, type_name, bytes: start..end }),
             _ => Err(damaged(format!(
                 "shape {shape:?} of type {type_name} at offset {} runs past the end of the file, {file_bytes} bytes; \
                  the file was probably cut short: copy or download it again",

@@ -12,7 +12,11 @@ pub(crate) enum Value {
     Boolean(bool),
     String(String),
     /// A list of `len` elements of one type, left in the file.
-    List { kind: u32, len: usize, bytes: Range<usize> },
+    List {
+        kind: u32,
+        len: usize,
+        bytes: Range<usize>,
+    },
 }
 
 /// Numbers of value types in files (`enum gguf_type`).

@@ -29,7 +29,8 @@ const USER_DEFINED: f64 = 4.0;
 /// Llama 3's words (published in its tokenizer.json): contractions, letters, up to three digits, punctuation, spaces.
 const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen2's: the same with digits one by one.
-const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_WORDS: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// How text is cut into words before BPE.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -159,9 +160,8 @@ impl ByteLevelParts {
         };
         match self.words {
             Words::Gpt2 => tokenizer.with_pre_tokenizer(Some(bytes(true))),
-            Words::DigitsGpt2 => {
-                tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![Digits::new(true).into(), bytes(true).into()])))
-            }
+            Words::DigitsGpt2 => tokenizer
+                .with_pre_tokenizer(Some(PreTokenizers::new(vec![Digits::new(true).into(), bytes(true).into()]))),
             Words::Llama3 => tokenizer.with_pre_tokenizer(Some(by_pattern(LLAMA3_WORDS)?)),
             Words::Qwen2 => {
                 tokenizer.with_normalizer(Some(NFC))?;
@@ -191,7 +191,10 @@ fn build_sentence_piece(
     space_in_front: bool,
 ) -> std::result::Result<Tokenizer, BoxError> {
     let mut builder = BPE::builder()
-        .vocab_and_merges(vocabulary.ids().collect::<tokenizers::models::bpe::Vocab>(), merges_by_score(vocabulary, scores))
+        .vocab_and_merges(
+            vocabulary.ids().collect::<tokenizers::models::bpe::Vocab>(),
+            merges_by_score(vocabulary, scores),
+        )
         .byte_fallback(true)
         .fuse_unk(true);
     if let Some(unknown) = vocabulary.of_type(UNKNOWN).next() {

@@ -69,8 +69,7 @@ fn load_json(file: &Path) -> Result<TokenizerAssets> {
     let tokenizer = Tokenizer::from_bytes(bytes)
         .map_err(|e| FormatError::damaged(file, format!("the tokenizers library cannot read it: {e}")))?;
     let folder = file.parent().unwrap_or(Path::new(""));
-    TokenizerAssets::new(tokenizer, SpecialTokens::beside(folder)?)
-        .map_err(|e| FormatError::damaged(file, e))
+    TokenizerAssets::new(tokenizer, SpecialTokens::beside(folder)?).map_err(|e| FormatError::damaged(file, e))
 }
 
 impl TokenizerAssets {
@@ -83,7 +82,10 @@ impl TokenizerAssets {
             .map_err(|e| FormatError::damaged(Path::new("tokenizer"), e))
     }
 
-    fn new(mut tokenizer: Tokenizer, special: SpecialTokens) -> std::result::Result<TokenizerAssets, tokenizers::Error> {
+    fn new(
+        mut tokenizer: Tokenizer,
+        special: SpecialTokens,
+    ) -> std::result::Result<TokenizerAssets, tokenizers::Error> {
         tokenizer.with_truncation(None)?;
         tokenizer.with_padding(None);
         let ids = special.resolve(&tokenizer);

@@ -8,16 +8,8 @@ use std::path::Path;
 use tokenizers::Tokenizer;
 
 /// Names of tokens that end a document, by how surely they do, for tokenizers that come without a word about it.
-const EOS_NAMES: [&str; 8] = [
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-];
+const EOS_NAMES: [&str; 8] =
+    ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"];
 const BOS_NAMES: [&str; 4] = ["<|begin_of_text|>", "<s>", "<bos>", "<|bos|>"];
 const PAD_NAMES: [&str; 3] = ["<pad>", "<|pad|>", "[PAD]"];
 
