@@ -41,6 +41,7 @@ env_vars! {
     PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run", "File descriptor on which rank 0 writes progress as JSON lines, for the launcher's bar.";
     SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run", "Process id of the launcher: a worker that finds another parent exits.";
     FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank]`: kill, error, hang, nan, kill_in_save.";
+    TEST_BINARIES = "TANGELO_TEST_BINARIES", "cargo xtask test", "Folder of the `tangelo` and `tangelo-worker` that tests start; they build them where it is not set.";
     TEST_SEED = "TANGELO_TEST_SEED", "user", "Repeats a test that draws fresh random cases, with the seed it printed.";
     LIBTORCH = "LIBTORCH", "user, set-up", "Folder of a libtorch to use instead of the one that set-up installs.";
     NO_COLOR = "NO_COLOR", "user", "Set to anything: no colours on the terminal.";

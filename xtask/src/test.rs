@@ -9,6 +9,9 @@ use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use std::time::{Duration, Instant};
 
+/// Tells tests where the build stage put `tangelo` and `tangelo-worker`; as listed in `tangelo_core::env`.
+const TEST_BINARIES: &str = "TANGELO_TEST_BINARIES";
+
 /// Which stages to run.
 #[derive(Args)]
 pub struct Options {
@@ -146,8 +149,10 @@ fn not_run(stage: Stage) -> Line {
 
 /// Through cargo-nextest where it is installed, one process per test; else through `cargo test`.
 fn tests(repo: &Repo, options: &Options) -> Result<()> {
+    let binaries = repo.target().join("debug");
     if shell::output(&mut repo.cargo(&["nextest", "--version"])).is_some() {
         let mut command = repo.cargo(&["nextest", "run", "--workspace", "--no-fail-fast"]);
+        command.env(TEST_BINARIES, &binaries);
         if let Some(filter) = &options.filter {
             command.args(["-E", filter]);
         }
@@ -155,6 +160,7 @@ fn tests(repo: &Repo, options: &Options) -> Result<()> {
     }
     println!("cargo-nextest is not installed: using cargo test");
     let mut command = repo.cargo(&["test", "--workspace", "--bins", "--tests", "--no-fail-fast"]);
+    command.env(TEST_BINARIES, &binaries);
     if let Some(filter) = &options.filter {
         command.arg(filter);
     }

@@ -1,0 +1,206 @@
+//! Whole runs with the real binaries: resume, layouts, faults, export.
+
+use crate::job::{Job, Run, assert_same_files, finish, tangelo};
+use crate::support;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+use tangelo_core::env;
+use tangelo_observe::Metric;
+
+const STEPS: usize = 20;
+
+fn assert_learned(run: &Run) {
+    let losses = run.losses();
+    assert_eq!(losses.iter().map(|l| l.0).collect::<Vec<_>>(), (1..=STEPS as u64).collect::<Vec<_>>());
+    let (first, last) = (losses[0].1, losses[STEPS - 1].1);
+    // An untrained model of 320 tokens starts near ln 320 = 5.8.
+    assert!((5.0..7.0).contains(&first) && last < first - 0.5, "loss {first} -> {last}");
+}
+
+/// N + M steps equal N, stop, M: every tensor of the checkpoint (weights, both moments) and every loss, to the bit.
+fn check_resume(ranks: usize, dtype: &str) {
+    let job = Job::new(support::fresh_seed());
+    let dtype = format!("training.mixed_precision_param={dtype:?}");
+    let whole = job.run("whole", ranks, &["--set", &dtype]);
+    assert_learned(&whole);
+    job.run("parts", ranks, &["--set", &dtype, "--set", "training.steps=7"]);
+    let parts = job.run("parts", ranks, &["--set", &dtype]);
+    assert_same_files(&parts.checkpoint(STEPS), &whole.checkpoint(STEPS), "resumed and undisturbed");
+    assert_eq!(parts.losses(), whole.losses());
+}
+
+#[test]
+fn one_process_resumes_bitwise_in_fp32() {
+    check_resume(1, "float32");
+}
+
+#[test]
+fn one_process_resumes_bitwise_in_bf16() {
+    check_resume(1, "bfloat16");
+}
+
+#[test]
+fn three_processes_resume_bitwise_in_fp32() {
+    check_resume(3, "float32");
+}
+
+#[test]
+fn three_processes_resume_bitwise_in_bf16() {
+    check_resume(3, "bfloat16");
+}
+
+#[test]
+fn layouts_agree() {
+    let job = Job::new(support::fresh_seed());
+    let export = ["--set", "checkpoint.last_save_in_hf=true"];
+    let one = job.run("one", 1, &export).losses();
+    for ranks in [2, 3] {
+        let zero = job.run(&format!("zero-{ranks}"), ranks, &export);
+        for ((step, found), (_, expected)) in zero.losses().into_iter().zip(&one) {
+            // Sums of gradients in another order: some 1e-7 per step, amplified by 20 updates.
+            assert!((found - expected).abs() < 1e-5, "{ranks} ranks, step {step}: {found} against {expected}");
+        }
+        let plain = [&export[..], &["--set", "parallelism.zero_optimizer_degree=1"]].concat();
+        let plain = job.run(&format!("plain-{ranks}"), ranks, &plain);
+        assert_eq!(zero.losses(), plain.losses(), "ZeRO-1 and plain data parallel over {ranks} ranks");
+        assert!(zero.exported() == plain.exported(), "ZeRO-1 and plain data parallel export other weights");
+    }
+}
+
+#[test]
+fn a_killed_rank_is_named_and_the_restarted_run_ends_the_same() {
+    let job = Job::new(support::fresh_seed());
+    let whole = job.run("whole", 2, &[]);
+    let (code, text) = finish(job.command("killed", 2, &["--max-restarts", "1"]).env(env::FAULT, "kill@7:1"));
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("rank 1") && text.contains("SIGKILL"), "the culprit is not named:\n{text}");
+    assert_same_files(&job.finished("killed").checkpoint(STEPS), &whole.checkpoint(STEPS), "restarted, undisturbed");
+    let (code, text) = finish(job.command("lost", 2, &[]).env(env::FAULT, "kill@7:1"));
+    assert!(code.is_some_and(|c| c != 0), "a lost rank without restarts is a failure:\n{text}");
+}
+
+/// Processes whose parent is `parent`.
+fn children(parent: u32) -> BTreeSet<u32> {
+    let numeric = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().parse::<u32>().ok();
+    let pids = std::fs::read_dir("/proc").expect("Linux").flatten().filter_map(numeric);
+    pids.filter(|pid| parent_of(*pid) == Some(parent)).collect()
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn kill(pid: u32) {
+    // A process may have ended by itself in between: that is no failure of the test.
+    let _ = Command::new("kill").args(["-9", &pid.to_string()]).output();
+}
+
+fn wait_until(what: &str, seconds: u64, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {seconds} s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn ended(child: &mut Child) -> bool {
+    child.try_wait().expect("our own child").is_some()
+}
+
+#[test]
+fn five_kills_at_random_moments_change_nothing() {
+    let seed = support::fresh_seed();
+    let job = Job::new(seed);
+    let saving = ["--set", "checkpoint.interval=1"];
+    let whole = job.run("whole", 2, &saving);
+    let mut child = job.spawn("killed", 2, &[&saving[..], &["--max-restarts", "20"]].concat());
+    let mut state = seed | 1;
+    for _ in 0..5 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        wait_until("workers start", 60, || ended(&mut child) || children(child.id()).len() == 2);
+        std::thread::sleep(Duration::from_millis(300 + (state >> 33) % 1500));
+        let workers: Vec<u32> = children(child.id()).into_iter().collect();
+        if let Some(&worker) = workers.get((state >> 40) as usize % workers.len().max(1)) {
+            kill(worker);
+            wait_until("the worker ends", 10, || parent_of(worker) != Some(child.id()));
+        }
+    }
+    wait_until("the run ends", 180, || ended(&mut child));
+    let log = std::fs::read_to_string(job.path("killed.log")).unwrap();
+    assert!(child.wait().unwrap().success(), "{log}");
+    assert_same_files(&job.finished("killed").checkpoint(STEPS), &whole.checkpoint(STEPS), "killed and undisturbed");
+}
+
+#[test]
+fn a_killed_launcher_leaves_no_worker() {
+    let job = Job::new(support::fresh_seed());
+    let mut child = job.spawn("orphans", 2, &["--set", "training.steps=100000"]);
+    wait_until("workers start", 60, || children(child.id()).len() == 2);
+    let workers = children(child.id());
+    std::thread::sleep(Duration::from_secs(1));
+    kill(child.id());
+    child.wait().unwrap();
+    let alive = |pid: &u32| Path::new(&format!("/proc/{pid}")).exists();
+    wait_until("workers end after their launcher", 20, || !workers.iter().any(alive));
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_skipped_and_counted() {
+    let job = Job::new(support::fresh_seed());
+    let (code, text) = finish(job.command("nan", 2, &[]).env(env::FAULT, "nan@5"));
+    assert_eq!(code, Some(0), "{text}");
+    let records = job.finished("nan").records();
+    let skipped: Vec<_> = records.iter().filter_map(|r| Some((r.step, r.get(Metric::SkippedSteps)?))).collect();
+    assert_eq!(skipped.last(), Some(&(STEPS as u64, 1.0)), "{skipped:?}");
+    let (code, text) =
+        finish(job.command("strict", 2, &["--set", "training.max_skipped=0"]).env(env::FAULT, "nan@5"));
+    assert_eq!(code, Some(3), "{text}");
+    // Step 5 of 12 sequences each reads samples 48 to 59.
+    assert!(text.contains("48") && text.contains("59"), "the samples are not named:\n{text}");
+}
+
+#[test]
+fn an_unknown_key_is_a_configuration_error_with_the_nearest_key() {
+    let job = Job::new(support::fresh_seed());
+    let (code, text) = finish(&mut job.command("typo", 1, &["--set", "training.seq_length=32"]));
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("seq_len"), "{text}");
+}
+
+#[test]
+fn an_exported_run_loads_in_transformers_and_scores_the_same() {
+    let Some(python) = support::python() else { return };
+    let job = Job::new(support::fresh_seed());
+    let run = job.run("run", 2, &["--set", "training.mixed_precision_param=\"bfloat16\""]);
+    let (run, exported, out) = (run.folder, job.path("hf"), job.path("logits.safetensors"));
+    let text = |path: &Path| path.to_str().expect("temporary paths are UTF-8").to_owned();
+    let (code, said) = finish(&mut tangelo(&["export", &text(&run), "--format", "hf", "--output", &text(&exported)]));
+    assert_eq!(code, Some(0), "{said}");
+    let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 250).collect();
+    support::run_script(&python, "golden.py", &["logits", &text(&exported), &format!("{ids:?}"), &text(&out)]);
+    let golden = tch::Tensor::read_safetensors(&out).unwrap();
+    let logprobs = golden[0].1.log_softmax(-1, tch::Kind::Double);
+    let scored = score(&exported, &ids);
+    assert_eq!(scored.len(), ids.len());
+    assert!(scored[0].is_none());
+    for i in 1..ids.len() {
+        let expected = logprobs.double_value(&[i as i64 - 1, i64::from(ids[i])]);
+        // The same fp32 weights through another implementation; log-probabilities lie near 5.
+        assert!((scored[i].unwrap() - expected).abs() < 1e-4, "token {i}: {scored:?}");
+    }
+}
+
+/// `tangelo score` on one list of ids.
+fn score(model: &Path, ids: &[u32]) -> Vec<Option<f64>> {
+    let input = model.join("ids.jsonl");
+    std::fs::write(&input, serde_json::json!({ "ids": ids }).to_string() + "\n").unwrap();
+    let mut command = tangelo(&["score"]);
+    command.arg(model).arg("--json").args(["--device", "cpu", "--dtype", "float32"]);
+    let output = command.stdin(std::fs::File::open(input).unwrap()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}\n{said}"));
+    answer["logprobs"].as_array().unwrap().iter().map(serde_json::Value::as_f64).collect()
+}

@@ -1,0 +1,151 @@
+//! The model against transformers, in fp32, with a float64 run as the truth (tests/python/golden.py makes both).
+
+use crate::support;
+use std::collections::HashMap;
+use std::path::Path;
+use tangelo_formats::Weights;
+use tangelo_models::{Model, PackContext};
+use tangelo_trainer::executor::{BlockExecutor, MicroBatch, Recompute};
+use tch::{Device, Kind, Tensor};
+
+/// Two correct fp32 implementations differ from the truth by different roundings of the same size; one that is off by
+/// more than this factor has lost precision somewhere.
+const MAX_LOGIT_ERROR_RATIO: f64 = 2.0;
+/// fp32 gradients of models this small are some 1e-6 off (transformers' own are 1e-6 to 4e-6); a missing or doubled
+/// term is off by far more.
+const MAX_GRADIENT_ERROR: f64 = 1e-5;
+/// The mean of some 50 losses near 7, each with a few roundings of 1e-7 relative.
+const MAX_LOSS_ERROR: f64 = 1e-5;
+
+type Golden = HashMap<String, Tensor>;
+
+fn golden(path: &Path) -> Golden {
+    Tensor::read_safetensors(path).expect("golden.py writes safetensors").into_iter().collect()
+}
+
+/// The weights of a folder or file, in fp32, with gradient buffers where `trained`.
+fn load(path: &Path, trained: bool) -> Model {
+    let weights = Weights::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let model = Model::zeros(weights.spec(), Kind::Float, Device::Cpu, trained);
+    for meta in weights.metas() {
+        let mut values = vec![0f32; meta.num_elements()];
+        weights.read_f32(&meta.name, 0..meta.shape[0], &mut values).expect("a listed tensor can be read");
+        let mut view = model.weight(&meta.name).expect("the model has what the file lists").value;
+        let shape: Vec<i64> = meta.shape.iter().map(|&n| n as i64).collect();
+        tch::no_grad(|| view.copy_(&Tensor::from_slice(&values).reshape(shape)));
+    }
+    model
+}
+
+fn ids(tensor: &Tensor) -> Vec<u32> {
+    Vec::<i64>::try_from(tensor).expect("ids are i64").into_iter().map(|id| id as u32).collect()
+}
+
+/// All documents of a case packed into one micro-batch; a document's last token predicts nothing.
+fn packed(golden: &Golden) -> MicroBatch {
+    let tokens = ids(&golden["ids"]);
+    let (mut borders, mut positions, mut weights) = (vec![0i64], Vec::new(), Vec::new());
+    for length in ids(&golden["lengths"]) {
+        positions.extend(0..length);
+        weights.extend((0..length).map(|i| if i + 1 < length { 1f32 } else { 0.0 }));
+        borders.push(borders[borders.len() - 1] + i64::from(length));
+    }
+    let targets = golden["ids"].roll([-1], [0]);
+    MicroBatch {
+        pack: PackContext::new(&tokens, &positions, borders, Device::Cpu),
+        targets,
+        weights: Tensor::from_slice(&weights),
+    }
+}
+
+fn max_error(found: &Tensor, truth: &Tensor) -> f64 {
+    (found.to_kind(Kind::Double) - truth).abs().max().double_value(&[])
+}
+
+fn relative_error(found: &Tensor, truth: &Tensor) -> f64 {
+    let difference = (found.to_kind(Kind::Double) - truth).norm();
+    (difference / truth.norm()).double_value(&[])
+}
+
+fn check_logits(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
+    let ours = max_error(&model.logits(&packed(golden).pack), &golden["logits.f64"]);
+    let theirs = max_error(&golden["logits.f32"], &golden["logits.f64"]);
+    println!("  logits: error {ours:.2e}, transformers' {theirs:.2e}");
+    if ours > MAX_LOGIT_ERROR_RATIO * theirs {
+        faults.push(format!("logits off by {ours:.2e}, transformers' by {theirs:.2e}"));
+    }
+}
+
+/// Loss and every gradient, with nothing recomputed and with every second block recomputed.
+fn check_gradients(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
+    let batch = packed(golden);
+    let num_targets = batch.weights.sum(Kind::Double).double_value(&[]);
+    for recompute in [Recompute::None, Recompute::Every(2)] {
+        model.units().iter().filter_map(|u| u.main_grad()).for_each(|g| drop(g.shallow_clone().zero_()));
+        let stats = BlockExecutor::new(recompute).forward_backward(model, &batch, 1.0 / num_targets);
+        let (loss, truth) = (stats.loss_sum / num_targets, golden["loss.f64"].double_value(&[0]));
+        if (loss - truth).abs() > MAX_LOSS_ERROR {
+            faults.push(format!("{recompute:?}: loss {loss}, expected {truth}"));
+        }
+        let mut worst = 0f64;
+        for (key, truth) in golden {
+            let Some(name) = key.strip_prefix("grad.f64.") else { continue };
+            let grad = model.weight(name).and_then(|w| w.grad().map(Tensor::shallow_clone));
+            let error = grad.map_or(f64::INFINITY, |grad| relative_error(&grad, truth));
+            worst = worst.max(error);
+            if error > MAX_GRADIENT_ERROR {
+                faults.push(format!("{recompute:?}: gradient of {name} off by {error:.1e}"));
+            }
+        }
+        println!("  {recompute:?}: loss {loss:.6}, worst gradient error {worst:.1e}");
+    }
+}
+
+/// The `count` most likely tokens after `prompt`, keeping keys and values or not.
+fn greedy(model: &Model, prompt: &[u32], count: usize, cached: bool) -> Vec<u32> {
+    let (mut all, mut state) = (prompt.to_vec(), model.new_state());
+    let mut fed = 0;
+    for _ in 0..count {
+        if !cached {
+            (state, fed) = (model.new_state(), 0);
+        }
+        let logits = model.decode(&mut state, &all[fed..]);
+        fed = all.len();
+        all.push(logits.argmax(-1, false).int64_value(&[]) as u32);
+    }
+    all.split_off(prompt.len())
+}
+
+fn check_greedy(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
+    let (prompt, expected) = (ids(&golden["prompt"]), ids(&golden["greedy"]));
+    for cached in [true, false] {
+        let found = greedy(model, &prompt, expected.len(), cached);
+        if found != expected {
+            let same = found.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+            faults.push(format!("greedy (cached: {cached}) differs from token {same} of {} on", expected.len()));
+        }
+    }
+}
+
+#[test]
+fn random_models_of_every_family_equal_transformers() {
+    let Some(python) = support::python() else { return };
+    let (folder, seed) = (tempfile::tempdir().unwrap(), support::fresh_seed());
+    let out = folder.path().to_str().unwrap();
+    support::run_script(&python, "golden.py", &["make", out, &seed.to_string()]);
+    let cases: Vec<String> =
+        serde_json::from_str(&std::fs::read_to_string(folder.path().join("cases.json")).unwrap()).unwrap();
+    assert!(cases.len() >= 10, "{cases:?}");
+    let mut faults = Vec::new();
+    for case in cases {
+        println!("{case}");
+        let model = load(&folder.path().join(&case).join("model"), true);
+        let golden = golden(&folder.path().join(&case).join("golden.safetensors"));
+        let mut found = Vec::new();
+        check_logits(&model, &golden, &mut found);
+        check_gradients(&model, &golden, &mut found);
+        check_greedy(&model, &golden, &mut found);
+        faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
+    }
+    assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
+}
