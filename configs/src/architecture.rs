@@ -6,6 +6,7 @@ use crate::model::Family;
 use crate::resolve::{ModelAssets, SpecialTokens, TRAINED_TOKENIZER_EOS, VOCAB_MULTIPLE};
 use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, MixerSpec, ModelSpec, RopeSpec};
 use std::path::Path;
+use tangelo_core::DType;
 
 /// Writes every key of `config.model` and returns the architecture they describe.
 pub(crate) fn resolve(config: &mut JobConfig, assets: &dyn ModelAssets) -> Result<ModelSpec, ConfigError> {
@@ -22,6 +23,7 @@ pub(crate) fn resolve(config: &mut JobConfig, assets: &dyn ModelAssets) -> Resul
     spec.eos_token_ids =
         if tokenizer.special.eos.is_empty() { base.special.eos.clone() } else { tokenizer.special.eos };
     check_vocabulary(&spec, tokenizer.vocab_size, config)?;
+    check_initial_load(&spec, config, assets)?;
     config.model = keys;
     Ok(spec)
 }
@@ -99,6 +101,29 @@ fn check_vocabulary(spec: &ModelSpec, tokenizer: usize, config: &JobConfig) -> R
         spec.vocab_size,
         tokenizer.next_multiple_of(VOCAB_MULTIPLE)
     )]))
+}
+
+/// The weights to start from must fit tensor by tensor.
+fn check_initial_load(spec: &ModelSpec, config: &JobConfig, assets: &dyn ModelAssets) -> Result<(), ConfigError> {
+    let load = &config.checkpoint;
+    let Some(path) = load.initial_load_path.as_deref().filter(|_| load.initial_load_in_hf) else { return Ok(()) };
+    let key = "checkpoint.initial_load_path";
+    let theirs = assets.model_spec(path).map_err(|message| asset_error(key, path, message))?;
+    let (ours, theirs) = (spec.parameters(DType::F32), theirs.parameters(DType::F32));
+    let differs = |message: String| Err(asset_error(key, path, format!("the weights do not fit [model]: {message}")));
+    for want in &ours {
+        match theirs.iter().find(|have| have.name == want.name) {
+            None => return differs(format!("{} is not in them", want.name)),
+            Some(have) if have.shape != want.shape => {
+                return differs(format!("{} is {:?} there, {:?} here", want.name, have.shape, want.shape));
+            }
+            Some(_) => {}
+        }
+    }
+    match theirs.iter().find(|have| !ours.iter().any(|want| want.name == have.name)) {
+        Some(extra) => differs(format!("{} has no place in the model", extra.name)),
+        None => Ok(()),
+    }
 }
 
 /// `given` with `base` where it is silent.

@@ -26,6 +26,7 @@ macro_rules! flavors {
 
 flavors![
     "debugmodel",
+    "tiny-4m",
     "tiny-10m",
     "smollm2-135m",
     "llama-3.2-1b",

@@ -41,6 +41,9 @@ impl Known {
             let found = nearest(name, leaves.iter().map(String::as_str))?;
             self.paths.iter().find(|p| last(p) == found).map(String::clone)
         };
+        if self.paths.contains(&section) && siblings.is_empty() {
+            return format!("unknown key `{full}`: `{section}` is a value, it has no keys");
+        }
         let kind = if path.len() == 1 { "unknown section or key" } else { "unknown key" };
         match elsewhere.or_else(here).or_else(near) {
             Some(meant) => format!("{kind} `{full}`; did you mean `{meant}`?"),

@@ -19,6 +19,7 @@ mod load;
 pub mod model;
 mod nearest;
 pub mod plan;
+pub mod preset;
 pub mod requests;
 pub mod resolve;
 pub mod schema;
