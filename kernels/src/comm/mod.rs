@@ -26,10 +26,13 @@
 mod backend;
 mod communicator;
 mod error;
+pub mod gloo;
 pub mod local;
 mod reduce;
+mod store;
 
 pub use backend::AbortHandle;
 pub use communicator::{CommOptions, CommStats, Communicator};
 pub use error::{CommError, CommErrorKind, Operation};
 pub use reduce::ReduceOp;
+pub use store::{Store, StoreError, StoreOptions};

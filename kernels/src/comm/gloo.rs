@@ -1,0 +1,449 @@
+//! Ranks as processes on CPUs: messages over libtorch's Gloo, one TCP connection per pair of ranks.
+//!
+//! Only Gloo's point-to-point messages are used. They take uneven sizes, can be aborted, and say which peer failed;
+//! its collectives do none of this, and their sums depend on where a bucket starts.
+//!
+//! ```text
+//!   sender, slot 2g + lane ...            receiver
+//!   small:  [header | payload]     ---->  one receive of header + INLINE_BYTES
+//!   large:  [header], [payload]    ---->  header, checked; only then a receive for exactly the payload
+//! ```
+//!
+//! So a message of another call or size is never written into a tensor, nor overruns a receive (which ends the process
+//! inside Gloo). When a rank fails it writes to the store whom it blames, before its connections close: those that see
+//! it leave follow that to the rank that began.
+//!
+//! | thread | waits for | unblocked by | bounded by |
+//! |---|---|---|---|
+//! | device thread | a message | the peer; its death (connection closed); abort | the call's deadline |
+//! | failing rank | the blame of the rank it lost | the store | `BLAME_WAIT` |
+#![allow(unsafe_code)]
+
+use super::backend::{AbortHandle, Backend, Call, Failure, Header, SubGroup, Transfer};
+use super::communicator::{CommOptions, Communicator};
+use super::error::{CommError, CommErrorKind, Operation};
+use super::store::{RawStore, Store, StoreOptions, c_string, checked, milliseconds};
+use std::ffi::{c_char, c_int};
+use std::net::{IpAddr, ToSocketAddrs, UdpSocket};
+use std::panic::Location;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+use tch::{Device, Tensor};
+
+/// Payloads up to this size travel with their header.
+const INLINE_BYTES: usize = 4096;
+/// How long a rank looks for what the rank that it lost has to say. Ranks that time out close their connections up to
+/// half of this before they can say why.
+const BLAME_WAIT: Duration = Duration::from_millis(2000);
+
+/// Opaque: lives in the shim.
+#[repr(C)]
+struct RawMesh {
+    _private: [u8; 0],
+}
+
+/// Opaque: lives in the shim.
+#[repr(C)]
+struct RawWork {
+    _private: [u8; 0],
+}
+
+unsafe extern "C" {
+    fn tangelo_gloo_connect(
+        store: *mut RawStore,
+        prefix: *const c_char,
+        rank: c_int,
+        size: c_int,
+        interface: *const c_char,
+        host: *const c_char,
+        timeout_ms: i64,
+        out: *mut *mut RawMesh,
+    ) -> *mut c_char;
+    fn tangelo_gloo_hang_up(mesh: *mut RawMesh);
+    fn tangelo_gloo_close(mesh: *mut RawMesh);
+    fn tangelo_gloo_start(
+        mesh: *mut RawMesh,
+        receive: bool,
+        peer: c_int,
+        slot: c_int,
+        data: *mut u8,
+        size: usize,
+        out: *mut *mut RawWork,
+    ) -> *mut c_char;
+    fn tangelo_gloo_wait(work: *mut RawWork, timeout_ms: i64, done: *mut bool) -> *mut c_char;
+    fn tangelo_gloo_free(mesh: *mut RawMesh, work: *mut RawWork);
+    fn tangelo_gloo_abort(mesh: *mut RawMesh);
+}
+
+/// How this process joins the others.
+#[derive(Clone, Debug)]
+pub struct GlooOptions {
+    /// This process' global rank.
+    pub rank: usize,
+    /// Number of ranks.
+    pub size: usize,
+    /// Host of the store (MASTER_ADDR).
+    pub master_addr: String,
+    /// Port of the store (MASTER_PORT).
+    pub master_port: u16,
+    /// Whether this process serves the store: rank 0, unless torchrun's agent does.
+    pub host_store: bool,
+    /// Tells apart attempts and jobs that share a store.
+    pub prefix: String,
+    /// Deadline for the ranks to meet.
+    pub init_timeout: Duration,
+    /// Deadline of every call.
+    pub timeout: Duration,
+    /// Network interface to use; `None`: the one that leads to the master.
+    pub interface: Option<String>,
+}
+
+/// Meets the other ranks and connects to each of them.
+#[track_caller]
+pub fn connect(options: &GlooOptions) -> Result<Communicator, CommError> {
+    let site = Location::caller();
+    if options.size == 1 {
+        return Ok(Communicator::single());
+    }
+    let store = StoreOptions {
+        host: options.master_addr.clone(),
+        port: options.master_port,
+        serve: options.host_store,
+        timeout: options.init_timeout,
+    };
+    let store = Store::open(&store).map_err(|error| connect_error(options, site, error.to_string()))?;
+    connect_over(&store, options, site)
+}
+
+/// As [`connect`], over a store that is open already.
+#[track_caller]
+pub fn connect_with(store: &Store, options: &GlooOptions) -> Result<Communicator, CommError> {
+    if options.size == 1 {
+        return Ok(Communicator::single());
+    }
+    connect_over(store, options, Location::caller())
+}
+
+fn connect_over(
+    store: &Store,
+    options: &GlooOptions,
+    site: &'static Location<'static>,
+) -> Result<Communicator, CommError> {
+    let mesh = Mesh::connect(store, options).map_err(|detail| connect_error(options, site, detail))?;
+    let ranks: Vec<usize> = (0..options.size).collect();
+    let backend = GlooBackend { mesh: Arc::new(mesh), id: 0, members: ranks.clone() };
+    let comm_options =
+        CommOptions { timeout: options.timeout, init_timeout: options.init_timeout, device: Device::Cpu };
+    Ok(Communicator::new(Some(Box::new(backend)), "world", options.rank, ranks, comm_options))
+}
+
+fn connect_error(options: &GlooOptions, site: &'static Location<'static>, detail: String) -> CommError {
+    CommError {
+        rank: options.rank,
+        group: "world".into(),
+        operation: Operation::Connect,
+        sequence: 0,
+        call_site: site,
+        kind: CommErrorKind::Backend(detail),
+        hint: Some(format!(
+            "{} ranks meet at {}:{} within {:.0} s; every one must start, with the same MASTER_ADDR, MASTER_PORT and \
+             WORLD_SIZE",
+            options.size,
+            options.master_addr,
+            options.master_port,
+            options.init_timeout.as_secs_f64()
+        )),
+    }
+}
+
+/// The address of this machine that others reach it by: the one from which it reaches the master.
+fn own_address(master_addr: &str, master_port: u16) -> Result<IpAddr, String> {
+    let explain = |error: std::io::Error| format!("no way to the master at {master_addr}: {error}");
+    let master = (master_addr, master_port).to_socket_addrs().map_err(explain)?.next();
+    let master = master.ok_or_else(|| format!("{master_addr} has no address"))?;
+    if master.ip().is_loopback() {
+        return Ok(master.ip());
+    }
+    let any: IpAddr = if master.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() };
+    // Connecting a UDP socket sends nothing: it asks the routing table.
+    let socket = UdpSocket::bind((any, 0)).map_err(explain)?;
+    socket.connect(master).map_err(explain)?;
+    socket.local_addr().map(|address| address.ip()).map_err(explain)
+}
+
+/// The connections of this process to all others, shared by all its groups.
+struct Mesh {
+    raw: *mut RawMesh,
+    rank: usize,
+    store: Store,
+    prefix: String,
+    aborted: Mutex<Option<String>>,
+    /// Whether this rank wrote already whom it blames.
+    blamed: Mutex<bool>,
+}
+
+// SAFETY: the shim's mesh is tied to no thread; starting and freeing works is done by the thread that owns the
+// communicator, aborting by any, under the mesh's own lock.
+unsafe impl Send for Mesh {}
+// SAFETY: as above.
+unsafe impl Sync for Mesh {}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        // SAFETY: works borrow the mesh, so there are none left; closed once.
+        unsafe { tangelo_gloo_close(self.raw) };
+    }
+}
+
+impl Mesh {
+    fn connect(store: &Store, options: &GlooOptions) -> Result<Mesh, String> {
+        let as_int = |n: usize| c_int::try_from(n).map_err(|_| format!("{n} ranks are too many"));
+        let prefix = c_string(&options.prefix)?;
+        let interface = c_string(options.interface.as_deref().unwrap_or(""))?;
+        let host = match options.interface {
+            Some(_) => c_string("")?,
+            None => c_string(&own_address(&options.master_addr, options.master_port)?.to_string())?,
+        };
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: all strings live for the length of the call, the store is open, `raw` is written on success.
+        checked(unsafe {
+            tangelo_gloo_connect(
+                store.raw(),
+                prefix.as_ptr(),
+                as_int(options.rank)?,
+                as_int(options.size)?,
+                interface.as_ptr(),
+                host.as_ptr(),
+                milliseconds(options.init_timeout),
+                &mut raw,
+            )
+        })?;
+        Ok(Mesh {
+            raw,
+            rank: options.rank,
+            store: store.clone(),
+            prefix: options.prefix.clone(),
+            aborted: Mutex::new(None),
+            blamed: Mutex::new(false),
+        })
+    }
+
+    fn aborted(&self) -> Option<Failure> {
+        let reason = self.aborted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        reason.map(|reason| CommErrorKind::Aborted(reason).into())
+    }
+
+    fn abort(&self, reason: &str) {
+        self.aborted.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| reason.to_owned());
+        // SAFETY: the mesh is open; the shim allows this from any thread.
+        unsafe { tangelo_gloo_abort(self.raw) };
+    }
+
+    fn blame_key(&self, rank: usize) -> String {
+        format!("{}/blame/{rank}", self.prefix)
+    }
+
+    /// Finds out with whom it began, and tells those that will see this rank leave.
+    fn settle(&self, failure: Failure) -> Failure {
+        let failure = match &failure.kind {
+            CommErrorKind::PeerLost { rank: Some(rank), .. } => self.follow(*rank, BLAME_WAIT).unwrap_or(failure),
+            CommErrorKind::Timeout { rank: Some(rank), .. } => self.follow(*rank, BLAME_WAIT / 2).unwrap_or(failure),
+            _ => failure,
+        };
+        let mut blamed = self.blamed.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut *blamed, true) {
+            let culprit = match failure.kind {
+                CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => rank,
+                _ => self.rank,
+            };
+            // Only helps others: where the store is gone they say what they saw themselves.
+            _ = self.store.set(&self.blame_key(self.rank), format!("{culprit}\n{}", failure.kind).as_bytes());
+        }
+        failure
+    }
+
+    /// What a lost rank wrote before it left, as this rank's own failure.
+    fn follow(&self, rank: usize, patience: Duration) -> Option<Failure> {
+        let text = self.store.wait(&self.blame_key(rank), patience).ok()?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let (culprit, detail) = text.split_once('\n')?;
+        let culprit = culprit.parse().ok()?;
+        let detail = if culprit == rank { detail.to_owned() } else { format!("rank {rank} left: {detail}") };
+        Some(CommErrorKind::PeerLost { rank: Some(culprit), detail }.into())
+    }
+}
+
+/// A message under way. Borrows the bytes it reads or writes.
+struct Work<'a> {
+    raw: *mut RawWork,
+    mesh: &'a Mesh,
+    /// Global rank of the peer.
+    peer: usize,
+}
+
+impl<'a> Work<'a> {
+    /// # Safety
+    /// `size` bytes at `data` must be valid until the work is dropped, and untouched by others where it receives.
+    unsafe fn start(
+        mesh: &'a Mesh,
+        receive: bool,
+        peer: usize,
+        slot: c_int,
+        data: *mut u8,
+        size: usize,
+    ) -> Result<Work<'a>, Failure> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the mesh is open; the caller vouches for the bytes; `raw` is written on success.
+        let started =
+            checked(unsafe { tangelo_gloo_start(mesh.raw, receive, peer as c_int, slot, data, size, &mut raw) });
+        started.map_err(|detail| lost(peer, &detail))?;
+        Ok(Work { raw, mesh, peer })
+    }
+
+    fn wait(&self, call: &Call) -> Result<(), Failure> {
+        let left = call.deadline().saturating_duration_since(Instant::now());
+        let mut done = false;
+        // SAFETY: the work is alive; `done` is written before the call returns.
+        let waited = checked(unsafe { tangelo_gloo_wait(self.raw, milliseconds(left), &mut done) });
+        if let Some(failure) = self.mesh.aborted() {
+            return Err(failure);
+        }
+        match waited {
+            Ok(()) if done => Ok(()),
+            Ok(()) => Err(Failure::backend("a wait ended without a message")),
+            Err(_) if Instant::now() >= call.deadline() => Err(call.timed_out(Some(self.peer))),
+            Err(detail) => Err(lost(self.peer, &detail)),
+        }
+    }
+}
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made by tangelo_gloo_start, freed once. Gloo lets go of the bytes before this returns.
+        unsafe { tangelo_gloo_free(self.mesh.raw, self.raw) };
+    }
+}
+
+fn lost(peer: usize, detail: &str) -> Failure {
+    // Gloo's texts begin with the source line that threw.
+    let detail = detail.rsplit("] ").next().unwrap_or(detail).trim_end_matches('.');
+    CommErrorKind::PeerLost { rank: Some(peer), detail: detail.to_owned() }.into()
+}
+
+struct GlooBackend {
+    mesh: Arc<Mesh>,
+    id: u32,
+    /// Global ranks of the group.
+    members: Vec<usize>,
+}
+
+fn bytes_of(tensor: &Tensor) -> *mut u8 {
+    tensor.data_ptr().cast()
+}
+
+/// A receive of a header, and the payload with it if that is small.
+struct Inbox {
+    buffer: Vec<u8>,
+}
+
+impl GlooBackend {
+    /// Slots of a lane: headers, payloads.
+    fn slots(&self, call: &Call) -> Result<[c_int; 2], Failure> {
+        let slot = u64::from(self.id) * 4 + call.lane as u64 * 2;
+        let slot = c_int::try_from(slot).map_err(|_| Failure::backend("more groups than message slots"))?;
+        Ok([slot, slot + 1])
+    }
+
+    fn try_exchange(&self, call: &Call, sends: &[Transfer], receives: &[Transfer]) -> Result<(), Failure> {
+        let mesh = self.mesh.as_ref();
+        if let Some(failure) = mesh.aborted() {
+            return Err(failure);
+        }
+        let [header_slot, payload_slot] = self.slots(call)?;
+        // Buffers are made before the works that borrow them, so they are dropped after these.
+        let mut outbox: Vec<Vec<u8>> = sends.iter().map(|send| first_message(call, send)).collect();
+        let mut inbox: Vec<Inbox> =
+            receives.iter().map(|_| Inbox { buffer: vec![0; Header::SIZE + INLINE_BYTES] }).collect();
+        let mut sent = Vec::with_capacity(2 * sends.len());
+        let mut headers = Vec::with_capacity(receives.len());
+        let mut payloads = Vec::with_capacity(receives.len());
+
+        for (receive, inbox) in receives.iter().zip(&mut inbox) {
+            let (peer, buffer) = (self.members[receive.peer], &mut inbox.buffer);
+            // SAFETY: the buffer outlives the work and is read only after its wait.
+            headers.push(unsafe { Work::start(mesh, true, peer, header_slot, buffer.as_mut_ptr(), buffer.len()) }?);
+        }
+        for (send, message) in sends.iter().zip(&mut outbox) {
+            let peer = self.members[send.peer];
+            // SAFETY: the message outlives the work.
+            sent.push(unsafe { Work::start(mesh, false, peer, header_slot, message.as_mut_ptr(), message.len()) }?);
+            if send.num_bytes() > INLINE_BYTES {
+                // SAFETY: the caller's tensor is contiguous, of this many bytes, and outlives the call.
+                sent.push(unsafe {
+                    Work::start(mesh, false, peer, payload_slot, bytes_of(&send.data), send.num_bytes())
+                }?);
+            }
+        }
+        for ((receive, inbox), header) in receives.iter().zip(&inbox).zip(&headers) {
+            header.wait(call)?;
+            self.check_header(call, receive, &inbox.buffer)?;
+            if receive.num_bytes() <= INLINE_BYTES {
+                // SAFETY: the tensor is contiguous and of this many bytes, the buffer at least as long; no overlap.
+                unsafe {
+                    let payload = inbox.buffer.as_ptr().add(Header::SIZE);
+                    std::ptr::copy_nonoverlapping(payload, bytes_of(&receive.data), receive.num_bytes());
+                }
+            } else {
+                let (peer, data) = (self.members[receive.peer], bytes_of(&receive.data));
+                // SAFETY: the tensor is contiguous, of this many bytes, and outlives the call.
+                payloads.push(unsafe { Work::start(mesh, true, peer, payload_slot, data, receive.num_bytes()) }?);
+            }
+        }
+        payloads.iter().chain(&sent).try_for_each(|work| work.wait(call))
+    }
+
+    fn check_header(&self, call: &Call, receive: &Transfer, buffer: &[u8]) -> Result<(), Failure> {
+        let from = self.members[receive.peer];
+        let encoded = buffer.first_chunk::<{ Header::SIZE }>();
+        let theirs = encoded.and_then(Header::decode);
+        let theirs = theirs.ok_or_else(|| Failure::backend(format!("rank {from} sent something that is no message")))?;
+        Ok(call.header(receive.num_bytes()).check(self.members[call.rank], &theirs, from)?)
+    }
+}
+
+/// The header, followed by the payload where that is small.
+fn first_message(call: &Call, send: &Transfer) -> Vec<u8> {
+    let mut message = call.header(send.num_bytes()).encode().to_vec();
+    if send.num_bytes() <= INLINE_BYTES {
+        // SAFETY: the tensor is contiguous, on the CPU and of this many bytes.
+        message.extend_from_slice(unsafe { std::slice::from_raw_parts(bytes_of(&send.data), send.num_bytes()) });
+    }
+    message
+}
+
+impl Backend for GlooBackend {
+    fn exchange(&mut self, call: &Call, sends: &[Transfer], receives: &[Transfer]) -> Result<(), Failure> {
+        self.try_exchange(call, sends, receives).map_err(|failure| self.mesh.settle(failure))
+    }
+
+    fn split(&mut self, _call: &Call, group: &SubGroup) -> Result<Box<dyn Backend>, Failure> {
+        let members = group.members.iter().map(|&member| self.members[member]).collect();
+        Ok(Box::new(GlooBackend { mesh: Arc::clone(&self.mesh), id: group.id, members }))
+    }
+
+    fn failed(&mut self, _kind: &CommErrorKind) {
+        // SAFETY: the mesh is open, this is the thread that uses it, and the failed call's works are freed. Later
+        // calls of other groups get an error from the shim.
+        unsafe { tangelo_gloo_hang_up(self.mesh.raw) };
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        // Weak: a forgotten handle must not keep the connections open, by which others see this rank leave.
+        let mesh: Weak<Mesh> = Arc::downgrade(&self.mesh);
+        AbortHandle::new(move |reason| {
+            if let Some(mesh) = mesh.upgrade() {
+                mesh.abort(reason);
+            }
+        })
+    }
+}

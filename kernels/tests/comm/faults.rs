@@ -1,0 +1,74 @@
+//! Ranks that die, stop, disagree or are aborted: the others say so, and say who.
+
+use super::gloo::Ranks;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn start_working(size: usize, timeout: Duration) -> Ranks {
+    let ranks = Ranks::start("work", size, timeout, false);
+    let begin = Instant::now();
+    while ranks.store.add("working", 0).unwrap() < size as i64 {
+        assert!(begin.elapsed() < PATIENCE, "the ranks do not get to work");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    ranks
+}
+
+fn signal(ranks: &Ranks, rank: usize, signal: Signal) {
+    kill(Pid::from_raw(ranks.children[rank].id() as i32), signal).unwrap();
+}
+
+#[test]
+fn a_killed_rank_is_named_within_seconds() {
+    for victim in [0, 2] {
+        let mut ranks = start_working(3, PATIENCE);
+        let begin = Instant::now();
+        signal(&ranks, victim, Signal::SIGKILL);
+        for rank in (0..3).filter(|&rank| rank != victim) {
+            ranks.join(rank, PATIENCE);
+            let text = ranks.text(rank);
+            assert!(text.contains(&format!("lost rank {victim}")), "rank {rank}: {text}");
+        }
+        // A connection that closes shows at once; 2 s are spent on asking whether the lost rank left a reason, and
+        // once more where one lost rank leads to another.
+        assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
+fn a_stopped_rank_runs_the_others_into_the_deadline() {
+    let timeout = Duration::from_secs(2);
+    let mut ranks = start_working(3, timeout);
+    let begin = Instant::now();
+    signal(&ranks, 1, Signal::SIGSTOP);
+    for rank in [0, 2] {
+        ranks.join(rank, PATIENCE);
+        let text = ranks.text(rank);
+        // Who reaches the deadline second may see the first one leave, and then repeats what that one said.
+        assert!(text.contains("timed out after") && text.contains("rank 1"), "rank {rank}: {text}");
+    }
+    assert!(begin.elapsed() >= timeout && begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    signal(&ranks, 1, Signal::SIGKILL);
+}
+
+#[test]
+fn a_mismatch_between_processes_names_both_calls() {
+    let mut ranks = Ranks::start("mismatch", 2, PATIENCE, false);
+    (0..2).for_each(|rank| ranks.join(rank, PATIENCE));
+    let text = ranks.text(1);
+    for part in ["ranks disagree", "rank 1 is in broadcast", "80000 bytes", "rank 0 in broadcast", "40000 bytes"] {
+        assert!(text.contains(part), "{text}");
+    }
+    assert!(ranks.text(0).contains("ranks disagree"), "{}", ranks.text(0));
+}
+
+#[test]
+fn an_abort_ends_a_wait_and_is_seen_by_the_peer() {
+    let mut ranks = Ranks::start("abort", 2, PATIENCE, false);
+    (0..2).for_each(|rank| ranks.join(rank, PATIENCE));
+    assert!(ranks.text(1).contains("aborted: the user asked"), "{}", ranks.text(1));
+    assert!(ranks.text(0).contains("lost rank 1: aborted: the user asked"), "{}", ranks.text(0));
+}
