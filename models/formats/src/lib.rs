@@ -15,6 +15,7 @@ pub mod mmap;
 mod safetensors;
 pub mod tokenizer;
 pub mod weights;
+pub mod writer;
 
 pub use assets::Assets;
 pub use encoding::Encoding;
@@ -22,3 +23,4 @@ pub use error::{BoxError, FormatError};
 pub use mmap::Map;
 pub use tokenizer::TokenizerAssets;
 pub use weights::Weights;
+pub use writer::HfWriter;

@@ -1,0 +1,9 @@
+//! What needs files: weights, writers and tokenizers, against Python's own readers where there is a venv.
+
+mod common;
+mod convert;
+mod damage;
+mod gguf;
+mod peer;
+mod tokenizers;
+mod weights;
