@@ -74,10 +74,15 @@ impl Commit<'_> {
     pub fn run(&self) -> Result<PathBuf, CheckpointError> {
         let partial = folder::partial(&self.options.folder, self.step(), &self.options.attempt);
         let result = match self.options.rank {
-            0 => self.write_part(&partial).and_then(|()| self.complete(&partial)),
+            0 => self.remove_failed().and_then(|()| self.write_part(&partial)).and_then(|()| self.complete(&partial)),
             _ => self.write_part(&partial).map(|()| self.options.folder.join(folder::step_folder_name(self.step()))),
         };
         result.inspect_err(|error| self.clean_up(&partial, error))
+    }
+
+    /// What other ranks wrote of an earlier save after rank 0 had given it up would take space from this one.
+    fn remove_failed(&self) -> Result<(), CheckpointError> {
+        folder::remove_failed(&self.options.folder, &self.options.attempt, self.step())
     }
 
     fn step(&self) -> u64 {
@@ -208,7 +213,6 @@ impl Commit<'_> {
     /// Deletes the older checkpoints that [`super::Retention`] lets go, after this one is complete.
     pub fn prune(&self) -> Result<(), CheckpointError> {
         let options = self.options;
-        folder::remove_failed(&options.folder, &options.attempt, self.step())?;
         for step in options.retention.prunable(&folder::complete_steps(&options.folder)?) {
             let doomed = folder::set_deleting(&options.folder, step, &options.attempt)?;
             self.reached(SaveStage::BeforeDelete);
@@ -218,7 +222,7 @@ impl Commit<'_> {
     }
 
     /// Gives back the space of a failed save. Errors are dropped here: the one that led here is the one to report, and
-    /// what stays behind is removed at the next start.
+    /// what stays behind (other ranks may still be writing) is removed by the next save or start.
     fn clean_up(&self, partial: &Path, error: &CheckpointError) {
         if self.options.rank == 0 {
             folder::remove(partial).ok();

@@ -11,7 +11,8 @@ use thiserror::Error;
 pub enum CheckpointError {
     /// The disk, a quota or a file size limit is full.
     #[error(
-        "no space to write {path}: {written} of {needed} bytes fit ({source}); free space, lower checkpoint.keep_latest_k or move job.dump_folder, older checkpoints are untouched"
+        "no space to write {path}: {written} of {needed} bytes fit ({source}); free space, lower \
+         checkpoint.keep_latest_k or move job.dump_folder, older checkpoints are untouched"
     )]
     NoSpace {
         /// The file.
@@ -55,7 +56,8 @@ pub enum CheckpointError {
     },
     /// The step that was asked for was never saved, or pruned.
     #[error(
-        "{folder} holds no checkpoint of step {step}; it holds {present:?}: set checkpoint.load_step to one of these or to -1"
+        "{folder} holds no checkpoint of step {step}; it holds {present:?}: \
+             set checkpoint.load_step to one of these or to -1"
     )]
     NoSuchStep {
         /// The checkpoint folder.
@@ -67,7 +69,8 @@ pub enum CheckpointError {
     },
     /// There are checkpoints, and every one is damaged.
     #[error(
-        "no checkpoint in {folder} is usable: {problems}; restore a file from a backup, or move the folder away to start anew"
+        "no checkpoint in {folder} is usable: {problems}; \
+             restore a file from a backup, or move the folder away to start anew"
     )]
     NoneUsable {
         /// The checkpoint folder.
@@ -127,7 +130,8 @@ pub enum CheckpointError {
     },
     /// Optimizer state is wanted from a checkpoint that has none.
     #[error(
-        "{checkpoint} holds weights only (it was written with checkpoint.last_save_model_only), so there is no {kind} to resume from; set checkpoint.initial_load_model_only = true to start from its weights"
+        "{checkpoint} holds weights only (it was written with checkpoint.last_save_model_only), so there is no {kind} \
+             to resume from; set checkpoint.initial_load_model_only = true to start from its weights"
     )]
     ModelOnly {
         /// The checkpoint's folder.

@@ -76,7 +76,8 @@ pub(super) fn remove_stale(folder: &Path, attempt: &str) -> Result<(), Checkpoin
     names(folder)?.iter().filter(stale).try_for_each(|name| remove(&folder.join(name)))
 }
 
-/// Deletes `attempt`'s partial folders of steps before `step`, left by saves that failed.
+/// Deletes `attempt`'s partial folders of steps before `step`, left by saves that failed. No rank still writes
+/// into them that anybody waits for.
 pub(super) fn remove_failed(folder: &Path, attempt: &str, step: u64) -> Result<(), CheckpointError> {
     let own = format!(".{attempt}.partial");
     let failed = |name: &&String| name.strip_suffix(&own).and_then(parse_step).is_some_and(|earlier| earlier < step);

@@ -67,9 +67,7 @@ pub struct TrainState {
     pub seed: u64,
     /// The schedule's rate at `step`: a resumed run that computes another has another schedule.
     pub learning_rate: f64,
-    /// What the loader reads, as [`Loader::fingerprint`] gives it: another one means other data in the same order.
-    ///
-    /// [`Loader::fingerprint`]: ../../../tangelo_data/index.html
+    /// What the loader says it reads: another fingerprint means other data in the same order.
     pub loader_fingerprint: String,
 }
 

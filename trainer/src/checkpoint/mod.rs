@@ -3,19 +3,19 @@
 //! ```text
 //! step ends --copy--> Snapshot --channel of one--> saver thread ------------------------------> files
 //!  (device thread)    (host memory)               rank-NNNNN.safetensors, rank-NNNNN.json
-//!                                                 rank 0 only: waits for every rank's json, checks that the boxes
-//!                                                 cover every tensor, manifest.json, fsync, rename, fsync, prune
+//!                                                 rank 0 only: waits for every rank's json, checks that boxes
+//!                                                 cover the tensors, manifest.json, fsync, rename, prune
 //! ```
 //!
 //! | who | consumes | waits for | unblocked by | bounded by |
 //! |---|---|---|---|---|
-//! | the training step | - | the copy into a [`Snapshot`]; the save before this one | saver thread | one save in flight |
+//! | the training step | - | the copy into a [`Snapshot`]; the earlier save | saver thread | one save in flight |
 //! | saver thread | one snapshot | the disk; on rank 0 the other ranks' records | files appearing | `rank_deadline` |
 //!
 //! Invariants (tests cite them by number):
 //! 1. A folder named `step-NNNNNNNN` is complete: all its files were fsynced before it got that name.
 //! 2. Files of two attempts never meet: an unfinished folder carries the attempt's id in its name.
-//! 3. No save, whole or failed, changes the files of an older checkpoint; one is deleted only after a newer is complete.
+//! 3. No save, whole or failed, changes the files of an older checkpoint; one goes only after a newer is complete.
 //! 4. Any change of any byte of any file is noticed when the checkpoint is opened, and the file is named.
 //! 5. The distinct boxes of each tensor are disjoint and cover it, so any layout can be read from any other's files.
 //!

@@ -172,7 +172,7 @@ impl Saver {
 }
 
 impl Drop for Saver {
-    /// Gives up a save in flight ([`Saver::finish`] waits for it instead): the process is ending, its peers may be dead.
+    /// Gives up a save in flight ([`Saver::finish`] waits for it): the process is ending, its peers may be dead.
     fn drop(&mut self) {
         self.abandon.store(true, Ordering::Relaxed);
         self.jobs = None;

@@ -20,7 +20,7 @@ impl Snapshot {
         Snapshot { state, entries: Vec::new(), arena, used: 0 }
     }
 
-    /// Adds the box `indices` of a tensor; `fill` writes its elements, row-major, all of them. An empty box is left out.
+    /// Adds the box `indices` of a tensor; `fill` writes its elements, row-major, all of them. An empty one is skipped.
     pub fn push<E>(
         &mut self,
         kind: StateKind,
