@@ -110,12 +110,19 @@ impl Weights {
         if out.is_empty() {
             return Ok(());
         }
-        let Some(head) = stored.interleaved else {
-            self.decode(encoding, stored, rows.start * width, out);
-            return Ok(());
-        };
-        for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
-            self.decode(encoding, stored, stored_row(row, head) * width, out);
+        match stored.interleaved {
+            None => self.decode(encoding, stored, rows.start * width, out),
+            Some(head) => {
+                for (row, out) in rows.clone().zip(out.chunks_exact_mut(width)) {
+                    self.decode(encoding, stored, stored_row(row, head) * width, out);
+                }
+            }
+        }
+        let head = stored.interleaved.unwrap_or(1);
+        let touched = rows.start / head * head * width..rows.end.next_multiple_of(head) * width;
+        let bytes = bytes_of(encoding, stored, &touched);
+        if bytes.len() > RELEASE_BYTES {
+            self.files[stored.file].release(bytes);
         }
         Ok(())
     }
@@ -149,21 +156,17 @@ impl Weights {
 
     /// Decodes `out.len()` values from value `first` of a tensor on, which need not start or end a block.
     fn decode(&self, encoding: Encoding, stored: &Stored, first: usize, out: &mut [f32]) {
+        let bytes = bytes_of(encoding, stored, &(first..first + out.len()));
+        let bytes = &self.files[stored.file][bytes];
         let block = encoding.block_values();
-        let blocks = first / block..(first + out.len()).div_ceil(block);
-        let size = encoding.block_bytes();
-        let bytes = stored.bytes.start + blocks.start * size..stored.bytes.start + blocks.end * size;
-        let file = &self.files[stored.file];
-        let skipped = first - blocks.start * block;
-        if blocks.len() * block == out.len() {
-            encoding.decode(&file[bytes.clone()], out);
+        let skipped = first % block;
+        let held = bytes.len() / encoding.block_bytes() * block;
+        if held == out.len() {
+            encoding.decode(bytes, out);
         } else {
-            let mut whole = vec![0.0; blocks.len() * block];
-            encoding.decode(&file[bytes.clone()], &mut whole);
+            let mut whole = vec![0.0; held];
+            encoding.decode(bytes, &mut whole);
             out.copy_from_slice(&whole[skipped..skipped + out.len()]);
-        }
-        if bytes.len() > RELEASE_BYTES {
-            file.release(bytes);
         }
     }
 
@@ -195,6 +198,12 @@ impl Weights {
         let by_name = metas.iter().enumerate().map(|(i, m)| (m.name.clone(), i)).collect();
         Ok(Weights { path: path.to_owned(), spec, files, metas, stored, by_name })
     }
+}
+
+/// Where in its file the blocks lie that hold the values `values` of a tensor.
+fn bytes_of(encoding: Encoding, stored: &Stored, values: &Range<usize>) -> Range<usize> {
+    let (block, size) = (encoding.block_values(), encoding.block_bytes());
+    stored.bytes.start + values.start / block * size..stored.bytes.start + values.end.div_ceil(block) * size
 }
 
 /// The row of a tensor in the file that is row `row` of Hugging Face's, for heads of width `head`.

@@ -98,7 +98,10 @@ impl HfWriter {
         rows: &mut dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), BoxError>,
     ) -> Result<()> {
         let slot = self.slots.get_mut(name).ok_or_else(|| {
-            FormatError::request(name, format!("the model being written to {} has no such parameter", self.target.display()))
+            FormatError::request(
+                name,
+                format!("the model being written to {} has no such parameter", self.target.display()),
+            )
         })?;
         if slot.written {
             return Err(FormatError::request(name, "was written before"));
@@ -215,8 +218,10 @@ pub fn convert(
 fn refuse_occupied(target: &Path) -> Result<()> {
     let occupied = |detail: &str| FormatError::Occupied { path: target.to_owned(), detail: detail.to_owned() };
     match fs::read_dir(target) {
-        Ok(mut entries) if entries.next().is_some() => Err(occupied("is not empty")),
-        Ok(_) => Ok(()),
+        Ok(mut entries) => match entries.next() {
+            Some(_) => Err(occupied("is not empty")),
+            None => Ok(()),
+        },
         Err(_) if target.symlink_metadata().is_ok() => Err(occupied("is not a folder that can be read")),
         Err(_) => Ok(()),
     }

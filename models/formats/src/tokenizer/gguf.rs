@@ -46,7 +46,7 @@ enum Words {
 }
 
 /// Names of `tokenizer.ggml.pre`. Files from before the key existed (`default`) are taken for GPT-2's.
-const WORDS: [(&str, Words); 17] = [
+const WORDS: [(&str, Words); 16] = [
     ("default", Words::Gpt2),
     ("gpt-2", Words::Gpt2),
     ("phi-2", Words::Gpt2),
@@ -61,7 +61,6 @@ const WORDS: [(&str, Words); 17] = [
     ("llama-bpe", Words::Llama3),
     ("llama3", Words::Llama3),
     ("llama-v3", Words::Llama3),
-    ("smaug-bpe", Words::Llama3),
     ("qwen2", Words::Qwen2),
     ("deepseek-r1-qwen", Words::Qwen2),
 ];

@@ -116,8 +116,7 @@ impl TokenizerAssets {
 
     /// The contents of a `tokenizer.json`, indented.
     pub fn to_json(&self) -> String {
-        // Serialising plain data into memory has no way to fail; an empty tokenizer would be refused when loaded.
-        self.tokenizer.to_string(true).unwrap_or_default()
+        self.tokenizer.to_string(true).unwrap_or_else(|e| unreachable!("a tokenizer is plain data: {e}"))
     }
 
     /// The text of an id, also of special ones.
