@@ -18,14 +18,14 @@ pub struct Retention {
     /// The newest this many are kept; 0 keeps all.
     pub keep_latest_k: usize,
     /// Multiples of this many steps are kept for good; 0: none.
-    pub keep_every: usize,
+    pub keep_every: u64,
 }
 
 impl Retention {
     /// Which of the complete `steps` may go, now that the newest of them is complete.
     pub fn prunable(self, steps: &[u64]) -> Vec<u64> {
         let ordered: BTreeSet<u64> = steps.iter().copied().collect();
-        let milestone = |step: u64| self.keep_every > 0 && step.is_multiple_of(self.keep_every as u64);
+        let milestone = |step: u64| self.keep_every > 0 && step.is_multiple_of(self.keep_every);
         let older = ordered.len().saturating_sub(self.keep_latest_k);
         let count = if self.keep_latest_k == 0 { 0 } else { older };
         ordered.into_iter().take(count).filter(|&step| !milestone(step)).collect()

@@ -54,10 +54,19 @@ pub struct SaveReport {
 }
 
 type Done = (Vec<f32>, Result<SaveReport, CheckpointError>);
+type Fill = Box<dyn FnOnce(&mut Snapshot) + Send>;
+
+/// A snapshot, and what copies the state into it if that is yet to be done.
+struct Job {
+    snapshot: Snapshot,
+    fill: Option<Fill>,
+}
 
 /// Saves snapshots on a thread of its own, one at a time.
 pub struct Saver {
-    jobs: Option<SyncSender<Snapshot>>,
+    jobs: Option<SyncSender<Job>>,
+    copied: Receiver<()>,
+    copying: bool,
     done: Receiver<Done>,
     thread: Option<JoinHandle<()>>,
     abandon: Arc<AtomicBool>,
@@ -82,14 +91,17 @@ impl Saver {
         }
         let (jobs, inbox) = sync_channel(1);
         let (outbox, done) = sync_channel(1);
+        let (copies, copied) = sync_channel(1);
         let abandon = Arc::new(AtomicBool::new(false));
         let (asynchronous, gone, path) = (options.asynchronous, abandon.clone(), options.folder.clone());
         let thread = std::thread::Builder::new()
             .name("checkpoint".to_owned())
-            .spawn(move || serve(&options, &inbox, &outbox, &gone))
+            .spawn(move || serve(&options, &inbox, &copies, &outbox, &gone))
             .map_err(CheckpointError::io("start a thread for", &path))?;
         Ok(Saver {
             jobs: Some(jobs),
+            copied,
+            copying: false,
             done,
             thread: Some(thread),
             abandon,
@@ -100,6 +112,17 @@ impl Saver {
             reports: VecDeque::new(),
             error: None,
         })
+    }
+
+    /// Makes room for snapshots of `num_elements`, so that not even the first one waits for memory (the page
+    /// faults of fresh memory take longer than the copy). Without it, room is made as the first snapshot grows.
+    pub fn reserve(&mut self, num_elements: usize) {
+        const PAGE_ELEMENTS: usize = 1024;
+        self.wait();
+        if self.arena.len() < num_elements {
+            self.arena = vec![0f32; num_elements];
+            self.arena.iter_mut().step_by(PAGE_ELEMENTS).for_each(|element| *std::hint::black_box(element) = 0.0);
+        }
     }
 
     /// An empty snapshot in the memory of the one before; waits until that is written.
@@ -113,12 +136,37 @@ impl Saver {
     /// An error is that of an earlier save where saving is asynchronous, and this one has been started all the same:
     /// going on is a sound answer to it. Otherwise it is this save's.
     pub fn save(&mut self, snapshot: Snapshot) -> Result<Duration, CheckpointError> {
+        self.hand_over(snapshot, None)
+    }
+
+    /// As [`Saver::save`], but `fill` copies the state on the saver thread, while the next step's forward and backward
+    /// run: what it reads must not change until [`Saver::fence`] has returned, which belongs before every update.
+    pub fn save_lazily(
+        &mut self,
+        snapshot: Snapshot,
+        fill: impl FnOnce(&mut Snapshot) + Send + 'static,
+    ) -> Result<Duration, CheckpointError> {
+        self.hand_over(snapshot, Some(Box::new(fill)))
+    }
+
+    /// Waits until the state given to [`Saver::save_lazily`] has been copied; how long that took. Free where it has.
+    pub fn fence(&mut self) -> Duration {
+        let started = Instant::now();
+        if std::mem::take(&mut self.copying) && self.copied.recv().is_err() {
+            self.died();
+        }
+        started.elapsed()
+    }
+
+    fn hand_over(&mut self, snapshot: Snapshot, fill: Option<Fill>) -> Result<Duration, CheckpointError> {
         self.wait();
         let waited = std::mem::take(&mut self.waited);
         let jobs = self.jobs.as_ref().ok_or(CheckpointError::ThreadDied)?;
-        jobs.send(snapshot).map_err(|_| CheckpointError::ThreadDied)?;
+        self.copying = fill.is_some();
         self.in_flight = true;
-        if !self.asynchronous {
+        if jobs.send(Job { snapshot, fill }).is_err() {
+            self.died();
+        } else if !self.asynchronous {
             self.wait();
             self.waited = Duration::ZERO;
         }
@@ -129,7 +177,10 @@ impl Saver {
     pub fn poll(&mut self) -> Result<Option<SaveReport>, CheckpointError> {
         if self.in_flight {
             match self.done.try_recv() {
-                Ok(done) => self.settle(done),
+                Ok(done) => {
+                    self.fence();
+                    self.settle(done);
+                }
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => self.died(),
             }
@@ -148,6 +199,10 @@ impl Saver {
             return;
         }
         let started = Instant::now();
+        self.fence();
+        if !self.in_flight {
+            return;
+        }
         match self.done.recv() {
             Ok(done) => self.settle(done),
             Err(_) => self.died(),
@@ -165,7 +220,7 @@ impl Saver {
     }
 
     fn died(&mut self) {
-        self.in_flight = false;
+        (self.in_flight, self.copying) = (false, false);
         self.jobs = None;
         self.error = Some(CheckpointError::ThreadDied);
     }
@@ -182,9 +237,21 @@ impl Drop for Saver {
     }
 }
 
-fn serve(options: &SaverOptions, inbox: &Receiver<Snapshot>, outbox: &SyncSender<Done>, abandon: &AtomicBool) {
-    for snapshot in inbox {
+fn serve(
+    options: &SaverOptions,
+    inbox: &Receiver<Job>,
+    copies: &SyncSender<()>,
+    outbox: &SyncSender<Done>,
+    abandon: &AtomicBool,
+) {
+    for Job { mut snapshot, fill } in inbox {
         let started = Instant::now();
+        if let Some(fill) = fill {
+            fill(&mut snapshot);
+            if copies.send(()).is_err() {
+                return;
+            }
+        }
         let commit = Commit { options, snapshot: &snapshot, abandon };
         let result = commit.run().map(|path| {
             let prune_error =

@@ -48,6 +48,37 @@ fn the_caller_waits_for_the_copy_only_and_for_the_save_before() {
 }
 
 #[test]
+fn a_lazy_copy_is_fenced_off_from_the_update() {
+    let (folder, seed) = (tempfile::tempdir().unwrap(), fresh_seed());
+    let mut saver = Saver::start(options(folder.path(), 0, 1)).unwrap();
+    saver.reserve(3 * model().num_parameters());
+    let weights = Arc::new(Mutex::new(Truth::new(seed, 1)));
+    for step in 1..4 {
+        let (snapshot, shared) = (saver.begin(state(step)), weights.clone());
+        saver
+            .save_lazily(snapshot, move |snapshot| {
+                std::thread::sleep(Duration::from_millis(30));
+                shared.lock().unwrap().fill(snapshot, 0, &Layout::rows(1), &StateKind::ALL);
+            })
+            .unwrap();
+        let stalled = saver.fence();
+        assert!(stalled >= Duration::from_millis(20), "{stalled:?}");
+        assert!(saver.fence() < Duration::from_millis(20), "the second fence is free");
+        // The update: had the copy not been done, the checkpoint would hold the next step's values.
+        *weights.lock().unwrap() = Truth::new(seed, step + 1);
+    }
+    saver.finish().unwrap();
+    for step in 1..4 {
+        let checkpoint = find_usable(folder.path(), Some(step)).unwrap().checkpoint.unwrap();
+        Truth::new(seed, step).check(&checkpoint, &Layout::rows(1), &StateKind::ALL);
+    }
+    let snapshot = saver.begin(state(9));
+    saver.save_lazily(snapshot, |_| panic!("planted")).unwrap();
+    saver.fence();
+    assert!(matches!(saver.finish(), Err(CheckpointError::ThreadDied)));
+}
+
+#[test]
 fn a_synchronous_save_is_complete_when_it_returns() {
     let (folder, seed) = (tempfile::tempdir().unwrap(), fresh_seed());
     let mut saver = Saver::start(SaverOptions { asynchronous: false, ..options(folder.path(), 0, 1) }).unwrap();
@@ -69,11 +100,11 @@ fn the_newest_and_milestones_are_kept() {
 
 proptest! {
     #[test]
-    fn pruning_rules(steps in proptest::collection::btree_set(0u64..200, 1..20), k in 0usize..5, every in 0usize..7) {
+    fn pruning_rules(steps in proptest::collection::btree_set(0u64..200, 1..20), k in 0usize..5, every in 0u64..7) {
         let steps: Vec<u64> = steps.into_iter().collect();
         let doomed = Retention { keep_latest_k: k, keep_every: every }.prunable(&steps);
         for (age, step) in steps.iter().rev().enumerate() {
-            let milestone = every > 0 && step % every as u64 == 0;
+            let milestone = every > 0 && step % every == 0;
             prop_assert_eq!(doomed.contains(step), k > 0 && age >= k && !milestone, "step {}", step);
         }
         prop_assert!(!doomed.contains(steps.last().unwrap()));
