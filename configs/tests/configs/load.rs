@@ -26,34 +26,46 @@ fn unknown_keys_name_the_place_and_the_nearest_key() {
             job.toml:5:2: unknown section or key `trainng`; did you mean `training`?"#]],
     );
     text("steps = 10\n", expect!["job.toml:1:1: unknown section or key `steps`; did you mean `training.steps`?"]);
-    text("[optimizer]\nwarmup_steps = 3\n", expect![
-        "job.toml:2:1: unknown key `optimizer.warmup_steps`; did you mean `lr_scheduler.warmup_steps`?"
-    ]);
-    text("[data]\nsources = [{ path = 'x' }]\n", expect![
-        "job.toml:2:14: unknown key `data.sources.path`; did you mean `data.sources.paths`?"
-    ]);
-    text("model.rope_scaling = { rope_type = 'linear', facto = 2 }\n", expect![
-        "job.toml:1:46: unknown key `model.rope_scaling.facto`; did you mean `model.rope_scaling.factor`?"
-    ]);
-    text("[comm]\nqqq = 3\n", expect![
-        "job.toml:2:1: unknown key `comm.qqq`; [comm] has init_timeout_seconds, train_timeout_seconds"
-    ]);
+    text(
+        "[optimizer]\nwarmup_steps = 3\n",
+        expect!["job.toml:2:1: unknown key `optimizer.warmup_steps`; did you mean `lr_scheduler.warmup_steps`?"],
+    );
+    text(
+        "[data]\nsources = [{ path = 'x' }]\n",
+        expect!["job.toml:2:14: unknown key `data.sources.path`; did you mean `data.sources.paths`?"],
+    );
+    text(
+        "model.rope_scaling = { rope_type = 'linear', facto = 2 }\n",
+        expect!["job.toml:1:46: unknown key `model.rope_scaling.facto`; did you mean `model.rope_scaling.factor`?"],
+    );
+    text(
+        "[comm]\nqqq = 3\n",
+        expect!["job.toml:2:1: unknown key `comm.qqq`; [comm] has init_timeout_seconds, train_timeout_seconds"],
+    );
 }
 
 #[test]
 fn wrong_types_and_values_name_the_key() {
-    text("[training]\n  steps = \"many\"\n", expect![
-        r#"job.toml:2:11: `training.steps`: invalid type: string "many", expected a whole number of at least 0"#
-    ]);
-    text("[training]\nsteps = -1\n", expect![
-        "job.toml:2:9: `training.steps`: invalid value: integer `-1`, expected a whole number of at least 0"
-    ]);
-    text("[activation_checkpoint]\nmode = 'ful'\n", expect![
-        "job.toml:2:8: `activation_checkpoint.mode`: unknown variant `ful`, expected one of `none`, `selective`, `full`; did you mean `full`?"
-    ]);
-    text("[[data.sources]]\npaths = 'corpus.txt'\n", expect![
-        r#"job.toml:2:9: `data.sources.paths`: invalid type: string "corpus.txt", expected a sequence"#
-    ]);
+    text(
+        "[training]\n  steps = \"many\"\n",
+        expect![
+            r#"job.toml:2:11: `training.steps`: invalid type: string "many", expected a whole number of at least 0"#
+        ],
+    );
+    text(
+        "[training]\nsteps = -1\n",
+        expect!["job.toml:2:9: `training.steps`: invalid value: integer `-1`, expected a whole number of at least 0"],
+    );
+    text(
+        "[activation_checkpoint]\nmode = 'ful'\n",
+        expect![
+            "job.toml:2:8: `activation_checkpoint.mode`: unknown variant `ful`, expected one of `none`, `selective`, `full`; did you mean `full`?"
+        ],
+    );
+    text(
+        "[[data.sources]]\npaths = 'corpus.txt'\n",
+        expect![r#"job.toml:2:9: `data.sources.paths`: invalid type: string "corpus.txt", expected a sequence"#],
+    );
     text("[training]\nsteps = 10\nsteps = 11\n", expect!["job.toml:3:1: duplicate key"]);
     text("[training\nsteps = 10\n", expect!["job.toml:1:10: unclosed table, expected `]`"]);
 }
@@ -73,20 +85,28 @@ fn set_takes_toml_values_and_bare_strings() {
 
 #[test]
 fn bad_sets_say_so() {
-    bad_set("training.steps", expect![
-        "--set training.steps: expected table.key=value, such as --set training.steps=100"
-    ]);
-    bad_set("training.step=3", expect![
-        "--set training.step=3: unknown key `training.step`; did you mean `training.steps`?"
-    ]);
-    bad_set("training.steps=soon", expect![
-        r#"--set training.steps=soon: `training.steps`: invalid type: string "soon", expected a whole number of at least 0"#
-    ]);
+    bad_set(
+        "training.steps",
+        expect!["--set training.steps: expected table.key=value, such as --set training.steps=100"],
+    );
+    bad_set(
+        "training.step=3",
+        expect!["--set training.step=3: unknown key `training.step`; did you mean `training.steps`?"],
+    );
+    bad_set(
+        "training.steps=soon",
+        expect![
+            r#"--set training.steps=soon: `training.steps`: invalid type: string "soon", expected a whole number of at least 0"#
+        ],
+    );
     bad_set("training=3", expect!["--set training=3: `training` is a section; name a key in it: table.key=value"]);
-    bad_set("data.sources.1.weight=2", expect![
-        "--set data.sources.1.weight=2: `1` is no index into an array of 1"
-    ]);
-    bad_set("training.steps.x=2", expect!["--set training.steps.x=2: unknown key `training.steps.x`: `training.steps` is a value, it has no keys"]);
+    bad_set("data.sources.1.weight=2", expect!["--set data.sources.1.weight=2: `1` is no index into an array of 1"]);
+    bad_set(
+        "training.steps.x=2",
+        expect![
+            "--set training.steps.x=2: unknown key `training.steps.x`: `training.steps` is a value, it has no keys"
+        ],
+    );
 }
 
 #[test]
@@ -100,7 +120,8 @@ fn includes_are_read_first_relative_to_their_file() {
     };
     write("base/model.toml", "[model]\nflavor = 'debugmodel'\n[model.rope_scaling]\nrope_type='linear'\nfactor=2\n");
     write("base/common.toml", "include = ['model.toml']\n[training]\nsteps = 1\nseq_len = 64\n");
-    let job = write("job.toml", "include = ['base/common.toml']\n[training]\nsteps = 2\n[data]\nsources=[{paths=['a']}]\n");
+    let job =
+        write("job.toml", "include = ['base/common.toml']\n[training]\nsteps = 2\n[data]\nsources=[{paths=['a']}]\n");
     let config = load(&job, &["training.seq_len=32".into()]).unwrap();
     assert_eq!(config.model.flavor.as_deref(), Some("debugmodel"));
     assert_eq!((config.training.steps, config.training.seq_len), (2, 32));

@@ -63,7 +63,8 @@ fn presets_resolve_and_resolve_again_to_the_same_plan() {
         for world_size in [1, 2, 8] {
             let assets = assets_for(preset.toml);
             let config = load_str(preset.toml, preset.name, &[]).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
-            let plan = resolve(config, &machine(world_size), &assets).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
+            let plan =
+                resolve(config, &machine(world_size), &assets).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("config.toml");
             std::fs::write(&file, plan.to_toml().unwrap()).unwrap();

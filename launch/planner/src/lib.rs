@@ -1,1 +1,18 @@
-//! What a plan costs: memory, FLOPs, the walk of a batch.
+//! What a plan costs, before it runs: parameters, FLOPs, memory, and the way of a batch through a step.
+//!
+//! Pure functions of a [`Plan`](tangelo_configs::Plan): no device is asked, nothing is measured. `tangelo check` prints
+//! [`render_check`]; a worker prints [`Memory::render`] where memory runs out.
+//!
+//! Deliberately absent: time. A search over layouts and a cost model of collectives come with the layouts to choose
+//! from.
+
+pub mod check;
+pub mod flops;
+pub mod layers;
+pub mod memory;
+pub mod table;
+pub mod walk;
+
+pub use check::render_check;
+pub use flops::{FlopsPerToken, flops_per_token};
+pub use memory::{Memory, predict};
