@@ -1,0 +1,186 @@
+//! From text to token shards: parallel, in order, restartable.
+//!
+//! The work is done once per source. A folder is finished when it has a `manifest.json`; until then every finished
+//! shard is kept, and the next run checks it and goes on behind it. A folder made from something else is refused.
+
+mod pipeline;
+
+use crate::encode::TextTokenizer;
+use crate::error::{DataError, IoContext, Result};
+use crate::files;
+use crate::manifest::{MANIFEST_NAME, Manifest, ORIGIN_NAME, Origin, StoredOptions, StoredTokenizer, TOKENIZER_NAME};
+use crate::manifest::read_json;
+use crate::progress::Progress;
+use crate::shard::{ShardRecord, record_name, shard_name};
+use crate::source::{MAX_DOCUMENT_BYTES, ScannedFile, discover, scan};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What to prepare and how.
+#[derive(Clone, Debug)]
+pub struct PrepareOptions {
+    /// Files, folders or globs.
+    pub paths: Vec<String>,
+    /// Column with the text, in files that have columns.
+    pub text_column: String,
+    /// tokenizer.json, a folder with one, or a GGUF file.
+    pub tokenizer: PathBuf,
+    /// Where shards and the manifest go.
+    pub folder: PathBuf,
+    /// A shard is closed after this many tokens.
+    pub shard_tokens: usize,
+    /// Tokenising threads; 0: one per core. The output does not depend on it.
+    pub num_threads: usize,
+    /// Bytes of text between reader and writer.
+    pub buffer_bytes: usize,
+    /// Longer documents are cut at line borders.
+    pub max_document_bytes: usize,
+    /// Start over where the folder was made from something else.
+    pub overwrite: bool,
+}
+
+impl PrepareOptions {
+    /// Defaults for `paths`, `tokenizer` and `folder`.
+    pub fn new(paths: Vec<String>, tokenizer: impl Into<PathBuf>, folder: impl Into<PathBuf>) -> PrepareOptions {
+        PrepareOptions {
+            paths,
+            text_column: "text".into(),
+            tokenizer: tokenizer.into(),
+            folder: folder.into(),
+            shard_tokens: 1 << 26,
+            num_threads: 0,
+            buffer_bytes: 64 << 20,
+            max_document_bytes: MAX_DOCUMENT_BYTES,
+            overwrite: false,
+        }
+    }
+}
+
+/// Tokenises everything that `options` names into `options.folder`, or finds it done.
+///
+/// # Errors
+/// [`DataError::Mismatch`] where the folder was made from other sources, tokenizer or options; every error leaves
+/// finished shards in place, from which the next call goes on.
+pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Manifest> {
+    if options.shard_tokens == 0 {
+        return Err(DataError::Options("shard_tokens is 0: a shard needs at least one token".into()));
+    }
+    let tokenizer = TextTokenizer::open(&options.tokenizer)?;
+    let folder = &options.folder;
+    fs::create_dir_all(folder).at("create", folder)?;
+    let origin = scan_origin(options, &tokenizer, progress)?;
+    if let Some(before) = read_origin(folder)? {
+        match before.check_same(&origin, folder) {
+            Ok(()) => {}
+            Err(mismatch) if !options.overwrite => return Err(mismatch),
+            Err(_) => clear(folder)?,
+        }
+    }
+    if let Some(manifest) = finished(folder)? {
+        return Ok(manifest);
+    }
+    files::write_json(&folder.join(ORIGIN_NAME), &origin)?;
+    save_tokenizer(&tokenizer, folder)?;
+    let shards = keep_good_shards(folder, progress)?;
+    let shards = pipeline::tokenise(options, &tokenizer, &origin, shards, progress)?;
+    let manifest = Manifest::new(origin, shards);
+    if manifest.documents == 0 {
+        return Err(DataError::Options(format!("{}: the files hold no text at all", options.paths.join(", "))));
+    }
+    files::write_json(&folder.join(MANIFEST_NAME), &manifest)?;
+    Ok(manifest)
+}
+
+/// Looks at every file; the results of an earlier look spare reading unchanged ones again.
+fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &dyn Progress) -> Result<Origin> {
+    progress.phase("looking at source files");
+    let found = discover(&options.paths)?;
+    let known = read_origin(&options.folder).ok().flatten().map(|o| o.files).unwrap_or_default();
+    let files = scan(found, &known)?;
+    warn_of_skipped(&files, progress);
+    if files.iter().all(|f| f.skipped.is_some()) {
+        let reason = format!("none of its {} files is text", files.len());
+        return Err(DataError::Source { pattern: options.paths.join(", "), reason });
+    }
+    let stored = StoredOptions {
+        text_column: options.text_column.clone(),
+        shard_tokens: options.shard_tokens,
+        max_document_bytes: options.max_document_bytes,
+    };
+    let about = StoredTokenizer {
+        vocab_size: tokenizer.vocab_size(),
+        eos: tokenizer.eos(),
+        bos: tokenizer.bos(),
+        token_type: tokenizer.token_type(),
+    };
+    Ok(Origin::new(files, stored, about, tokenizer.assets().fingerprint()))
+}
+
+fn warn_of_skipped(files: &[ScannedFile], progress: &dyn Progress) {
+    let skipped: Vec<&ScannedFile> = files.iter().filter(|f| f.skipped.is_some()).collect();
+    let Some(first) = skipped.first() else { return };
+    let reason = first.skipped.as_deref().unwrap_or_default();
+    let (name, count) = (first.file.path.display(), skipped.len());
+    progress.warn(&format!("left out {count} of {} files that are not text, such as {name} ({reason})", files.len()));
+}
+
+fn read_origin(folder: &Path) -> Result<Option<Origin>> {
+    let path = folder.join(ORIGIN_NAME);
+    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+}
+
+/// The manifest, if there is one and its shards are all there, whole.
+fn finished(folder: &Path) -> Result<Option<Manifest>> {
+    if !folder.join(MANIFEST_NAME).exists() {
+        return Ok(None);
+    }
+    let manifest = Manifest::read(folder)?;
+    if manifest.shards.iter().all(|shard| shard.verify(folder, true).is_ok()) {
+        return Ok(Some(manifest));
+    }
+    let path = folder.join(MANIFEST_NAME);
+    fs::remove_file(&path).at("remove", &path)?;
+    Ok(None)
+}
+
+/// The longest run of shards from the first that are there and whole; whatever else looks like a shard is removed.
+fn keep_good_shards(folder: &Path, progress: &dyn Progress) -> Result<Vec<ShardRecord>> {
+    let mut kept = Vec::new();
+    while let Ok(record) = read_json::<ShardRecord>(&folder.join(record_name(kept.len()))) {
+        if record.file != shard_name(kept.len()) || record.verify(folder, true).is_err() {
+            progress.warn(&format!("{} in {} is damaged and made again", shard_name(kept.len()), folder.display()));
+            break;
+        }
+        kept.push(record);
+    }
+    for path in shard_files(folder)? {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if !(0..kept.len()).any(|i| name == shard_name(i) || name == record_name(i)) {
+            fs::remove_file(&path).at("remove", &path)?;
+        }
+    }
+    Ok(kept)
+}
+
+/// Files of the folder that are shards, records of shards, or unfinished ones.
+fn shard_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).at("list", folder)?.collect::<std::io::Result<Vec<_>>>().at("list", folder)?;
+    let paths = entries.into_iter().map(|entry| entry.path());
+    Ok(paths.filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("shard-"))).collect())
+}
+
+/// Removes what preparation wrote, and nothing else.
+fn clear(folder: &Path) -> Result<()> {
+    let mut ours = vec![folder.join(MANIFEST_NAME), folder.join(ORIGIN_NAME)];
+    ours.extend(shard_files(folder)?);
+    for path in ours.into_iter().filter(|p| p.exists()) {
+        fs::remove_file(&path).at("remove", &path)?;
+    }
+    Ok(())
+}
+
+/// Keeps the tokenizer with the tokens: a prepared folder can be decoded without anything else.
+fn save_tokenizer(tokenizer: &TextTokenizer, folder: &Path) -> Result<()> {
+    let path = folder.join(TOKENIZER_NAME);
+    tokenizer.assets().save(folder).map_err(|e| DataError::Tokenizer { path, reason: e.to_string() })
+}

@@ -1,0 +1,135 @@
+//! JSON lines: one object per line, the text under one of its keys.
+
+use super::Documents;
+use crate::error::{DataError, IoContext, Result};
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use std::fmt;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// Documents of a file of JSON lines.
+pub(super) struct JsonLines {
+    path: PathBuf,
+    input: BufReader<Box<dyn Read + Send>>,
+    column: String,
+    line: Vec<u8>,
+    line_number: u64,
+}
+
+impl JsonLines {
+    pub(super) fn new(path: &Path, input: Box<dyn Read + Send>, column: &str) -> JsonLines {
+        let input = BufReader::with_capacity(1 << 18, input);
+        JsonLines { path: path.into(), input, column: column.into(), line: Vec::new(), line_number: 0 }
+    }
+
+    fn parse(&self) -> Result<String> {
+        let mut deserializer = serde_json::Deserializer::from_slice(&self.line);
+        let found = Field(&self.column).deserialize(&mut deserializer).and_then(|f| deserializer.end().map(|()| f));
+        match found {
+            Ok(Found::Text(text)) => Ok(text),
+            Ok(Found::Null) => Ok(String::new()),
+            Ok(Found::Missing(keys)) => {
+                Err(DataError::Column { path: self.path.clone(), column: self.column.clone(), found: keys.join(", ") })
+            }
+            Err(error) => {
+                let hint = if self.line.starts_with(b"[") {
+                    "; a JSON array is not JSON lines: write one object per line"
+                } else {
+                    ""
+                };
+                Err(DataError::file(&self.path, format!("line {}: {error}{hint}", self.line_number)))
+            }
+        }
+    }
+}
+
+impl Documents for JsonLines {
+    fn next_document(&mut self) -> Result<Option<String>> {
+        loop {
+            self.line.clear();
+            self.line_number += 1;
+            if self.input.read_until(b'\n', &mut self.line).at("read", &self.path)? == 0 {
+                return Ok(None);
+            }
+            if !self.line.trim_ascii().is_empty() {
+                return self.parse().map(Some);
+            }
+        }
+    }
+}
+
+enum Found {
+    Text(String),
+    Null,
+    Missing(Vec<String>),
+}
+
+/// Reads one key of an object as text and passes over the others.
+struct Field<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for Field<'_> {
+    type Value = Found;
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> std::result::Result<Found, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Field<'_> {
+    type Value = Found;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "a JSON object with the text under `{}`", self.0)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Found, A::Error> {
+        let (mut found, mut others) = (None, Vec::new());
+        while let Some(key) = map.next_key::<std::borrow::Cow<str>>()? {
+            if key == self.0 {
+                found = Some(map.next_value::<Option<String>>()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+                if found.is_none() {
+                    others.push(key.into_owned());
+                }
+            }
+        }
+        Ok(match found {
+            Some(Some(text)) => Found::Text(text),
+            Some(None) => Found::Null,
+            None => Found::Missing(others),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    fn read(text: &str) -> Result<Vec<String>> {
+        let input = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
+        let mut lines = JsonLines::new(Path::new("a.jsonl"), input, "text");
+        std::iter::from_fn(|| lines.next_document().transpose()).collect()
+    }
+
+    #[test]
+    fn picks_the_column() {
+        let text = "{\"id\": [1, {}], \"text\": \"a\\u00e9\\n\"}\n\n{\"text\": null}\r\n{\"text\": \"\", \"z\": 0}";
+        assert_eq!(read(text).unwrap(), ["a\u{e9}\n", "", ""]);
+    }
+
+    #[test]
+    fn bad_lines_are_named() {
+        let check = |text: &str, expected: expect_test::Expect| expected.assert_eq(&read(text).unwrap_err().to_string());
+        check(
+            "{\"question\": 1, \"answer\": 2}",
+            expect!["a.jsonl: no text column `text`; columns there are: question, answer. Set text_column to one of them"],
+        );
+        check("{\"text\": \"a\"}\n{\"text\": 1}", expect![
+            "a.jsonl: line 2: invalid type: integer `1`, expected a string at line 1 column 10"
+        ]);
+        check("[{\"text\": \"a\"}]", expect![[
+            "a.jsonl: line 1: invalid type: sequence, expected a JSON object with the text under `text` at line 1 column 0; a JSON array is not JSON lines: write one object per line"
+        ]]);
+    }
+}

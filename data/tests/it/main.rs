@@ -1,0 +1,5 @@
+//! The data pipeline from files to batches.
+
+mod loading;
+mod preparing;
+mod support;
