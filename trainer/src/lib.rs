@@ -1,3 +1,28 @@
-//! Recipes, block executor, optimizers, checkpoints; the binary tangelo-worker.
+//! What a rank runs: recipes, the block executor, optimizers, checkpoints; the binary `tangelo-worker`.
+//!
+//! ```text
+//! bin/tangelo-worker -> recipe::pretrain -> TrainWorker { BlockExecutor -> models, Optimizer -> comm } -> checkpoint
+//!                    -> verb::{generate, score, eval, export}
+//! ```
+//!
+//! Invariants: one thread (the device thread) touches tensors; a step's decisions (skip, stop, resume) are the same on
+//! every rank; the update has the same bits for every ZeRO scope. Deliberately absent: hooks and callbacks.
 
 pub mod checkpoint;
+pub mod error;
+pub mod executor;
+pub mod faults;
+pub mod init;
+pub mod micro_batch;
+pub mod open_model;
+pub mod optim;
+pub mod persist;
+pub mod process;
+pub mod recipe;
+pub mod sample;
+pub mod shards;
+pub mod verb;
+pub mod worker;
+
+pub use error::{ErrorKind, TrainError};
+pub use worker::TrainWorker;

@@ -1,2 +1,75 @@
-//! The worker binary.
-fn main() {}
+//! The worker: one rank of a job, or one verb that needs tensors.
+//!
+//! `tangelo` starts it; `tangelo-worker train CONFIG.toml` also works under torchrun and srun. Other verbs take one
+//! JSON argument (tangelo_configs::requests). Tensors live on the device thread; this thread waits and reports.
+
+use std::path::Path;
+use std::process::exit;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use tangelo_configs::resolve::{self, Resources};
+use tangelo_configs::Plan;
+use tangelo_kernels::device::DeviceThread;
+use tangelo_trainer::error::{Result, TrainError};
+use tangelo_trainer::process::{die_with_supervisor, report_error, RankInfo, StopFlag};
+use tangelo_trainer::{recipe, verb};
+
+const USAGE: &str = "usage: tangelo-worker train CONFIG.toml [--set table.key=value ...]
+       tangelo-worker generate|score|eval|export REQUEST.json-text
+This program is started by `tangelo`; see `tangelo --help`.";
+
+fn main() {
+    die_with_supervisor();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let step = Arc::new(AtomicU64::new(0));
+    if let Err(e) = dispatch(&arguments, &step) {
+        let rank = RankInfo::from_env().map_or(0, |info| info.rank);
+        report_error(rank, step.load(Ordering::Relaxed), &e);
+        exit(e.kind().exit_code());
+    }
+}
+
+fn dispatch(arguments: &[String], step: &Arc<AtomicU64>) -> Result<()> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["train", config, sets @ ..] => train(Path::new(config), sets, step),
+        ["generate", request] => on_device(parse(request)?, |r| verb::generate::run(&r)),
+        ["score", request] => on_device(parse(request)?, |r| verb::score::run(&r)),
+        ["eval", request] => on_device(parse(request)?, |r| verb::eval::run(&r)),
+        ["export", request] => on_device(parse(request)?, |r| verb::export::run(&r)),
+        _ => Err(TrainError::Config(USAGE.into())),
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| TrainError::Config(format!("the request is not understood: {e}\n{USAGE}")))
+}
+
+/// Runs `job` on a device thread of its own: a panic of libtorch becomes an error.
+fn on_device<T: Send + 'static, R: Send + 'static>(
+    input: T,
+    job: impl FnOnce(T) -> Result<R> + Send + 'static,
+) -> Result<R> {
+    let thread = DeviceThread::spawn("device", || Ok::<(), TrainError>(()))?;
+    thread.call(move |()| job(input))
+}
+
+fn train(config: &Path, sets: &[&str], step: &Arc<AtomicU64>) -> Result<()> {
+    let info = RankInfo::from_env()?;
+    let stop = StopFlag::install()?;
+    let plan = load_plan(config, sets, &info)?;
+    let step = step.clone();
+    let outcome = on_device((plan, info), move |(plan, info)| recipe::pretrain::run(&plan, &info, &stop, &step))?;
+    if outcome.stopped {
+        eprintln!("stopped by a signal after step {}; start the same command again to go on", outcome.step);
+    }
+    Ok(())
+}
+
+fn load_plan(config: &Path, sets: &[&str], info: &RankInfo) -> Result<Plan> {
+    let sets: Vec<String> = sets.iter().filter(|s| **s != "--set").map(|s| (*s).to_owned()).collect();
+    let config_error = |e: tangelo_configs::ConfigError| TrainError::Config(e.to_string());
+    let job = resolve::load(config, &sets).map_err(config_error)?;
+    let resources = Resources::of_this_machine(info.world_size, info.local_world_size).map_err(config_error)?;
+    resolve::resolve(job, &resources, &tangelo_formats::Assets).map_err(config_error)
+}

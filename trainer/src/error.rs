@@ -1,0 +1,112 @@
+//! What can go wrong on a rank, by what the caller does about it.
+
+use serde::Serialize;
+use thiserror::Error;
+
+/// Who has to act.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The job's file, or what it names.
+    Config,
+    /// The data or a model's files.
+    Data,
+    /// This machine: memory, GPU, disk.
+    Device,
+    /// Another rank.
+    Peer,
+    /// Us.
+    Internal,
+}
+
+impl ErrorKind {
+    /// The exit code of the process; the one table for the whole project.
+    pub const fn exit_code(self) -> i32 {
+        match self {
+            ErrorKind::Internal => 1,
+            ErrorKind::Config => 2,
+            ErrorKind::Data => 3,
+            ErrorKind::Device => 4,
+            ErrorKind::Peer => 5,
+        }
+    }
+}
+
+/// An error of a rank.
+#[derive(Debug, Error)]
+pub enum TrainError {
+    /// The job's file, or what it names.
+    #[error("{0}")]
+    Config(String),
+    /// Data, checkpoint or model files.
+    #[error("{0}")]
+    Data(String),
+    /// Memory, GPU, disk.
+    #[error("{0}")]
+    Device(String),
+    /// A collective failed because another rank did.
+    #[error("{0}")]
+    Peer(String),
+    /// Our own bug, with what libtorch or a panic said.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl TrainError {
+    /// Who has to act.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            TrainError::Config(_) => ErrorKind::Config,
+            TrainError::Data(_) => ErrorKind::Data,
+            TrainError::Device(_) => ErrorKind::Device,
+            TrainError::Peer(_) => ErrorKind::Peer,
+            TrainError::Internal(_) => ErrorKind::Internal,
+        }
+    }
+
+    /// What a panic on the device thread means: libtorch's out-of-memory is the machine's, the rest is ours.
+    pub fn from_panic(message: String) -> TrainError {
+        let lower = message.to_lowercase();
+        if lower.contains("out of memory") || lower.contains("can't allocate memory") {
+            return TrainError::Device(message);
+        }
+        TrainError::Internal(message)
+    }
+}
+
+/// Results on a rank.
+pub type Result<T> = std::result::Result<T, TrainError>;
+
+impl From<tangelo_core::BatchError> for TrainError {
+    fn from(e: tangelo_core::BatchError) -> TrainError {
+        TrainError::Data(e.to_string())
+    }
+}
+
+impl From<tangelo_kernels::device::DeviceError> for TrainError {
+    fn from(e: tangelo_kernels::device::DeviceError) -> TrainError {
+        use tangelo_kernels::device::DeviceError;
+        match e {
+            DeviceError::Panicked { .. } => TrainError::from_panic(e.to_string()),
+            other => TrainError::Device(other.to_string()),
+        }
+    }
+}
+
+impl From<tangelo_core::MeshError> for TrainError {
+    fn from(e: tangelo_core::MeshError) -> TrainError {
+        TrainError::Config(e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn out_of_memory_is_the_machines() {
+        let oom = "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to ...";
+        assert_eq!(TrainError::from_panic(oom.into()).kind(), ErrorKind::Device);
+        assert_eq!(TrainError::from_panic("index out of bounds".into()).kind().exit_code(), 1);
+    }
+}

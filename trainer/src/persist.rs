@@ -1,0 +1,122 @@
+//! A worker's state into checkpoints and out of them.
+//!
+//! Every box that a rank owns is copied out of the model into one arena, then the step goes on; where several ranks own
+//! the same box, [`plan_writes`] says who writes it. Reading goes through boxes too, so that a checkpoint of any layout
+//! loads into any other.
+
+use crate::checkpoint::{plan_writes, Checkpoint, CheckpointError, Saver, StateKind, TrainState};
+use crate::error::{Result, TrainError};
+use crate::init::TensorSource;
+use crate::optim::OwnedState;
+use crate::worker::TrainWorker;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::Duration;
+use tangelo_configs::Plan;
+use tangelo_core::{IndexBox, ParamMeta};
+use tch::{Device, Tensor};
+
+/// Which state tensors this rank writes: the kind and the index among [`OwnedState`]s.
+#[derive(Debug)]
+pub struct WritePlan {
+    full: Vec<(StateKind, usize)>,
+    weights_only: Vec<(StateKind, usize)>,
+}
+
+impl WritePlan {
+    /// What `worker` writes among all ranks of the plan.
+    pub fn new(plan: &Plan, worker: &TrainWorker) -> WritePlan {
+        let for_kinds = |kinds: &[StateKind]| assign(plan, worker, kinds);
+        WritePlan { full: for_kinds(&StateKind::ALL), weights_only: for_kinds(&[StateKind::Param]) }
+    }
+}
+
+fn assign(plan: &Plan, worker: &TrainWorker, kinds: &[StateKind]) -> Vec<(StateKind, usize)> {
+    let metas: Vec<&ParamMeta> = worker.model().units().iter().flat_map(|u| u.spans()).map(|s| &s.meta).collect();
+    let world_size = plan.mesh.world_size();
+    let boxes = |meta: &ParamMeta| (0..world_size).map(|rank| worker.zero().box_of(meta, rank)).collect::<Vec<_>>();
+    let held: Vec<Vec<IndexBox>> = kinds.iter().flat_map(|_| metas.iter().map(|meta| boxes(meta))).collect();
+    let owned = owned_by_name(worker);
+    let mine = &plan_writes(world_size, &held)[worker.rank()];
+    let locate = |&tensor: &usize| (kinds[tensor / metas.len()], owned[metas[tensor % metas.len()].name.as_str()]);
+    mine.iter().map(locate).collect()
+}
+
+fn owned_by_name(worker: &TrainWorker) -> HashMap<&str, usize> {
+    let states = worker.optimizer().states().iter().enumerate();
+    states.map(|(i, s)| (meta_of(worker, s).name.as_str(), i)).collect()
+}
+
+fn meta_of<'a>(worker: &'a TrainWorker, state: &OwnedState) -> &'a ParamMeta {
+    &worker.model().units()[state.unit].spans()[state.range.param].meta
+}
+
+fn tensor_of(state: &OwnedState, kind: StateKind) -> &Tensor {
+    match kind {
+        StateKind::Param => &state.master,
+        StateKind::ExpAvg => &state.exp_avg,
+        StateKind::ExpAvgSq => &state.exp_avg_sq,
+    }
+}
+
+/// Copies what this rank writes out of the model and hands it to `saver`; how long that took or waited.
+pub fn save(
+    worker: &TrainWorker,
+    writes: &WritePlan,
+    saver: &mut Saver,
+    state: TrainState,
+    weights_only: bool,
+) -> std::result::Result<Duration, CheckpointError> {
+    let start = std::time::Instant::now();
+    let mut snapshot = saver.begin(state);
+    for &(kind, index) in if weights_only { &writes.weights_only } else { &writes.full } {
+        let owned = &worker.optimizer().states()[index];
+        let meta = meta_of(worker, owned);
+        let indices = worker.zero().box_of(meta, worker.rank());
+        let host = tensor_of(owned, kind).to_device(Device::Cpu);
+        let copied: std::result::Result<(), std::convert::Infallible> = snapshot.push(kind, meta, &indices, |out| {
+            host.copy_data(out, out.len());
+            Ok(())
+        });
+        let Ok(()) = copied;
+    }
+    saver.save(snapshot)?;
+    Ok(start.elapsed())
+}
+
+/// Fills weights and, unless `weights_only`, optimizer states from a checkpoint of any layout.
+pub fn restore(worker: &mut TrainWorker, from: &Checkpoint, weights_only: bool) -> Result<()> {
+    from.check_model(worker.model().spec()).map_err(data_error)?;
+    let kinds: &[StateKind] = if weights_only { &[StateKind::Param] } else { &StateKind::ALL };
+    let mut buffer = Vec::new();
+    for owned in worker.optimizer().states() {
+        let meta = meta_of(worker, owned);
+        let indices = worker.zero().box_of(meta, worker.rank());
+        buffer.resize(indices.volume(), 0f32);
+        for &kind in kinds {
+            from.read(kind, &meta.name, &indices, &mut buffer).map_err(data_error)?;
+            tch::no_grad(|| tensor_of(owned, kind).shallow_clone().copy_(&Tensor::from_slice(&buffer)));
+        }
+    }
+    let num_updates = if weights_only { 0 } else { from.state().num_updates };
+    worker.adopt_state(num_updates)
+}
+
+fn data_error(e: CheckpointError) -> TrainError {
+    TrainError::Data(e.to_string())
+}
+
+impl TensorSource for Checkpoint {
+    fn read_f32(&self, meta: &ParamMeta, rows: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String> {
+        let mut indices = IndexBox::full(&meta.shape);
+        indices.ranges[0] = rows.into();
+        self.read(StateKind::Param, &meta.name, &indices, out).map_err(|e| e.to_string())
+    }
+}
+
+impl TensorSource for tangelo_formats::Weights {
+    fn read_f32(&self, meta: &ParamMeta, rows: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String> {
+        tangelo_formats::Weights::read_f32(self, &meta.name, rows, out).map_err(|e| e.to_string())
+    }
+}
+

@@ -1,0 +1,167 @@
+//! When a run saves, what it resumes from, and that all ranks agree on both.
+
+use super::recorder::Recorder;
+use crate::checkpoint::{
+    find_usable, step_folder_name, Checkpoint, Retention, SaveEvent, SaveStage, Saver, SaverOptions, TrainState, Verify,
+};
+use crate::error::{Result, TrainError};
+use crate::faults::{kill_self, Fault, FaultKind};
+use crate::persist::{self, WritePlan};
+use crate::process::RankInfo;
+use crate::worker::TrainWorker;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tangelo_configs::job::AsyncMode;
+use tangelo_configs::Plan;
+use tangelo_kernels::comm::Communicator;
+
+/// A run's saving; nothing is saved where `checkpoint.enable` is false.
+pub struct Checkpointing {
+    active: Option<(Saver, WritePlan)>,
+    interval: u64,
+    last_weights_only: bool,
+    last_step: u64,
+    saved: u64,
+}
+
+impl Checkpointing {
+    /// The checkpoint that every rank is to go on from: rank 0 looks, the others are told.
+    pub fn find(plan: &Plan, info: &RankInfo, comm: &Communicator, recorder: &mut Recorder) -> Result<Option<Checkpoint>> {
+        if !plan.config.checkpoint.enable {
+            return Ok(None);
+        }
+        let folder = folder(plan);
+        let (mut chosen, mut answer) = (None, String::from("none"));
+        if info.rank == 0 {
+            match look(plan, recorder) {
+                Ok(found) => {
+                    answer = found.as_ref().map_or("none".into(), |c| format!("step {}", c.step()));
+                    chosen = found;
+                }
+                Err(e) => answer = format!("error {e}"),
+            }
+        }
+        let told = tell(comm, &answer)?;
+        if let Some(message) = told.strip_prefix("error ") {
+            return Err(TrainError::Data(message.into()));
+        }
+        let step: Option<u64> = told.strip_prefix("step ").and_then(|s| s.parse().ok());
+        match step {
+            Some(step) if info.rank != 0 => {
+                let path = folder.join(step_folder_name(step));
+                Checkpoint::open(&path, Verify::Sizes).map(Some).map_err(|e| TrainError::Data(e.to_string()))
+            }
+            _ => Ok(chosen),
+        }
+    }
+
+    /// Starts saving after the choice of what to resume from.
+    pub fn start(plan: &Plan, info: &RankInfo, worker: &TrainWorker, resumed_from: Option<u64>) -> Result<Checkpointing> {
+        let config = &plan.config.checkpoint;
+        let attempt = tell(worker.data(), &attempt_name())?;
+        let active = if config.enable {
+            let fault = Fault::from_env(info.rank, info.restart_count)?;
+            let options = SaverOptions {
+                folder: folder(plan),
+                rank: info.rank,
+                world_size: info.world_size,
+                attempt,
+                resumed_from,
+                retention: Retention { keep_latest_k: config.keep_latest_k, keep_every: config.keep_every as u64 },
+                asynchronous: config.async_mode == AsyncMode::Async,
+                rank_deadline: Duration::from_secs(plan.config.comm.init_timeout_seconds),
+                config_toml: plan.to_toml().map_err(|e| TrainError::Config(e.to_string()))?,
+                model: plan.model.clone(),
+                observer: fault.and_then(kill_in_save),
+            };
+            let saver = Saver::start(options).map_err(|e| TrainError::Device(e.to_string()))?;
+            Some((saver, WritePlan::new(plan, worker)))
+        } else {
+            None
+        };
+        Ok(Checkpointing {
+            active,
+            interval: config.interval as u64,
+            last_weights_only: config.last_save_model_only,
+            last_step: plan.config.training.steps as u64,
+            saved: resumed_from.unwrap_or(0),
+        })
+    }
+
+    /// Whether to save after `step`: at the interval, at the end, and when asked to stop.
+    pub fn due(&self, step: u64, steps: u64, stopped: bool) -> bool {
+        let at_interval = self.interval > 0 && step.is_multiple_of(self.interval);
+        self.active.is_some() && step != self.saved && (at_interval || step == steps || stopped)
+    }
+
+    /// Saves; training goes on as soon as the state is copied. A save that failed is reported and the run goes on.
+    pub fn save(&mut self, worker: &TrainWorker, state: &TrainState, recorder: &mut Recorder) -> Result<()> {
+        let Some((saver, writes)) = &mut self.active else { return Ok(()) };
+        let weights_only = self.last_weights_only && state.step == self.last_step;
+        match persist::save(worker, writes, saver, state.clone(), weights_only) {
+            Ok(stalled) => recorder.stalled(stalled),
+            Err(e) => recorder.warn(state.step, &format!("a checkpoint was not saved: {e}")),
+        }
+        self.saved = state.step;
+        self.report(recorder)
+    }
+
+    /// Reports saves that ended since the last look.
+    fn report(&mut self, recorder: &mut Recorder) -> Result<()> {
+        let Some((saver, _)) = &mut self.active else { return Ok(()) };
+        loop {
+            match saver.poll() {
+                Ok(Some(report)) => recorder.saved(report.step, report.seconds),
+                Ok(None) => return Ok(()),
+                Err(e) => recorder.warn(self.saved, &format!("a checkpoint was not saved: {e}")),
+            }
+        }
+    }
+
+    /// Waits for the last save; here a failure is an error.
+    pub fn finish(&mut self, recorder: &mut Recorder) -> Result<()> {
+        let Some((saver, _)) = &mut self.active else { return Ok(()) };
+        for report in saver.finish().map_err(|e| TrainError::Device(e.to_string()))? {
+            recorder.saved(report.step, report.seconds);
+        }
+        Ok(())
+    }
+}
+
+fn folder(plan: &Plan) -> PathBuf {
+    plan.config.job.dump_folder.join(&plan.config.checkpoint.folder)
+}
+
+/// Rank 0: the checkpoint asked for or the newest usable one; damaged ones are named.
+fn look(plan: &Plan, recorder: &mut Recorder) -> Result<Option<Checkpoint>> {
+    let asked = plan.config.checkpoint.load_step;
+    let found = find_usable(&folder(plan), u64::try_from(asked).ok()).map_err(|e| TrainError::Data(e.to_string()))?;
+    for warning in &found.warnings {
+        recorder.warn(warning.step, &warning.to_string());
+    }
+    Ok(found.checkpoint)
+}
+
+/// What rank 0 says, on every rank.
+fn tell(comm: &Communicator, words: &str) -> Result<String> {
+    let all = comm.all_gather_bytes(words.as_bytes())?;
+    Ok(String::from_utf8_lossy(&all[0]).into_owned())
+}
+
+fn attempt_name() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    format!("{now:x}-{}", std::process::id())
+}
+
+/// Tests only: the process dies while the checkpoint of that step is being written.
+fn kill_in_save(fault: Fault) -> Option<crate::checkpoint::SaveObserver> {
+    if fault.kind != FaultKind::KillInSave {
+        return None;
+    }
+    Some(Arc::new(move |event: SaveEvent| {
+        if event.step == fault.step && event.stage == SaveStage::ShardWritten {
+            kill_self();
+        }
+    }))
+}

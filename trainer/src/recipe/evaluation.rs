@@ -1,0 +1,97 @@
+//! Evaluation on held-out documents, and samples of what the model writes.
+
+use super::recorder::Recorder;
+use super::setup::{data_error, loader_options};
+use crate::checkpoint::TrainState;
+use crate::error::Result;
+use crate::process::RankInfo;
+use crate::sample::Sampler;
+use crate::verb::{self, generate};
+use crate::worker::TrainWorker;
+use std::time::Instant;
+use tangelo_configs::Plan;
+use tangelo_core::LossSpec;
+use tangelo_data::{Loader, Split};
+use tangelo_formats::tokenizer::{self, TokenizerAssets};
+
+/// The held-out data and when to look at it.
+pub struct Evaluation {
+    freq: u64,
+    last_step: u64,
+    active: Option<HeldOut>,
+    /// Rank 0 only, where samples are wanted.
+    samples: Option<Samples>,
+}
+
+struct HeldOut {
+    loader: Loader,
+    num_batches: u64,
+    global_batch_size: u64,
+}
+
+struct Samples {
+    tokenizer: TokenizerAssets,
+    prompts: Vec<String>,
+    num_tokens: usize,
+}
+
+impl Evaluation {
+    /// Opens the held-out split where `validation.enable` says so.
+    pub fn new(plan: &Plan, info: &RankInfo) -> Result<Evaluation> {
+        let v = &plan.config.validation;
+        let active = if v.enable {
+            let loader = Loader::open(loader_options(plan, info.rank, Split::Validation)).map_err(data_error)?;
+            let all = (loader.len() / plan.global_batch_size as u64).max(1);
+            let num_batches = u64::try_from(v.steps).map_or(all, |n| n.min(all));
+            Some(HeldOut { loader, num_batches, global_batch_size: plan.global_batch_size as u64 })
+        } else {
+            None
+        };
+        let wanted = info.rank == 0 && v.enable && v.sample_tokens > 0 && !v.prompts.is_empty();
+        let samples = plan.config.data.tokenizer.as_ref().filter(|_| wanted).map(|path| -> Result<Samples> {
+            let tokenizer = tokenizer::load(path).map_err(|e| crate::TrainError::Data(e.to_string()))?;
+            Ok(Samples { tokenizer, prompts: v.prompts.clone(), num_tokens: v.sample_tokens })
+        });
+        let last_step = plan.config.training.steps as u64;
+        Ok(Evaluation { freq: v.freq.max(1) as u64, last_step, active, samples: samples.transpose()? })
+    }
+
+    /// Whether to evaluate after `step`.
+    pub fn due(&self, step: u64) -> bool {
+        self.active.is_some() && (step.is_multiple_of(self.freq) || step == self.last_step)
+    }
+
+    /// Evaluates on every rank; rank 0 also samples.
+    pub fn run(&mut self, worker: &TrainWorker, state: &TrainState, loss: &LossSpec, recorder: &mut Recorder) -> Result<()> {
+        let Some(held_out) = &self.active else { return Ok(()) };
+        let start = Instant::now();
+        let batches = (0..held_out.num_batches)
+            .map(|i| held_out.loader.batch_at(i * held_out.global_batch_size).map_err(data_error));
+        let mean = worker.evaluate(batches, loss)?;
+        recorder.evaluated(state.step, mean, start.elapsed());
+        if let Some(samples) = &self.samples {
+            samples.write(worker, state.step, recorder)?;
+        }
+        Ok(())
+    }
+}
+
+impl Samples {
+    fn write(&self, worker: &TrainWorker, step: u64, recorder: &mut Recorder) -> Result<()> {
+        let model = worker.model();
+        let sampler = Sampler { temperature: 0.8, top_k: 0, top_p: 0.95, seed: step };
+        let stop_ids = generate::stop_ids(model, Some(&self.tokenizer));
+        let options = generate::Options { sampler, max_new_tokens: self.num_tokens, stop_ids, cache: true };
+        for prompt in &self.prompts {
+            let ids = verb::encode(&self.tokenizer, prompt)?;
+            let mut written = Vec::new();
+            generate::generate(model, &ids, &options, |token| {
+                written.push(token.id);
+                Ok(())
+            })?;
+            let text = self.tokenizer.tokenizer.decode(&written, true).unwrap_or_default();
+            recorder.sample(step, prompt, &text);
+        }
+        Ok(())
+    }
+}

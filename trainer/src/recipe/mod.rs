@@ -1,0 +1,7 @@
+//! The loops that every rank runs.
+
+pub mod checkpointing;
+pub mod evaluation;
+pub mod pretrain;
+pub mod recorder;
+pub mod setup;

@@ -1,0 +1,201 @@
+//! What happens before the first step: meet the other ranks, build the model, give it values, open the data.
+
+use super::checkpointing::Checkpointing;
+use super::recorder::Recorder;
+use crate::checkpoint::{find_usable, Checkpoint, TrainState};
+use crate::error::{Result, TrainError};
+use crate::open_model::{self, Source};
+use crate::process::{threads_for, RankInfo};
+use crate::verb::export;
+use crate::worker::TrainWorker;
+use crate::{init, persist};
+use std::path::PathBuf;
+use std::time::Duration;
+use tangelo_configs::Plan;
+use tangelo_data::{Loader, LoaderOptions, LoaderSource, Prefetcher, Split};
+use tangelo_kernels::comm::{gloo, Communicator};
+use tangelo_kernels::device;
+use tch::Device;
+
+/// Everything the loop needs.
+pub struct Setup {
+    /// This rank's share of the model.
+    pub worker: TrainWorker,
+    /// Where training stands.
+    pub state: TrainState,
+    /// This rank's rows of the global batches that follow.
+    pub batches: Batches,
+    /// Saving.
+    pub checkpoints: Checkpointing,
+}
+
+/// The global batches from a position on, this rank's rows of each.
+pub struct Batches(Prefetcher);
+
+impl Batches {
+    /// The next one.
+    #[allow(clippy::should_implement_trait)]
+    pub fn next(&mut self) -> Result<tangelo_core::Batch> {
+        self.0.next().map_err(data_error)
+    }
+}
+
+/// Builds everything, in the order in which errors are cheapest.
+pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Setup> {
+    let device = open_model::choose_device(plan.config.training.device, info.local_rank)?;
+    device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
+    let loader = Loader::open(loader_options(plan, info.rank, Split::Train)).map_err(data_error)?;
+    recorder.phase("meeting the other ranks");
+    let data = connect(plan, info, device)?;
+    recorder.phase("building the model");
+    let mut worker = TrainWorker::new(plan, info.rank, data, device)?;
+    let found = Checkpointing::find(plan, info, worker.data(), recorder)?;
+    let fingerprint = loader.fingerprint();
+    let state = match &found {
+        Some(checkpoint) => resume(plan, &mut worker, checkpoint, &fingerprint)?,
+        None => start(plan, &mut worker, fingerprint, recorder)?,
+    };
+    let checkpoints = Checkpointing::start(plan, info, &worker, found.as_ref().map(Checkpoint::step))?;
+    recorder.begin(&state, &worker)?;
+    let batches = Batches(Prefetcher::start(loader, state.global_sample_index, plan.global_batch_size as u64));
+    Ok(Setup { worker, state, batches, checkpoints })
+}
+
+/// What this rank's loader reads.
+pub fn loader_options(plan: &Plan, rank: usize, split: Split) -> LoaderOptions {
+    let data = &plan.config.data;
+    LoaderOptions {
+        sources: LoaderSource::of_job(&plan.config),
+        split,
+        seq_len: plan.config.training.seq_len,
+        packing: data.packing,
+        document_mask: data.document_mask,
+        seed: plan.config.debug.seed,
+        global_batch_size: plan.global_batch_size,
+        data_rank: rank,
+        data_size: plan.data_parallel_size,
+    }
+}
+
+fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator> {
+    if info.world_size == 1 {
+        return Ok(Communicator::single_on(device));
+    }
+    let meeting = gloo::GlooOptions {
+        rank: info.rank,
+        size: info.world_size,
+        master_addr: info.master_addr.clone(),
+        master_port: info.master_port,
+        host_store: info.rank == 0 && !info.agent_store,
+        prefix: format!("{}/{}", info.run_id, info.restart_count),
+        init_timeout: Duration::from_secs(plan.config.comm.init_timeout_seconds),
+        timeout: Duration::from_secs(plan.config.comm.train_timeout_seconds),
+        interface: None,
+    };
+    Ok(gloo::connect(&meeting)?)
+}
+
+/// Goes on from a checkpoint of this run.
+fn resume(plan: &Plan, worker: &mut TrainWorker, from: &Checkpoint, fingerprint: &str) -> Result<TrainState> {
+    let state = from.state().clone();
+    if state.loader_fingerprint != fingerprint {
+        return Err(TrainError::Data(format!(
+            "{} was trained on other data (fingerprint {}, now {fingerprint}): the order of samples would silently \
+             differ. Restore the data and the [data] section, or start a new run with another job.dump_folder and \
+             checkpoint.initial_load_path = \"{}\"",
+            from.path().display(),
+            state.loader_fingerprint,
+            from.path().display()
+        )));
+    }
+    let expected = plan.schedule().lr(state.step as usize);
+    if state.step > 0 && state.learning_rate != expected {
+        eprintln!(
+            "warning: the schedule changed: step {} had a learning rate of {:e}, now {expected:e}",
+            state.step, state.learning_rate
+        );
+    }
+    persist::restore(worker, from, false)?;
+    Ok(state)
+}
+
+/// Starts at step 0: from the seed, a pre-trained model, or another run's checkpoint.
+fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &mut Recorder) -> Result<TrainState> {
+    let fresh = TrainState {
+        step: 0,
+        num_updates: 0,
+        global_sample_index: 0,
+        tokens_seen: 0,
+        skipped_steps: 0,
+        consecutive_skipped_steps: 0,
+        seed: plan.config.debug.seed,
+        learning_rate: 0.0,
+        loader_fingerprint: fingerprint,
+    };
+    let Some(path) = initial_path(plan) else {
+        init::from_seed(worker.model(), plan.config.debug.seed);
+        worker.adopt_weights();
+        return Ok(fresh);
+    };
+    recorder.phase(&format!("loading {}", path.display()));
+    let source = Source::open(&path, None)?;
+    match &source {
+        Source::Checkpoint(checkpoint) => {
+            let weights_only = plan.config.checkpoint.initial_load_model_only;
+            persist::restore(worker, checkpoint, weights_only)?;
+            Ok(if weights_only { fresh } else { TrainState { loader_fingerprint: fresh.loader_fingerprint, ..checkpoint.state().clone() } })
+        }
+        Source::Pretrained(weights) => {
+            check_shapes(plan, weights.spec(), &path)?;
+            init::from_source(worker.model(), source.tensors())?;
+            worker.adopt_weights();
+            Ok(fresh)
+        }
+    }
+}
+
+fn initial_path(plan: &Plan) -> Option<PathBuf> {
+    let checkpoint = &plan.config.checkpoint;
+    let assets = plan.config.model.hf_assets_path.clone().filter(|_| checkpoint.initial_load_in_hf);
+    checkpoint.initial_load_path.clone().or(assets)
+}
+
+/// The first parameter in which a pre-trained model differs from the plan's.
+fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::path::Path) -> Result<()> {
+    let dtype = tangelo_core::DType::F32;
+    let (expected, found) = (plan.model.parameters(dtype), found.parameters(dtype));
+    for meta in &expected {
+        let other = found.iter().find(|m| m.name == meta.name).map(|m| &m.shape);
+        if other != Some(&meta.shape) {
+            return Err(TrainError::Config(format!(
+                "{}: {} has shape {other:?} there, {:?} in [model]; give the flavor of the weights or none",
+                path.display(),
+                meta.name,
+                meta.shape
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The newest checkpoint as a Hugging Face folder, `export` in the run folder.
+pub fn export_last(plan: &Plan, step: u64) -> Result<()> {
+    let run = &plan.config.job.dump_folder;
+    let folder = run.join(&plan.config.checkpoint.folder);
+    let found = find_usable(&folder, Some(step)).map_err(|e| TrainError::Data(e.to_string()))?;
+    let Some(checkpoint) = found.checkpoint else {
+        return Err(TrainError::Data(format!("{} holds no checkpoint of step {step} to export", folder.display())));
+    };
+    let source = Source::Checkpoint(checkpoint);
+    let tokenizer = source.tokenizer(run).ok();
+    let output = run.join("export");
+    if output.exists() {
+        std::fs::remove_dir_all(&output).map_err(|e| TrainError::Device(format!("{}: {e}", output.display())))?;
+    }
+    export::write(&source, tokenizer.as_ref(), export::dtype_of(plan.config.checkpoint.export_dtype), &output)
+}
+
+/// Data errors are the data's.
+pub fn data_error(e: tangelo_data::DataError) -> TrainError {
+    TrainError::Data(e.to_string())
+}

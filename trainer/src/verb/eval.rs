@@ -1,0 +1,103 @@
+//! `eval`: perplexity of a model on files.
+//!
+//! Documents are cut into windows of `seq_len` tokens that overlap by one, so that every token but a document's first
+//! is predicted exactly once; the first is predicted too where the tokenizer puts a start-of-text token before it.
+
+use super::generate::print_line;
+use super::score::logprobs;
+use crate::error::{Result, TrainError};
+use crate::open_model;
+use serde_json::json;
+use tangelo_configs::requests::EvalRequest;
+use tangelo_data::source::{discover, OpenFile, MAX_DOCUMENT_BYTES};
+use tangelo_data::DataError;
+
+/// Windows are no longer than this unless asked for: attention is quadratic in it.
+const DEFAULT_SEQ_LEN: usize = 2048;
+
+/// Sums over documents.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Totals {
+    documents: u64,
+    bytes: u64,
+    tokens: u64,
+    negative_logprob: f64,
+}
+
+impl Totals {
+    fn loss(&self) -> f64 {
+        self.negative_logprob / self.tokens as f64
+    }
+
+    fn bits_per_byte(&self) -> f64 {
+        self.negative_logprob / std::f64::consts::LN_2 / self.bytes as f64
+    }
+}
+
+/// The verb.
+pub fn run(request: &EvalRequest) -> Result<()> {
+    let opened = open_model::open(&request.model)?;
+    let tokenizer = opened.tokenizer?;
+    let longest = opened.model.spec().max_position_embeddings;
+    let seq_len = if request.seq_len > 0 { request.seq_len } else { longest.min(DEFAULT_SEQ_LEN) };
+    if seq_len > longest {
+        return Err(TrainError::Config(format!("--seq-len {seq_len} is longer than the model's {longest} positions")));
+    }
+    let column = request.text_column.as_deref().unwrap_or("text");
+    let failed = |e: DataError| TrainError::Data(e.to_string());
+    let mut totals = Totals::default();
+    for file in discover(&request.paths).map_err(failed)? {
+        let mut documents = OpenFile::open(&file, column, MAX_DOCUMENT_BYTES).map_err(failed)?;
+        while let Some(text) = documents.next_document().map_err(failed)? {
+            let ids = super::encode(&tokenizer, &text)?;
+            super::check_ids(&ids, opened.model.spec().vocab_size)?;
+            totals.documents += 1;
+            totals.bytes += text.len() as u64;
+            for window in windows(&ids, seq_len) {
+                let scored = logprobs(&opened.model, window);
+                totals.tokens += scored.len() as u64;
+                totals.negative_logprob -= scored.iter().sum::<f64>();
+            }
+        }
+    }
+    if totals.tokens == 0 {
+        return Err(TrainError::Data(format!("{:?}: no document has two tokens or more to evaluate", request.paths)));
+    }
+    report(&totals, request.json)
+}
+
+/// Windows of at most `seq_len + 1` ids: `seq_len` inputs and as many targets; neighbours share one id.
+fn windows(ids: &[u32], seq_len: usize) -> impl Iterator<Item = &[u32]> {
+    (0..ids.len().saturating_sub(1)).step_by(seq_len).map(move |start| &ids[start..(start + seq_len + 1).min(ids.len())])
+}
+
+fn report(totals: &Totals, as_json: bool) -> Result<()> {
+    if as_json {
+        return print_line(
+            &json!({
+                "loss": totals.loss(), "perplexity": totals.loss().exp(), "bits_per_byte": totals.bits_per_byte(),
+                "tokens": totals.tokens, "documents": totals.documents, "bytes": totals.bytes,
+            })
+            .to_string(),
+        );
+    }
+    print_line(&format!("loss           {:.4} nats per token", totals.loss()))?;
+    print_line(&format!("perplexity     {:.3}", totals.loss().exp()))?;
+    print_line(&format!("bits per byte  {:.4}", totals.bits_per_byte()))?;
+    print_line(&format!("tokens         {} in {} documents ({} bytes)", totals.tokens, totals.documents, totals.bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_but_the_first_is_predicted_once() {
+        for n in 0..40u32 {
+            let ids: Vec<u32> = (0..n).collect();
+            let targets: Vec<u32> = windows(&ids, 7).flat_map(|w| w[1..].to_vec()).collect();
+            assert_eq!(targets, (1..n).collect::<Vec<_>>());
+            assert!(windows(&ids, 7).all(|w| w.len() <= 8));
+        }
+    }
+}
