@@ -9,6 +9,7 @@ mod pins;
 mod quickstart;
 mod setup;
 mod shell;
+mod soak;
 mod test;
 
 use anyhow::Result;
@@ -36,6 +37,8 @@ enum Command {
     Quickstart(quickstart::Options),
     /// Set up, then check everything: format, lints, docs, build, tests.
     Test(test::Options),
+    /// Kill a run again and again; its end must have the bits of an undisturbed one's.
+    Soak(soak::Options),
     /// Write the text that `quickstart` trains on: one JSON line per file.
     Corpus {
         /// Folder or file to take text from; the crates in cargo's registry where absent.
@@ -68,6 +71,7 @@ fn run() -> Result<()> {
         }
         Command::Quickstart(options) => quickstart::run(&repo, &options),
         Command::Test(options) => test::run(&repo, &options),
+        Command::Soak(options) => soak::run(&repo, &options),
         Command::Corpus { path, output, bytes } => {
             let summary = corpus::write(path.as_deref(), &output, bytes)?;
             println!("{summary}");
