@@ -37,6 +37,13 @@ env_vars! {
     SLURM_PROCID = "SLURM_PROCID", "Slurm", "Global rank where srun started the ranks.";
     SLURM_LOCALID = "SLURM_LOCALID", "Slurm", "Local rank where srun started the ranks.";
     SLURM_NTASKS = "SLURM_NTASKS", "Slurm", "World size where srun started the ranks.";
+    SLURM_STEP_ID = "SLURM_STEP_ID", "Slurm", "Number of the job step; only processes that srun started have one.";
+    SLURM_JOB_ID = "SLURM_JOB_ID", "Slurm", "Number of the job; decides MASTER_PORT where srun started the ranks and it is not set.";
+    SLURM_NODEID = "SLURM_NODEID", "Slurm", "Index of this node where srun started the ranks.";
+    SLURM_NNODES = "SLURM_NNODES", "Slurm", "Number of nodes where srun started the ranks.";
+    SLURM_TASKS_PER_NODE = "SLURM_TASKS_PER_NODE", "Slurm", "Ranks on each node where srun started them, such as 2(x3),1.";
+    SLURM_NODELIST = "SLURM_STEP_NODELIST", "Slurm", "Nodes of the step; the first is MASTER_ADDR where that is not set.";
+    CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES", "user", "GPUs to use; `--nproc-per-node auto` starts one rank for each.";
     ERROR_FILE = "TANGELO_ERROR_FILE", "tangelo run", "File into which a rank writes its last error as JSON before it exits.";
     PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run", "File descriptor on which rank 0 writes progress as JSON lines, for the launcher's bar.";
     SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run", "Process id of the launcher: a worker that finds another parent exits.";

@@ -1,2 +1,47 @@
-//! The user binary.
-fn main() {}
+//! The user's binary: starts at once, links no libtorch, and runs `tangelo-worker` for whatever needs tensors.
+//!
+//! Invariants: a command either does what it was asked or ends with one message on stderr and the exit code of
+//! [`error::LaunchError::exit_code`]. Deliberately absent: an async runtime (one supervisor thread waits for signals
+//! and children; pipes have threads of their own).
+
+mod cli;
+mod error;
+mod run;
+mod verbs;
+mod worker;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
+use error::LaunchError;
+use std::io::Write;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(&cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let label = if run::use_colors(&std::io::stderr()) { "\u{1b}[31;1merror:\u{1b}[0m" } else { "error:" };
+            let _ = writeln!(std::io::stderr(), "{label} {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn dispatch(command: &Command) -> Result<(), LaunchError> {
+    match command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Check(arguments) => verbs::check(arguments),
+        Command::Data(command) => verbs::data(command),
+        Command::Export(a) => worker::become_worker(a.worker(), "export", &a.request()),
+        Command::Generate(a) => worker::become_worker(a.worker(), "generate", &a.request()),
+        Command::Score(a) => worker::become_worker(a.worker(), "score", &a.request()),
+        Command::Eval(a) => worker::become_worker(a.worker(), "eval", &a.request()),
+        Command::Report(arguments) => verbs::report(arguments),
+        Command::Schema(arguments) => verbs::schema(arguments),
+        Command::Completions(arguments) => {
+            clap_complete::generate(arguments.shell, &mut Cli::command(), "tangelo", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}

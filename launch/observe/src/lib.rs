@@ -10,6 +10,7 @@ pub mod failure;
 pub mod metric;
 pub mod progress;
 pub mod records;
+pub mod report;
 pub mod tensorboard;
 pub mod writer;
 

@@ -1,0 +1,85 @@
+//! The report of whole, half, empty and odd runs.
+
+use super::*;
+use crate::{EventLog, Metric, MetricsWriter, SampleLog};
+
+fn page(folder: &Path) -> String {
+    let path = write(folder).unwrap();
+    let text = std::fs::read_to_string(path).unwrap();
+    // Nothing that a browser would fetch.
+    for outside in ["http://", "https://", "src=", "href=", "@import", "url("] {
+        let found = text.replace("http://www.w3.org/2000/svg", "");
+        assert!(!found.contains(outside), "the page refers to something outside: {outside}");
+    }
+    assert!(!text.contains("NaN"), "a position or a number that is none");
+    text
+}
+
+/// A run with everything that can be recorded.
+fn write_run(folder: &Path, steps: u64) {
+    let config = "[job]\ndescription = \"a <b> & c\"\n[model]\nname = \"llama\"\nhidden_size = 64\nnum_hidden_layers = 2\n[training]\nsteps = 100\n";
+    std::fs::write(folder.join(files::CONFIG), config).unwrap();
+    let mut events = EventLog::open(folder);
+    events.append(EventKind::Start, None, "2 ranks");
+    let mut metrics = MetricsWriter::open(folder, None, 0);
+    for step in 1..=steps {
+        let values: Vec<(Metric, f64)> =
+            Metric::ALL.iter().enumerate().map(|(i, &m)| (m, (i + 1) as f64 + 1.0 / step as f64)).collect();
+        metrics.record(step, &values);
+    }
+    events.append(EventKind::Restart, Some(steps / 2), "restart 1");
+    let mut samples = SampleLog::open(folder, 0);
+    samples.append(&SampleRecord { step: 5, prompt: "<script>".into(), text: "alert(1)</script>\u{0}".into() });
+    events.append(EventKind::Done, Some(steps), "all ranks ended well");
+}
+
+#[test]
+fn a_whole_run() {
+    let folder = tempfile::tempdir().unwrap();
+    write_run(folder.path(), 10);
+    let page = page(folder.path());
+    for part in ["Loss", "Gradient norm", "Learning rate", "Tokens per second", "time goes", "utilisation", "memory"] {
+        assert!(page.contains(part), "{part}");
+    }
+    assert_eq!(page.matches("<svg").count(), 7);
+    assert!(!page.contains("nothing recorded"), "a metric is in no chart");
+    assert!(page.contains("class=\"status good\">done") && page.contains("class=\"restart\""));
+    assert!(page.contains("a &lt;b&gt; &amp; c") && page.contains("2 layers of width 64"));
+    assert!(page.contains("&lt;script&gt;") && page.contains("alert(1)&lt;/script&gt;"), "samples are not code");
+}
+
+#[test]
+fn a_hundred_thousand_steps_make_no_larger_page_than_a_thousand() {
+    let sizes = [1000, 100_000].map(|steps| {
+        let folder = tempfile::tempdir().unwrap();
+        write_run(folder.path(), steps);
+        page(folder.path()).len()
+    });
+    // Longer step numbers in the text, and nothing else.
+    assert!(sizes[1] < sizes[0] * 6 / 5, "{sizes:?}");
+    assert!(sizes[1] < 1 << 19, "{sizes:?}");
+}
+
+#[test]
+fn runs_that_have_little_to_show() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(page(folder.path()).contains("nothing recorded"));
+
+    std::fs::write(folder.path().join(files::CONFIG), "not = [toml").unwrap();
+    std::fs::write(folder.path().join(files::METRICS), "{\"step\":1,\"time\":5,\"loss\":\"NaN\"}\n{\"step\":2,\"lo")
+        .unwrap();
+    let half = page(folder.path());
+    assert!(half.contains("not finished") && half.contains("no finite value recorded"), "{half}");
+    assert!(half.contains("not = [toml"));
+
+    EventLog::open(folder.path()).append(EventKind::Failure, Some(1), "rank 1 <died>");
+    let failed = page(folder.path());
+    assert!(failed.contains("status bad") && failed.contains("rank 1 &lt;died&gt;"));
+}
+
+#[test]
+fn durations_and_times_are_readable() {
+    let until = |time| duration_text(0.0, &[MetricRecord { step: 1, time, values: vec![] }], &[]).unwrap();
+    assert_eq!([59.4, 61.0, 7321.0].map(until), ["59 s", "1 min 1 s", "2 h 2 min"]);
+    assert_eq!(time_text(1_772_366_405.7), "2026-03-01 12:00:05 UTC");
+}

@@ -1,0 +1,283 @@
+//! `tangelo run`: from a job file to ranks that train, and what is said when it ends.
+//!
+//! ```text
+//! load, resolve -> lock RUN -> same run? -> prepare data -> RUN/config.toml -> attempt -> ok -------> report
+//!                                                              ^                  |
+//!                                                              +--- restart? <----+ first failure
+//! ```
+//! A process that torchrun or Slurm started as one rank goes the same way up to the configuration, then becomes the
+//! worker ([`external`]).
+
+mod culprit;
+mod external;
+mod folder;
+mod logs;
+mod prepare;
+mod report_failure;
+mod restart;
+mod signals;
+mod supervise;
+mod terminal;
+mod topology;
+
+pub use terminal::{Terminal, short_count, use_colors};
+pub use topology::{Topology, parse_endpoint};
+
+use crate::cli::run::{Processes, RunArgs};
+use crate::error::LaunchError;
+use crate::worker;
+use culprit::{first_failure, signal_name};
+use logs::LogFolder;
+use restart::{Decision, RestartOptions, RestartState};
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+use supervise::{Attempt, Outcome};
+use tangelo_configs::job::DeviceChoice;
+use tangelo_configs::{JobConfig, Plan, Resources, resolve};
+use tangelo_core::env;
+use tangelo_formats::Assets;
+use tangelo_observe::records::EventKind;
+use tangelo_observe::{EventLog, report, unix_millis};
+
+/// Runs a job.
+pub fn run(arguments: &RunArgs) -> Result<(), LaunchError> {
+    let var = |name: &str| std::env::var(name).ok();
+    let spawns = arguments.nproc_per_node.is_some() || arguments.nnodes.is_some();
+    match external::rank_environment(var, spawns)? {
+        Some(added) => become_rank(arguments, &added),
+        None => launch(arguments),
+    }
+}
+
+/// Loads and resolves a job file for so many ranks.
+pub fn load_plan(job: &Path, sets: &[String], world_size: usize, local: usize) -> Result<Plan, LaunchError> {
+    resolve_plan(resolve::load(job, sets)?, world_size, local)
+}
+
+fn resolve_plan(config: JobConfig, world_size: usize, local: usize) -> Result<Plan, LaunchError> {
+    Ok(resolve::resolve(config, &Resources::of_this_machine(world_size, local)?, &Assets)?)
+}
+
+/// One rank of a job that another launcher started: prepares what it needs, then becomes the worker.
+fn become_rank(arguments: &RunArgs, added: &[(&'static str, String)]) -> Result<(), LaunchError> {
+    let (rank, world_size, local_size) = external::sizes(|name| std::env::var(name).ok(), added)?;
+    let worker = worker::find(arguments.worker_binary.as_deref())?;
+    let plan = load_plan(&arguments.job, &arguments.set, world_size, local_size)?;
+    folder::check_same_run(&plan)?;
+    let terminal = Terminal::new(arguments.quiet || rank != 0, arguments.progress_interval());
+    prepare::prepare(&plan, &terminal, &|| false)?;
+    let config = folder::write_config(&plan)?;
+    if rank == 0 {
+        let message = format!("{world_size} ranks, started by another launcher");
+        EventLog::open(&plan.config.job.dump_folder).append(EventKind::Start, None, message);
+    }
+    let error = Command::new(&worker).args(train_arguments(&config)).envs(added.iter().cloned()).exec();
+    Err(LaunchError::io("start", worker)(error))
+}
+
+/// Starts this node's ranks and watches over them.
+fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
+    let signals = signals::listen().map_err(|e| LaunchError::Internal(format!("cannot listen for signals: {e}")))?;
+    let terminal = Terminal::new(arguments.quiet, arguments.progress_interval());
+    let worker = worker::find(arguments.worker_binary.as_deref())?;
+    let config = resolve::load(&arguments.job, &arguments.set)?;
+    let ranks_per_node = ranks_per_node(arguments.nproc_per_node, config.training.device);
+    let topology = topology(arguments, ranks_per_node)?;
+    let plan = resolve_plan(config, topology.world_size(), ranks_per_node)?;
+    let run_folder = plan.config.job.dump_folder.clone();
+    let _lock = folder::lock(&run_folder, topology.node_rank)?;
+    folder::check_same_run(&plan)?;
+    prepare::prepare(&plan, &terminal, &|| signals.try_iter().any(|signal| signal != nix::libc::SIGCHLD))?;
+    let config = folder::write_config(&plan)?;
+    if plan.config.job.print_config {
+        terminal.say(&plan.to_toml()?);
+    }
+    let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, signals };
+    job.run_to_the_end()
+}
+
+/// Everything that all attempts share.
+struct Job<'a> {
+    arguments: &'a RunArgs,
+    terminal: &'a Terminal,
+    worker: PathBuf,
+    config: PathBuf,
+    run_folder: PathBuf,
+    topology: Topology,
+    signals: Receiver<i32>,
+}
+
+impl Job<'_> {
+    fn run_to_the_end(mut self) -> Result<(), LaunchError> {
+        let mut events = EventLog::open(&self.run_folder);
+        let ranks = self.topology.world_size();
+        let shown = self.run_folder.display();
+        self.terminal.say(&format!("training with {ranks} rank{} in {shown}", if ranks == 1 { "" } else { "s" }));
+        events.append(EventKind::Start, None, format!("{ranks} ranks on {} node(s)", self.topology.num_nodes));
+        let options = RestartOptions {
+            max_restarts: self.arguments.max_restarts,
+            backoff_ms: self.arguments.restart_backoff_ms,
+            max_backoff_ms: 60_000,
+        };
+        let mut state = RestartState::default();
+        loop {
+            let logs = self.new_logs()?;
+            let outcome = self.attempt(state.restarts, logs.clone())?;
+            if let Some(signal) = outcome.signal {
+                return self.interrupted(signal, &outcome, &mut events);
+            }
+            let Some(failure) = first_failure(&outcome.deaths, outcome.last_step) else {
+                return self.finished(&outcome, &mut events);
+            };
+            state.failures.push(failure.clone());
+            let (decision, reason) = restart::decide(&state, &options, unix_millis());
+            let text = report_failure::report(&failure, &outcome, &logs);
+            events.append(EventKind::Failure, failure.step, report_failure::one_line(&failure));
+            let Decision::Restart { at_ms } = decision else {
+                let message = if options.max_restarts > 0 { format!("{text}\nno restart: {reason}") } else { text };
+                return Err(LaunchError::Ranks { kind: failure.kind, message });
+            };
+            self.terminal.warn(&format!("{text}\n{reason}"));
+            self.wait_until(at_ms, &mut events)?;
+            state.restarts += 1;
+            events.append(EventKind::Restart, outcome.last_step, format!("restart {}", state.restarts));
+        }
+    }
+
+    fn new_logs(&self) -> Result<LogFolder, LaunchError> {
+        let ranks: Vec<usize> = (0..self.topology.ranks_per_node).map(|local| self.topology.rank(local)).collect();
+        LogFolder::new_attempt(&self.run_folder, &ranks).map_err(LaunchError::io("create logs in", &self.run_folder))
+    }
+
+    fn attempt(&mut self, restarts: u32, logs: LogFolder) -> Result<Outcome, LaunchError> {
+        if self.topology.num_nodes == 1 {
+            let free = topology::free_port();
+            self.topology.master_port =
+                free.map_err(|e| LaunchError::Internal(format!("no free port on 127.0.0.1: {e}")))?;
+        }
+        let attempt = Attempt {
+            worker: self.worker.clone(),
+            arguments: train_arguments(&self.config),
+            topology: &self.topology,
+            run_id: "tangelo",
+            restarts: (restarts, self.arguments.max_restarts),
+            logs,
+            grace: Duration::from_secs_f64(self.arguments.grace_seconds),
+            terminal: self.terminal,
+        };
+        supervise::run(&attempt, &self.signals)
+    }
+
+    fn interrupted(&self, signal: i32, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
+        let name = signal_name(signal);
+        events.append(EventKind::Signal, outcome.last_step, name.clone());
+        if outcome.finished {
+            return self.finished(outcome, events);
+        }
+        let step = outcome.last_step.map_or("before the first step".to_owned(), |step| format!("after step {step}"));
+        let message = format!("{name} ended the run {step}; the same command goes on from the newest checkpoint");
+        Err(LaunchError::Interrupted { signal, message })
+    }
+
+    fn finished(&self, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
+        events.append(EventKind::Done, outcome.last_step, "all ranks ended well");
+        if self.topology.node_rank != 0 {
+            return Ok(());
+        }
+        match report::write(&self.run_folder) {
+            Ok(path) => self.terminal.say(&format!("done; report: {}", path.display())),
+            Err(e) => self.terminal.warn(&format!("done, but the report cannot be written: {e}")),
+        }
+        Ok(())
+    }
+
+    /// Waits for a restart, unless a signal says not to.
+    fn wait_until(&self, at_ms: u64, events: &mut EventLog) -> Result<(), LaunchError> {
+        let deadline = Instant::now() + Duration::from_millis(at_ms.saturating_sub(unix_millis()));
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            let Ok(signal) = self.signals.recv_timeout(left) else { continue };
+            if signal != nix::libc::SIGCHLD {
+                events.append(EventKind::Signal, None, signal_name(signal));
+                let message = format!("{} while waiting for the restart", signal_name(signal));
+                return Err(LaunchError::Interrupted { signal, message });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn train_arguments(config: &Path) -> Vec<OsString> {
+    vec!["train".into(), config.into()]
+}
+
+fn topology(arguments: &RunArgs, ranks_per_node: usize) -> Result<Topology, LaunchError> {
+    let num_nodes = arguments.nnodes.unwrap_or(1);
+    let node_rank = arguments.node_rank.unwrap_or(0);
+    let (master_addr, master_port) = match &arguments.rdzv_endpoint {
+        Some(endpoint) => endpoint.clone(),
+        // The port is chosen for each attempt.
+        None => ("127.0.0.1".to_owned(), 0),
+    };
+    if num_nodes > 1 && (arguments.node_rank.is_none() || arguments.rdzv_endpoint.is_none()) {
+        return Err(LaunchError::Usage(format!(
+            "--nnodes {num_nodes} needs --node-rank (0 to {}, another on each node) and --rdzv-endpoint HOST:PORT (the \
+             same on all: node 0's address and a free port there)",
+            num_nodes - 1
+        )));
+    }
+    if node_rank >= num_nodes {
+        let last = num_nodes - 1;
+        let message = format!("--node-rank {node_rank} with --nnodes {num_nodes}: node ranks go from 0 to {last}");
+        return Err(LaunchError::Usage(message));
+    }
+    let master_addr = if num_nodes == 1 { "127.0.0.1".into() } else { master_addr };
+    Ok(Topology { num_nodes, node_rank, ranks_per_node, master_addr, master_port })
+}
+
+/// One rank per GPU, or one on a CPU, unless the user says otherwise.
+fn ranks_per_node(asked: Option<Processes>, device: DeviceChoice) -> usize {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    match asked.unwrap_or(Processes::Auto) {
+        Processes::Number(number) => number.get(),
+        Processes::Cpu => cores(),
+        Processes::Auto if device == DeviceChoice::Cpu => 1,
+        Processes::Auto | Processes::Gpu => {
+            num_gpus(std::env::var(env::CUDA_VISIBLE_DEVICES).ok().as_deref(), device_files()).max(1)
+        }
+    }
+}
+
+/// GPUs that a rank will see.
+fn num_gpus(visible: Option<&str>, present: usize) -> usize {
+    match visible {
+        Some(list) if present > 0 => {
+            list.split(',').take_while(|id| !id.trim().is_empty() && id.trim() != "-1").count()
+        }
+        _ => present,
+    }
+}
+
+/// `/dev/nvidia0`, `/dev/nvidia1`, ...
+fn device_files() -> usize {
+    let entries = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    let is_gpu = |name: &str| name.strip_prefix("nvidia").is_some_and(|n| n.parse::<u32>().is_ok());
+    entries.filter(|entry| is_gpu(&entry.file_name().to_string_lossy())).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_devices_decide_the_number_of_ranks() {
+        let cases = [(None, 4, 4), (Some("0,2"), 4, 2), (Some(""), 4, 0), (Some("-1"), 4, 0), (Some("0"), 0, 0)];
+        for (visible, present, expected) in cases {
+            assert_eq!(num_gpus(visible, present), expected, "{visible:?} of {present}");
+        }
+        assert_eq!(ranks_per_node(None, DeviceChoice::Cpu), 1);
+    }
+}

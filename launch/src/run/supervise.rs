@@ -1,0 +1,287 @@
+//! One attempt: starts the ranks of this node, watches over them, and leaves none behind.
+//!
+//! | actor | waits for | unblocked by | bounded by |
+//! |---|---|---|---|
+//! | supervisor (the main thread) | a signal or a child's end | the signal thread's channel | 100 ms, then it looks anyway |
+//! | signal thread | signals | the kernel | ends with the process |
+//! | two log threads per rank | output | the rank | every writer's end; 1 s after the ranks |
+//! | progress thread | progress lines | rank 0 | rank 0's end |
+//!
+//! Invariants: only the supervisor starts, signals and reaps ranks, so a process id is never used after it was freed.
+//! It is the main thread, which lives as long as the process: a rank's parent-death signal fires when the launcher
+//! ends and at no other time. Each rank leads its own process group; the group is killed whole before its leader is
+//! reaped. Dropping [`Ranks`] kills what is left. Deliberately absent: `pre_exec` (ranks arm PDEATHSIG themselves).
+
+use super::culprit::{Death, Ending};
+use super::logs::{Forwarder, LogFolder};
+use super::{Terminal, Topology};
+use crate::error::LaunchError;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, PipeReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tangelo_core::env;
+use tangelo_observe::{ErrorRecord, ProgressEvent, unix_millis};
+
+/// What an attempt is made of.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    /// The worker binary.
+    pub worker: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+    /// Who takes part.
+    pub topology: &'a Topology,
+    /// Name of the run, the same on all nodes.
+    pub run_id: &'a str,
+    /// Restarts so far and allowed.
+    pub restarts: (u32, u32),
+    /// Logs and error files.
+    pub logs: LogFolder,
+    /// From SIGTERM to SIGKILL when a rank failed.
+    pub grace: Duration,
+    /// Where output goes.
+    pub terminal: &'a Terminal,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// One per rank of this node.
+    pub deaths: Vec<Death>,
+    /// The first signal that the user or a scheduler sent to the launcher.
+    pub signal: Option<i32>,
+    /// The last step that rank 0 reported.
+    pub last_step: Option<u64>,
+    /// Rank 0 said that the last of the steps asked for is done.
+    pub finished: bool,
+}
+
+/// What progress said so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    last_step: Option<u64>,
+    finished: bool,
+}
+
+/// Runs one attempt to its end, whatever that is.
+pub fn run(attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Result<Outcome, LaunchError> {
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let mut ranks = Ranks::start(attempt, &seen)?;
+    let signal = ranks.supervise(attempt, signals);
+    let deaths = ranks.finish(attempt);
+    let seen = *seen.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(Outcome { deaths, signal, last_step: seen.last_step, finished: seen.finished })
+}
+
+/// Where the supervisor is.
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    /// All is well.
+    Running,
+    /// The user asked to stop: ranks finish their step and save, however long that takes.
+    Stopping,
+    /// A rank failed: the others have until then.
+    Ending { kill_at: Instant },
+    /// Everything was killed.
+    Killed,
+}
+
+#[derive(Debug)]
+struct Rank {
+    rank: usize,
+    child: Child,
+    forwarder: Option<Forwarder>,
+    sent: Vec<i32>,
+    death: Option<Death>,
+}
+
+impl Rank {
+    fn group(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    fn send(&mut self, signal: Signal) {
+        if self.death.is_none() {
+            // The group exists until the leader is reaped.
+            let _ = killpg(self.group(), signal);
+            self.sent.push(signal as i32);
+        }
+    }
+
+    /// Notes the end of the rank, if it has ended, and ends whatever it left in its group.
+    fn look(&mut self, error_path: PathBuf) {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        if self.death.is_some() || matches!(waitid(Id::Pid(self.group()), flags), Ok(WaitStatus::StillAlive)) {
+            return;
+        }
+        let _ = killpg(self.group(), Signal::SIGKILL);
+        let ending = match self.child.wait() {
+            Ok(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => Ending::Exit(code),
+                (None, signal) => Ending::Signal(signal.unwrap_or(0)),
+            },
+            Err(_) => Ending::Exit(1),
+        };
+        let record = ErrorRecord::read(&error_path);
+        self.death = Some(Death { rank: self.rank, ending, time_ms: unix_millis(), sent: self.sent.clone(), record });
+    }
+}
+
+/// The ranks of this node.
+#[derive(Debug)]
+struct Ranks {
+    ranks: Vec<Rank>,
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        for rank in &mut self.ranks {
+            rank.send(Signal::SIGKILL);
+            if rank.death.is_none() {
+                let _ = rank.child.wait();
+            }
+        }
+    }
+}
+
+impl Ranks {
+    fn start(attempt: &Attempt<'_>, seen: &Arc<Mutex<Seen>>) -> Result<Ranks, LaunchError> {
+        let mut ranks = Ranks { ranks: Vec::new() };
+        for local_rank in 0..attempt.topology.ranks_per_node {
+            let rank = start_rank(attempt, local_rank, seen)?;
+            ranks.ranks.push(rank);
+        }
+        Ok(ranks)
+    }
+
+    /// Watches until every rank has ended; returns the first signal that came from outside.
+    fn supervise(&mut self, attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Option<i32> {
+        let mut phase = Phase::Running;
+        let mut first_signal = None;
+        loop {
+            self.ranks.iter_mut().for_each(|rank| rank.look(attempt.logs.error_path(rank.rank)));
+            if self.ranks.iter().all(|rank| rank.death.is_some()) {
+                return first_signal;
+            }
+            phase = self.next_phase(phase, attempt);
+            match signals.recv_timeout(Duration::from_millis(100)) {
+                Ok(signal) if signal != Signal::SIGCHLD as i32 => {
+                    phase = self.forward(signal, first_signal.is_some(), phase, attempt);
+                    first_signal = first_signal.or(Some(signal));
+                }
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+                // Without the signal thread nobody wakes us, so sleep as long as the timeout would.
+                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    /// What follows from a failed rank or an expired deadline.
+    fn next_phase(&mut self, phase: Phase, attempt: &Attempt<'_>) -> Phase {
+        let failed = self.ranks.iter().any(|r| r.death.as_ref().is_some_and(|d| !d.is_success()));
+        match phase {
+            Phase::Running | Phase::Stopping if failed => {
+                self.send(Signal::SIGTERM);
+                Phase::Ending { kill_at: Instant::now() + attempt.grace }
+            }
+            Phase::Ending { kill_at } if Instant::now() >= kill_at => {
+                self.send(Signal::SIGKILL);
+                Phase::Killed
+            }
+            phase => phase,
+        }
+    }
+
+    /// What follows from a signal to the launcher: the first one is passed on (SIGHUP as SIGTERM, for a rank whose
+    /// terminal went away shall save and end like any other), the second kills.
+    fn forward(&mut self, signal: i32, again: bool, phase: Phase, attempt: &Attempt<'_>) -> Phase {
+        let running = self.ranks.iter().filter(|r| r.death.is_none()).count();
+        let name = super::culprit::signal_name(signal);
+        if again {
+            attempt.terminal.say(&format!("{name} again: killing {running} rank(s)"));
+            self.send(Signal::SIGKILL);
+            return Phase::Killed;
+        }
+        attempt.terminal.say(&format!("{name}: {running} rank(s) finish their step and save; once more to kill them"));
+        self.send(if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM });
+        match phase {
+            Phase::Running => Phase::Stopping,
+            phase => phase,
+        }
+    }
+
+    fn send(&mut self, signal: Signal) {
+        self.ranks.iter_mut().for_each(|rank| rank.send(signal));
+    }
+
+    /// Collects the deaths once all output has been carried.
+    fn finish(&mut self, attempt: &Attempt<'_>) -> Vec<Death> {
+        let patience = Duration::from_secs(1);
+        self.ranks.iter_mut().filter_map(|rank| rank.forwarder.take()).for_each(|f| f.finish(patience));
+        attempt.terminal.clear();
+        self.ranks.iter().filter_map(|rank| rank.death.clone()).collect()
+    }
+}
+
+fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>) -> Result<Rank, LaunchError> {
+    let rank = attempt.topology.rank(local_rank);
+    let doing = |action: &'static str| move |source| LaunchError::Start { rank, action, source };
+    let (stdout, stdout_end) = std::io::pipe().map_err(doing("make a pipe"))?;
+    let (stderr, stderr_end) = std::io::pipe().map_err(doing("make a pipe"))?;
+    let mut command = Command::new(&attempt.worker);
+    command.args(&attempt.arguments).stdin(Stdio::null()).stdout(stdout_end).stderr(stderr_end).process_group(0);
+    let (restarts, max_restarts) = attempt.restarts;
+    command.envs(attempt.topology.environment(local_rank, attempt.run_id, restarts, max_restarts));
+    command.env(env::ERROR_FILE, attempt.logs.error_path(rank));
+    command.env(env::SUPERVISOR_PID, std::process::id().to_string());
+    command.env_remove(env::PROGRESS_FD);
+    let child = if rank == 0 {
+        let (progress, end) = std::io::pipe().map_err(doing("make a pipe"))?;
+        command.env(env::PROGRESS_FD, end.as_raw_fd().to_string());
+        // The one descriptor that a rank inherits. No other thread starts processes, so nobody else gets it.
+        fcntl(&end, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| doing("pass a pipe")(e.into()))?;
+        let child = command.spawn().map_err(doing("start"))?;
+        watch_progress(progress, attempt.terminal.clone(), seen.clone()).map_err(doing("watch"))?;
+        child
+    } else {
+        command.spawn().map_err(doing("start"))?
+    };
+    // The command holds the pipes' ends: they must close, or the log threads never see the end.
+    drop(command);
+    let mut rank = Rank { rank, child, forwarder: None, sent: Vec::new(), death: None };
+    match Forwarder::start(rank.rank, &attempt.logs.path(rank.rank), stdout, stderr, attempt.terminal) {
+        Ok(forwarder) => rank.forwarder = Some(forwarder),
+        Err(e) => {
+            drop(Ranks { ranks: vec![rank] });
+            return Err(doing("open the log of")(e));
+        }
+    }
+    Ok(rank)
+}
+
+fn watch_progress(pipe: PipeReader, terminal: Terminal, seen: Arc<Mutex<Seen>>) -> std::io::Result<()> {
+    let watch = move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            // A line of a newer worker that we do not know is no reason to stop.
+            let Ok(event) = serde_json::from_str::<ProgressEvent>(&line) else { continue };
+            terminal.progress(&event);
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            match event {
+                ProgressEvent::Step { step, .. } => seen.last_step = Some(step),
+                ProgressEvent::Done { step, steps } => seen.finished = step >= steps,
+                _ => {}
+            }
+        }
+    };
+    std::thread::Builder::new().name("progress".into()).spawn(watch).map(drop)
+}

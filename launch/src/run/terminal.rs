@@ -1,0 +1,279 @@
+//! What the user sees: a bar on a terminal, plain lines elsewhere, next to nothing with `--quiet`.
+//!
+//! Lines of rank 0 go where it sent them (stdout or stderr), prefixed `[rank 0]`; of other ranks only stderr is shown.
+//! The bar is drawn on stderr; lines are printed above it. Warnings and errors are shown in every mode.
+
+use super::logs::Stream;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tangelo_observe::ProgressEvent;
+
+/// How much is shown, and in which form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Quiet,
+    Lines,
+    Bar,
+}
+
+/// Handle to the terminal; clones share it.
+#[derive(Clone, Debug)]
+pub struct Terminal {
+    mode: Mode,
+    colors: bool,
+    line_interval: Duration,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    bar: Option<ProgressBar>,
+    /// The bar counts steps, not an unknown amount of work.
+    counts_steps: bool,
+    last_line: Option<Instant>,
+}
+
+impl Terminal {
+    /// A terminal for this process's stdout and stderr. Plain progress lines come at most every `line_interval`.
+    pub fn new(quiet: bool, line_interval: Duration) -> Terminal {
+        let on_terminal = io::stderr().is_terminal();
+        let mode = match (quiet, on_terminal) {
+            (true, _) => Mode::Quiet,
+            (false, true) => Mode::Bar,
+            (false, false) => Mode::Lines,
+        };
+        Terminal { mode, colors: use_colors(&io::stderr()), line_interval, state: Arc::default() }
+    }
+
+    /// A line of our own, on stderr.
+    pub fn say(&self, text: &str) {
+        if self.mode != Mode::Quiet {
+            self.print(|| eprintln(text));
+        }
+    }
+
+    /// A warning, on stderr, in every mode.
+    pub fn warn(&self, text: &str) {
+        let label = self.paint("33;1", "warning:");
+        self.print(|| eprintln(&format!("{label} {text}")));
+    }
+
+    /// A line that a rank wrote.
+    pub fn rank_line(&self, rank: usize, stream: Stream, line: &str) {
+        if self.mode == Mode::Quiet || (rank != 0 && stream == Stream::Stdout) {
+            return;
+        }
+        match stream {
+            Stream::Stderr => {
+                let prefix = self.paint("36", &format!("[rank {rank}]"));
+                self.print(|| eprintln(&format!("{prefix} {line}")));
+            }
+            // A reader of stdout that has gone away is not our failure.
+            Stream::Stdout => self.print(|| drop(writeln!(io::stdout(), "[rank {rank}] {line}"))),
+        }
+    }
+
+    /// Shows progress that rank 0 reported.
+    pub fn progress(&self, event: &ProgressEvent) {
+        match (self.mode, event) {
+            (Mode::Quiet, _) => {}
+            (_, ProgressEvent::Skipped { step, reason }) => self.warn(&format!("step {step} skipped: {reason}")),
+            (Mode::Bar, ProgressEvent::Step { step, steps, .. }) => self.advance(*step, *steps, event),
+            (Mode::Lines, ProgressEvent::Step { step, steps, .. }) => {
+                if self.is_line_due(*step == *steps) {
+                    self.say(&line_of(event));
+                }
+            }
+            (Mode::Bar, ProgressEvent::Phase { name }) => self.spin(name),
+            (_, ProgressEvent::Done { .. }) => self.clear(),
+            _ => self.say(&line_of(event)),
+        }
+    }
+
+    /// Shows how far a piece of work is, such as the preparation of data: a bar, or nothing where lines are plain.
+    pub fn amount(&self, what: &str, done: u64, total: u64, detail: &str) {
+        if self.mode != Mode::Bar {
+            if self.mode == Mode::Lines && self.is_line_due(total > 0 && done >= total) {
+                let part =
+                    if total > 0 { format!("{:.0} %", 100.0 * done as f64 / total as f64) } else { String::new() };
+                self.say(format!("{what} {part} {detail}").trim_end());
+            }
+            return;
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let colors = self.colors;
+        if state.counts_steps || state.bar.is_none() {
+            state.counts_steps = false;
+            state.bar = Some(new_bar(
+                total,
+                &format!("{{prefix}} {} {{percent:>3}}%  {{msg}}  {{eta}} left", bar_part(colors)),
+            ));
+        }
+        if let Some(bar) = &state.bar {
+            bar.set_length(total);
+            bar.set_prefix(what.to_owned());
+            bar.set_message(detail.to_owned());
+            bar.set_position(done);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn clear(&self) {
+        let bar = self.state.lock().unwrap_or_else(PoisonError::into_inner).bar.take();
+        if let Some(bar) = bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Text in colour, where colours are wanted. `code` is the SGR code.
+    pub fn paint(&self, code: &str, text: &str) -> String {
+        if self.colors { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+
+    fn advance(&self, step: u64, steps: u64, event: &ProgressEvent) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !state.counts_steps || state.bar.is_none() {
+            if let Some(bar) = state.bar.take() {
+                bar.finish_and_clear();
+            }
+            let template = format!("step {{pos}}/{{len}} {} {{msg}}  {{eta}} left", bar_part(self.colors));
+            let bar = new_bar(steps, &template);
+            // The first step of a resumed run must not count as this much work in no time.
+            bar.set_position(step);
+            bar.reset_eta();
+            state.bar = Some(bar);
+            state.counts_steps = true;
+        }
+        if let Some(bar) = &state.bar {
+            bar.set_length(steps);
+            bar.set_message(numbers_of(event).join("  "));
+            bar.set_position(step);
+        }
+    }
+
+    fn spin(&self, phase: &str) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bar) = state.bar.take() {
+            bar.finish_and_clear();
+        }
+        let bar = new_bar(0, "{spinner} {msg} ({elapsed})");
+        bar.set_message(phase.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(120));
+        state.bar = Some(bar);
+        state.counts_steps = false;
+    }
+
+    fn is_line_due(&self, last: bool) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last || state.last_line.is_none_or(|at| at.elapsed() >= self.line_interval);
+        if due {
+            state.last_line = Some(Instant::now());
+        }
+        due
+    }
+
+    fn print(&self, write: impl FnOnce()) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match &state.bar {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+}
+
+/// Whether `stream` gets colours: a terminal, and the user did not set NO_COLOR.
+pub fn use_colors(stream: &impl IsTerminal) -> bool {
+    let unwanted = std::env::var_os(tangelo_core::env::NO_COLOR).is_some_and(|v| !v.is_empty());
+    stream.is_terminal() && !unwanted
+}
+
+/// Unlike the macro, does not panic when stderr is closed.
+fn eprintln(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+fn bar_part(colors: bool) -> &'static str {
+    if colors { "{wide_bar:.cyan/dim}" } else { "{wide_bar}" }
+}
+
+fn new_bar(length: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr_with_hz(8));
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    bar.set_style(style.progress_chars("━╸ "));
+    bar
+}
+
+/// A plain line for an event.
+pub fn line_of(event: &ProgressEvent) -> String {
+    match event {
+        ProgressEvent::Phase { name } => name.clone(),
+        ProgressEvent::Step { step, steps, .. } => {
+            let mut parts = vec![format!("step {step}/{steps}")];
+            parts.extend(numbers_of(event));
+            parts.join("  ")
+        }
+        ProgressEvent::Eval { step, loss, perplexity } => {
+            format!("evaluation after step {step}: loss {}, perplexity {}", fixed(*loss, 4), fixed(*perplexity, 2))
+        }
+        ProgressEvent::Saved { step } => format!("checkpoint of step {step} saved"),
+        ProgressEvent::Skipped { step, reason } => format!("step {step} skipped: {reason}"),
+        ProgressEvent::Done { step, steps } => format!("done with step {step} of {steps}"),
+    }
+}
+
+fn numbers_of(event: &ProgressEvent) -> Vec<String> {
+    let ProgressEvent::Step { loss, tokens_per_second, mfu, memory_bytes, lr, .. } = event else { return Vec::new() };
+    let mut parts = vec![format!("loss {}", fixed(*loss, 4))];
+    parts.extend(lr.map(|v| format!("lr {v:.2e}")));
+    parts.extend(tokens_per_second.map(|v| format!("{} tokens/s", short_count(v))));
+    parts.extend(mfu.map(|v| format!("MFU {:.1}%", 100.0 * v)));
+    parts.extend(memory_bytes.map(|v| format!("{:.2} GiB", v as f64 / (1u64 << 30) as f64)));
+    parts
+}
+
+fn fixed(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "not finite".into(), |v| format!("{v:.digits$}"))
+}
+
+/// `950`, `12.3k`, `4.56M`.
+pub fn short_count(value: f64) -> String {
+    match value.abs() {
+        v if v >= 1e9 => format!("{:.2}G", value / 1e9),
+        v if v >= 1e6 => format!("{:.2}M", value / 1e6),
+        v if v >= 1e4 => format!("{:.1}k", value / 1e3),
+        _ => format!("{value:.0}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    fn check(event: &str, expected: Expect) {
+        expected.assert_eq(&line_of(&serde_json::from_str(event).unwrap()));
+    }
+
+    #[test]
+    fn plain_lines() {
+        check(
+            r#"{"event":"step","step":3,"steps":100,"loss":5.125,"tokens_per_second":12345.6,"mfu":0.314,"memory_bytes":1610612736,"lr":0.0003}"#,
+            expect!["step 3/100  loss 5.1250  lr 3.00e-4  12.3k tokens/s  MFU 31.4%  1.50 GiB"],
+        );
+        check(r#"{"event":"step","step":3,"steps":100,"loss":null}"#, expect!["step 3/100  loss not finite"]);
+        check(
+            r#"{"event":"eval","step":9,"loss":2.5,"perplexity":12.18}"#,
+            expect!["evaluation after step 9: loss 2.5000, perplexity 12.18"],
+        );
+        check(r#"{"event":"saved","step":9}"#, expect!["checkpoint of step 9 saved"]);
+        check(r#"{"event":"phase","name":"loading model"}"#, expect!["loading model"]);
+    }
+
+    #[test]
+    fn counts_are_short() {
+        let counts = [0.4, 999.0, 9999.0, 12_345.0, 4_560_000.0, 7.8e9].map(short_count);
+        assert_eq!(counts, ["0", "999", "9999", "12.3k", "4.56M", "7.80G"]);
+    }
+}

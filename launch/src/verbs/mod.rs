@@ -1,0 +1,59 @@
+//! The commands that this binary does by itself, apart from `run`.
+
+mod data;
+
+pub use data::data;
+
+use crate::cli::{CheckArgs, ReportArgs, SchemaArgs};
+use crate::error::LaunchError;
+use crate::run::load_plan;
+use std::io::Write;
+use tangelo_observe::files;
+
+/// Prints, and lets a reader that stopped reading (`| head`) end the command quietly.
+pub fn print(text: &str) -> Result<(), LaunchError> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(LaunchError::io("write to", "stdout")(e)),
+        _ => Ok(()),
+    }
+}
+
+/// `tangelo check`
+pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
+    let world_size = arguments.world_size.get();
+    let local = arguments.nproc_per_node.map_or(world_size, usize::from).min(world_size);
+    let plan = load_plan(&arguments.job, &arguments.set, world_size, local)?;
+    print(&plan.to_toml()?)
+}
+
+/// `tangelo report`
+pub fn report(arguments: &ReportArgs) -> Result<(), LaunchError> {
+    let run = &arguments.run;
+    if !run.join(files::CONFIG).is_file() && !run.join(files::METRICS).is_file() {
+        return Err(LaunchError::Input(format!(
+            "{} is not a run folder: it has neither {} nor {}; name the folder that `tangelo run` wrote \
+             (job.dump_folder)",
+            run.display(),
+            files::CONFIG,
+            files::METRICS
+        )));
+    }
+    let path = arguments.output.clone().unwrap_or_else(|| run.join(files::REPORT));
+    tangelo_observe::report::write_to(run, &path).map_err(LaunchError::io("write", &path))?;
+    print(&format!("{}\n", path.display()))
+}
+
+/// `tangelo schema`
+pub fn schema(arguments: &SchemaArgs) -> Result<(), LaunchError> {
+    if !arguments.flavors {
+        let schema = serde_json::to_string_pretty(&tangelo_configs::schema());
+        return print(&(schema.map_err(|e| LaunchError::Internal(e.to_string()))? + "\n"));
+    }
+    let flavors = tangelo_configs::flavors()?;
+    let width = flavors.iter().map(|f| f.name.len()).max().unwrap_or(0);
+    let line = |f: &tangelo_configs::flavor::Flavor| {
+        format!("{:<width$}  {:>7}  {}\n", f.name, crate::run::short_count(f.num_parameters as f64), f.description)
+    };
+    print(&flavors.iter().map(line).collect::<String>())
+}
