@@ -18,6 +18,7 @@ fn child_saves() {
     let (folder, seed, rank) = (Path::new(folder), seed.parse().unwrap(), rank.parse::<usize>().unwrap());
     match stage {
         "full" => fill_the_disk(folder, seed),
+        "train" => train(folder, seed),
         "limited" => {
             let [result] = &mut save_with(folder, seed, &[20], Layout::rows(1), |o| o.resumed_from = Some(10))[..]
             else {
@@ -40,13 +41,97 @@ fn child_saves() {
 }
 
 fn child(prefix: &[&str], folder: &Path, seed: u64, stage: &str, rank: usize) -> Output {
+    child_command(prefix, folder, seed, stage, rank).output().unwrap()
+}
+
+fn child_command(prefix: &[&str], folder: &Path, seed: u64, stage: &str, rank: usize) -> Command {
     let program = std::env::current_exe().unwrap();
     let path = module_path!().split_once("::").unwrap().1;
     let mut words: Vec<&std::ffi::OsStr> = prefix.iter().map(|word| word.as_ref()).collect();
     let test = format!("{path}::child_saves");
     words.extend([program.as_os_str(), test.as_ref(), "--exact".as_ref(), "--nocapture".as_ref()]);
     let orders = format!("{}|{seed}|{stage}|{rank}", folder.display());
-    Command::new(words[0]).args(&words[1..]).env(ORDERS, orders).output().unwrap()
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).env(ORDERS, orders);
+    command
+}
+
+/// Steps of the toy run below.
+const STEPS: u64 = 40;
+
+/// A toy update: every bit of the result depends on the step and on every update before.
+fn update(truth: &mut Truth, step: u64) {
+    for value in truth.values.values_mut().flatten() {
+        *value = f32::from_bits(mix64(u64::from(value.to_bits()) << 32 | step) as u32);
+    }
+}
+
+/// A toy run of two ranks that goes on from what the folder holds and saves after every step.
+fn train(folder: &Path, seed: u64) {
+    let found = find_usable(folder, None).unwrap();
+    let resumed_from = found.checkpoint.as_ref().map(Checkpoint::step);
+    let mut truth = Truth::new(seed, 0);
+    if let Some(checkpoint) = &found.checkpoint {
+        for ((kind, name), values) in &mut truth.values {
+            let meta = truth.metas.iter().find(|meta| meta.name == *name).unwrap();
+            checkpoint.read(*kind, name, &IndexBox::full(&meta.shape), values).unwrap();
+        }
+    }
+    let start = |rank| {
+        let (attempt, retention) = (std::process::id().to_string(), Retention { keep_latest_k: 2, keep_every: 0 });
+        Saver::start(SaverOptions { attempt, resumed_from, retention, ..options(folder, rank, 2) }).unwrap()
+    };
+    let mut savers: Vec<Saver> = (0..2).map(start).collect();
+    for step in resumed_from.unwrap_or(0) + 1..=STEPS {
+        update(&mut truth, step);
+        for (rank, saver) in savers.iter_mut().enumerate() {
+            let mut snapshot = saver.begin(state(step));
+            truth.fill(&mut snapshot, rank, &Layout::rows(2), &StateKind::ALL);
+            saver.save(snapshot).unwrap();
+        }
+    }
+    savers.iter_mut().for_each(|saver| drop(saver.finish().unwrap()));
+}
+
+#[test]
+fn random_kills_leave_the_bits_of_an_undisturbed_run() {
+    let (folder, seed) = (tempfile::tempdir().unwrap(), fresh_seed());
+    let (mut kills, mut lives, mut newest) = (0, 0, 0);
+    let mut complete = Duration::ZERO;
+    loop {
+        let started = std::time::Instant::now();
+        let mut command = child_command(&[], folder.path(), seed, "train", 0);
+        let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+        if kills < 5 {
+            // The first life is left alone until it has saved, which shows how long a life has to be.
+            while lives == 0 && complete_steps(folder.path()).unwrap().is_empty() {
+                assert!(child.try_wait().unwrap().is_none(), "the first life ended before it had saved");
+                std::thread::sleep(Duration::from_millis(1));
+                complete = started.elapsed();
+            }
+            let random = mix64(seed ^ lives) as u32 as f64 / f64::from(u32::MAX);
+            std::thread::sleep(complete.mul_f64(if lives == 0 { 0.0 } else { 0.5 + random }));
+            child.kill().unwrap();
+        }
+        let status = child.wait().unwrap();
+        (kills, lives) = (kills + usize::from(status.signal() == Some(9)), lives + 1);
+        let found = find_usable(folder.path(), None).unwrap();
+        assert!(found.warnings.is_empty(), "{:?}", found.warnings);
+        let step = found.checkpoint.as_ref().unwrap().step();
+        assert!(step >= newest, "step {newest} was complete, now the newest is {step}");
+        newest = step;
+        if status.success() {
+            break;
+        }
+        assert_eq!(status.signal(), Some(9));
+    }
+    println!("{kills} kills");
+    assert_eq!(newest, STEPS);
+    let mut truth = Truth::new(seed, 0);
+    (1..=STEPS).for_each(|step| update(&mut truth, step));
+    let checkpoint = find_usable(folder.path(), None).unwrap().checkpoint.unwrap();
+    truth.check(&checkpoint, &Layout::rows(1), &StateKind::ALL);
+    assert_eq!(names(folder.path()).len(), 2, "{:?}", names(folder.path()));
 }
 
 #[test]
