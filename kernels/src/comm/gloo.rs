@@ -253,7 +253,9 @@ impl Mesh {
         let mut blamed = self.blamed.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::replace(&mut *blamed, true) {
             let culprit = match failure.kind {
-                CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => rank,
+                CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => {
+                    rank
+                }
                 _ => self.rank,
             };
             // Only helps others: where the store is gone they say what they saw themselves.
@@ -406,7 +408,8 @@ impl GlooBackend {
         let from = self.members[receive.peer];
         let encoded = buffer.first_chunk::<{ Header::SIZE }>();
         let theirs = encoded.and_then(Header::decode);
-        let theirs = theirs.ok_or_else(|| Failure::backend(format!("rank {from} sent something that is no message")))?;
+        let theirs =
+            theirs.ok_or_else(|| Failure::backend(format!("rank {from} sent something that is no message")))?;
         Ok(call.header(receive.num_bytes()).check(self.members[call.rank], &theirs, from)?)
     }
 }

@@ -24,10 +24,12 @@
 //! and reductions in the network, whose order of summation cannot be fixed.
 
 mod backend;
+pub mod check;
 mod communicator;
 mod error;
 pub mod gloo;
 pub mod local;
+pub mod nccl;
 mod reduce;
 mod store;
 

@@ -26,12 +26,7 @@ unsafe extern "C" {
     fn tangelo_store_close(store: *mut RawStore);
     fn tangelo_store_port(store: *const RawStore) -> u16;
     fn tangelo_store_set(store: *mut RawStore, key: *const c_char, data: *const u8, size: usize) -> *mut c_char;
-    fn tangelo_store_get(
-        store: *mut RawStore,
-        key: *const c_char,
-        out: *mut *mut u8,
-        size: *mut usize,
-    ) -> *mut c_char;
+    fn tangelo_store_get(store: *mut RawStore, key: *const c_char, out: *mut *mut u8, size: *mut usize) -> *mut c_char;
     fn tangelo_store_wait(store: *mut RawStore, key: *const c_char, timeout_ms: i64) -> *mut c_char;
     fn tangelo_store_add(store: *mut RawStore, key: *const c_char, amount: i64, out: *mut i64) -> *mut c_char;
     fn tangelo_store_delete(store: *mut RawStore, key: *const c_char) -> *mut c_char;

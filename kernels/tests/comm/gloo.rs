@@ -35,8 +35,7 @@ impl Drop for Ranks {
 
 impl Ranks {
     pub fn start(scenario: &str, size: usize, timeout: Duration, host_store: bool) -> Ranks {
-        let options =
-            StoreOptions { host: "127.0.0.1".into(), port: 0, serve: true, timeout: Duration::from_secs(30) };
+        let options = StoreOptions { host: "127.0.0.1".into(), port: 0, serve: true, timeout: Duration::from_secs(30) };
         let store = Store::open(&options).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let port = if host_store { free_port() } else { store.port() };

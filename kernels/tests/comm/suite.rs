@@ -26,9 +26,7 @@ impl Results {
 fn values(seed: u64, case: u64, rank: usize, count: usize) -> Vec<f32> {
     let seed = mix64(mix64(seed ^ case) ^ rank as u64);
     // Magnitudes from 1e-3 to 1e3, so that the order of a sum shows in its bits.
-    (0..count as u64)
-        .map(|i| (normal(seed, i) * 10f64.powi((mix64(seed ^ i) % 7) as i32 - 3)) as f32)
-        .collect()
+    (0..count as u64).map(|i| (normal(seed, i) * 10f64.powi((mix64(seed ^ i) % 7) as i32 - 3)) as f32).collect()
 }
 
 fn counts(seed: u64, case: u64, size: usize, limit: u64) -> Vec<usize> {
