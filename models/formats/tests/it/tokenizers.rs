@@ -191,7 +191,7 @@ fn the_frame_and_the_words_of_a_byte_level_vocabulary_are_kept() {
     file.key("tokenizer.ggml.model", Value::Text("gpt2".into()));
     file.key("tokenizer.ggml.tokens", Value::Texts(tokens));
     file.key("tokenizer.ggml.token_type", Value::I32s(kinds));
-    file.key("tokenizer.ggml.merges", Value::Texts(vec!["1 2".into(), "12 3".into(), "\u{120} 1".into()]));
+    file.key("tokenizer.ggml.merges", Value::Texts(["\u{120} 1", "1 2", "12 3"].map(str::to_owned).to_vec()));
     file.key("tokenizer.ggml.bos_token_id", Value::U32(0)).key("tokenizer.ggml.eos_token_id", Value::U32(1));
     file.key("tokenizer.ggml.eot_token_id", Value::U32(2));
     let folder = tempfile::tempdir().unwrap();
