@@ -4,6 +4,7 @@
 //! calls the same set-up first, which does nothing where nothing is missing. Absent: anything a user's run needs at
 //! run time (that is `tangelo`'s business).
 
+mod bench;
 mod corpus;
 mod pins;
 mod quickstart;
@@ -37,6 +38,8 @@ enum Command {
     Quickstart(quickstart::Options),
     /// Set up, then check everything: format, lints, docs, build, tests.
     Test(test::Options),
+    /// Measure Tangelo and its peers side by side. Takes a while and wants the machine for itself.
+    Bench(bench::Options),
     /// Kill a run again and again; its end must have the bits of an undisturbed one's.
     Soak(soak::Options),
     /// Write the text that `quickstart` trains on: one JSON line per file.
@@ -71,6 +74,7 @@ fn run() -> Result<()> {
         }
         Command::Quickstart(options) => quickstart::run(&repo, &options),
         Command::Test(options) => test::run(&repo, &options),
+        Command::Bench(options) => bench::run(&repo, &options),
         Command::Soak(options) => soak::run(&repo, &options),
         Command::Corpus { path, output, bytes } => {
             let summary = corpus::write(path.as_deref(), &output, bytes)?;
