@@ -242,28 +242,23 @@ impl Header {
         key(self) == key(other)
     }
 
-    /// An error that names both calls, unless they are the same.
+    /// An error that names both calls, unless they are the same. `mine` receives what `theirs` sends.
     pub fn check(&self, mine: usize, other: &Header, theirs: usize) -> Result<(), CommErrorKind> {
         if self.same_call(other) && self.num_bytes == other.num_bytes {
             return Ok(());
         }
-        Err(CommErrorKind::Mismatch(format!(
-            "rank {mine} is in {}, rank {theirs} in {}",
-            self.describe(),
-            other.describe()
-        )))
+        let mut text = format!("rank {mine} is in {}, rank {theirs} in {}", self.describe(), other.describe());
+        if self.operation == other.operation && self.signature != other.signature {
+            text += "; their counts, shapes or roots differ";
+        }
+        if self.num_bytes != other.num_bytes {
+            text += &format!("; rank {mine} expects {} bytes, rank {theirs} sends {}", self.num_bytes, other.num_bytes);
+        }
+        Err(CommErrorKind::Mismatch(text))
     }
 
     fn describe(&self) -> String {
-        format!(
-            "{} #{} of {} ({} bytes from one to the other, signature {:04x}) at {}",
-            self.operation,
-            self.sequence,
-            kind_name(self.kind),
-            self.num_bytes,
-            self.signature & 0xffff,
-            self.site
-        )
+        format!("{} #{} of {} at {}", self.operation, self.sequence, kind_name(self.kind), self.site)
     }
 }
 

@@ -15,6 +15,9 @@ use tch::{Device, Kind, Tensor};
 /// round trips.
 const SMALL_ALL_REDUCE_BYTES: usize = 16 << 10;
 
+/// Most elements of a part that one round of a reduction moves: 4 MiB in fp32.
+const PIECE_ELEMENTS: usize = 1 << 20;
+
 /// How long a communicator waits, and where its tensors live.
 #[derive(Clone, Debug)]
 pub struct CommOptions {
@@ -528,21 +531,37 @@ impl Run<'_> {
         self.with_backend(|backend, call| backend.all_gather(call, output, input, counts))
     }
 
+    /// In rounds of at most [`PIECE_ELEMENTS`] per rank, so that what is received stays small and in the cache.
     fn reduce_scatter(&self, output: &Tensor, input: &Tensor, counts: &[usize], op: ReduceOp) -> Result<(), Failure> {
-        let inputs = parts(input, counts);
-        let own = &inputs[self.rank()];
-        let received = (0..self.size())
-            .map(|rank| if rank == self.rank() { Ok(own.shallow_clone()) } else { own.f_empty_like() })
-            .collect::<Result<Vec<Tensor>, _>>()?;
-        self.all_to_all(&received, &inputs)?;
-        Ok(reduce_in_rank_order(&received, output, op)?)
+        let (rank, offsets) = (self.rank(), offsets(counts));
+        let room = counts[rank].min(PIECE_ELEMENTS) as i64;
+        let scratch = Tensor::f_empty([self.size() as i64, room], (input.kind(), input.device()))?;
+        let num_rounds = counts.iter().map(|count| count.div_ceil(PIECE_ELEMENTS)).max().unwrap_or(0);
+        for round in 0..num_rounds {
+            let piece = |count: usize| {
+                let at = (round * PIECE_ELEMENTS).min(count);
+                (at, PIECE_ELEMENTS.min(count - at) as i64)
+            };
+            let inputs: Vec<Tensor> = (counts.iter().zip(&offsets))
+                .map(|(&count, offset)| (piece(count), offset))
+                .map(|((at, length), offset)| input.narrow(0, (offset + at) as i64, length))
+                .collect();
+            let (at, length) = piece(counts[rank]);
+            let received: Vec<Tensor> = (0..self.size())
+                .map(|from| if from == rank { inputs[rank].shallow_clone() } else { scratch.get(from as i64) })
+                .map(|part| part.narrow(0, 0, length))
+                .collect();
+            self.all_to_all(&received, &inputs)?;
+            reduce_in_rank_order(&received, Some(rank), &output.narrow(0, at as i64, length), op)?;
+        }
+        Ok(())
     }
 
     fn all_reduce_small(&self, flat: &Tensor, op: ReduceOp) -> Result<(), Failure> {
         let counts = vec![flat.numel(); self.size()];
         let all = Tensor::f_empty([(flat.numel() * self.size()) as i64], (flat.kind(), flat.device()))?;
         self.all_gather(&all, flat, &counts)?;
-        Ok(reduce_in_rank_order(&parts(&all, &counts), flat, op)?)
+        Ok(reduce_in_rank_order(&parts(&all, &counts), None, flat, op)?)
     }
 
     fn all_reduce_in_parts(&self, flat: &Tensor, op: ReduceOp) -> Result<(), Failure> {

@@ -266,7 +266,14 @@ impl Mesh {
 
     /// What a lost rank wrote before it left, as this rank's own failure.
     fn follow(&self, rank: usize, patience: Duration) -> Option<Failure> {
-        let text = self.store.wait(&self.blame_key(rank), patience).ok()?;
+        let (key, begin) = (self.blame_key(rank), Instant::now());
+        let text = loop {
+            match self.store.get(&key).ok()? {
+                Some(text) => break text,
+                None if begin.elapsed() >= patience => return None,
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
         let text = String::from_utf8_lossy(&text).into_owned();
         let (culprit, detail) = text.split_once('\n')?;
         let culprit = culprit.parse().ok()?;

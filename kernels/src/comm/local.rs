@@ -146,13 +146,13 @@ impl LocalBackend {
             if let Some(reason) = state.aborted.get(&self.global_rank()) {
                 return Err(CommErrorKind::Aborted(reason.clone()).into());
             }
-            if let Some(kind) = &state.failed {
-                return Err(kind.clone().into());
-            }
             let needed = match ready(&mut state) {
                 Ok(answer) => return Ok(answer),
                 Err(needed) => needed,
             };
+            if let Some(kind) = &state.failed {
+                return Err(kind.clone().into());
+            }
             if let Some(detail) = loss(&state, self.id, needed) {
                 return Err(CommErrorKind::PeerLost { rank: Some(needed), detail }.into());
             }

@@ -128,7 +128,7 @@ impl Store {
         unsafe { tangelo_store_port(self.inner.raw) }
     }
 
-    /// Sets a key.
+    /// Sets a key; every rank sees it when this returns.
     pub fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
         self.with_key("set", key, |key| {
             // SAFETY: key and value are valid for the length of the call.

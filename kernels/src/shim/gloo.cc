@@ -67,8 +67,12 @@ uint16_t tangelo_store_port(const Store* store) {
   return store->tcp->getPort();
 }
 
+// TCPStore does not wait for the server to have taken a value; the question after it does.
 char* tangelo_store_set(Store* store, const char* key, const uint8_t* data, size_t size) {
-  return guarded([&] { store->tcp->set(key, std::vector<uint8_t>(data, data + size)); });
+  return guarded([&] {
+    store->tcp->set(key, std::vector<uint8_t>(data, data + size));
+    store->tcp->check({std::string(key)});
+  });
 }
 
 // Does not wait for the key: `*out` stays null where it is not there. To be freed with tangelo_free.

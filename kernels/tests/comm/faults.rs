@@ -5,7 +5,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::time::{Duration, Instant};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn start_working(size: usize, timeout: Duration) -> Ranks {
     let ranks = Ranks::start("work", size, timeout, false);
@@ -34,13 +34,13 @@ fn a_killed_rank_is_named_within_seconds() {
         }
         // A connection that closes shows at once; 2 s are spent on asking whether the lost rank left a reason, and
         // once more where one lost rank leads to another.
-        assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < PATIENCE / 3, "{:?}", begin.elapsed());
     }
 }
 
 #[test]
 fn a_stopped_rank_runs_the_others_into_the_deadline() {
-    let timeout = Duration::from_secs(2);
+    let timeout = Duration::from_secs(4);
     let mut ranks = start_working(3, timeout);
     let begin = Instant::now();
     signal(&ranks, 1, Signal::SIGSTOP);
@@ -50,7 +50,7 @@ fn a_stopped_rank_runs_the_others_into_the_deadline() {
         // Who reaches the deadline second may see the first one leave, and then repeats what that one said.
         assert!(text.contains("timed out after") && text.contains("rank 1"), "rank {rank}: {text}");
     }
-    assert!(begin.elapsed() >= timeout && begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() >= timeout && begin.elapsed() < PATIENCE / 3, "{:?}", begin.elapsed());
     signal(&ranks, 1, Signal::SIGKILL);
 }
 
@@ -59,7 +59,12 @@ fn a_mismatch_between_processes_names_both_calls() {
     let mut ranks = Ranks::start("mismatch", 2, PATIENCE, false);
     (0..2).for_each(|rank| ranks.join(rank, PATIENCE));
     let text = ranks.text(1);
-    for part in ["ranks disagree", "rank 1 is in broadcast", "80000 bytes", "rank 0 in broadcast", "40000 bytes"] {
+    for part in [
+        "ranks disagree",
+        "rank 1 is in broadcast",
+        "rank 0 in broadcast",
+        "rank 1 expects 80000 bytes, rank 0 sends 40000",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     assert!(ranks.text(0).contains("ranks disagree"), "{}", ranks.text(0));

@@ -6,7 +6,8 @@ use tangelo_core::hash::{mix64, normal};
 use tangelo_kernels::comm::{CommErrorKind, Communicator, ReduceOp};
 use tch::{Device, Kind, Tensor};
 
-/// Sizes below and above what travels with a header (4 KiB) and what an all-reduce sends whole (16 KiB).
+/// Sizes below and above what travels with a header (4 KiB) and what an all-reduce sends whole (16 KiB). What a
+/// reduction moves in several rounds (4 MiB per rank) has a check of its own.
 const SIZES: [usize; 6] = [0, 1, 3, 1000, 5001, 40_003];
 
 /// Results, in order, as bytes.
@@ -68,6 +69,7 @@ pub fn run(comm: &Communicator, seed: u64) -> Results {
     let mut results = Results::default();
     all_reduce(comm, seed, &mut results);
     buckets_do_not_matter(comm, seed, &mut results);
+    several_rounds(comm, seed, &mut results);
     all_gather(comm, seed, &mut results);
     reduce_scatter(comm, seed, &mut results);
     all_to_all(comm, seed, &mut results);
@@ -127,6 +129,21 @@ fn buckets_do_not_matter(comm: &Communicator, seed: u64, results: &mut Results) 
     comm.reduce_scatter(&scattered, &input, &shares).unwrap();
     assert_eq!(bits(&scattered), bits(&whole.narrow(0, own.start as i64, own.len() as i64)));
     results.keep(&whole);
+}
+
+/// Parts of none, one and several rounds.
+fn several_rounds(comm: &Communicator, seed: u64, results: &mut Results) {
+    let round = 1 << 20;
+    let counts: Vec<usize> = (0..comm.size()).map(|rank| [2 * round + 17, 0, 5, round][rank % 4]).collect();
+    let (own, total) = (part(&counts, comm.rank()), counts.iter().sum::<usize>());
+    // Long, so made by shifting one short run of values.
+    let base: Vec<Vec<f32>> = (0..comm.size()).map(|rank| values(seed, 350, rank, 1009)).collect();
+    let inputs: Vec<Vec<f32>> = base.iter().map(|base| (0..total).map(|i| base[i % base.len()]).collect()).collect();
+    let output = Tensor::zeros([own.len() as i64], (Kind::Float, Device::Cpu));
+    comm.reduce_scatter(&output, &Tensor::from_slice(&inputs[comm.rank()]), &counts).unwrap();
+    let mine: Vec<Vec<f32>> = inputs.iter().map(|input| input[own.clone()].to_vec()).collect();
+    assert!(bits(&output) == as_bits(&plain_sum(&mine, false)), "reduce_scatter of {counts:?}");
+    results.keep(&output);
 }
 
 fn all_gather(comm: &Communicator, seed: u64, results: &mut Results) {
