@@ -1,6 +1,15 @@
 //! Compiles the C++ shim (`src/shim/*.cc`) against libtorch's headers and lets tests find libtorch.
+//!
+//! The CPU kernels (`src/shim/cpu/`) are compiled once for each instruction set and chosen at run time, so the machine
+//! that builds need not be the one that runs.
 
 use std::path::{Path, PathBuf};
+
+/// What the ISA-specific files need on x86-64; elsewhere only `isa_generic.cc` is compiled.
+const ISA_FLAGS: [(&str, &[&str]); 2] = [
+    ("src/shim/cpu/isa_avx2.cc", &["-mavx2", "-mfma"]),
+    ("src/shim/cpu/isa_avx512.cc", &["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]),
+];
 
 fn main() {
     println!("cargo::rerun-if-env-changed=LIBTORCH");
@@ -14,26 +23,46 @@ fn main() {
     };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
 
-    let mut sources: Vec<PathBuf> = std::fs::read_dir("src/shim")
-        .expect("src/shim is part of this crate")
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "cc"))
-        .collect();
-    sources.sort();
-    if sources.is_empty() {
-        return;
+    let mut shim = compiler();
+    shim.include(libtorch.join("include"))
+        .include(libtorch.join("include/torch/csrc/api/include"))
+        .include("src/shim/include")
+        .files(sources("src/shim"))
+        .files(["src/shim/cpu/dispatch.cc", "src/shim/cpu/isa_generic.cc"]);
+    if std::env::var("CARGO_CFG_TARGET_ARCH").as_deref() == Ok("x86_64") {
+        for (file, flags) in ISA_FLAGS {
+            let mut variant = compiler();
+            for flag in flags {
+                variant.flag(flag);
+            }
+            shim.objects(variant.file(file).compile_intermediates());
+        }
     }
-    cc::Build::new()
+    shim.compile("tangelo_shim");
+}
+
+fn compiler() -> cc::Build {
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
         .opt_level(3)
         .debug(false)
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
+        .flag_if_supported("-ffp-contract=fast")
         .warnings(false)
-        .include(libtorch.join("include"))
-        .include(libtorch.join("include/torch/csrc/api/include"))
-        .include("src/shim/include")
-        .files(sources)
-        .compile("tangelo_shim");
+        .flag_if_supported("-Wno-psabi");
+    build
+}
+
+/// The C++ files directly in `folder`, in a stable order.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut sources: Vec<PathBuf> = std::fs::read_dir(folder)
+        .expect("src/shim is part of this crate")
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "cc"))
+        .collect();
+    sources.sort();
+    sources
 }

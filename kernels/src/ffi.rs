@@ -50,6 +50,100 @@ unsafe extern "C" {
         main_grad: TensorRef,
         out: *mut TensorOut,
     ) -> Message;
+    pub(crate) fn tangelo_add_rms_norm(
+        x: TensorRef,
+        residual: TensorRef,
+        weight: TensorRef,
+        eps: f64,
+        main_grad: TensorRef,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_rope(x: TensorRef, cos: TensorRef, sin: TensorRef, out: *mut TensorOut) -> Message;
+    pub(crate) fn tangelo_qkv_rope(
+        qkv: TensorRef,
+        cos: TensorRef,
+        sin: TensorRef,
+        num_heads: i64,
+        num_kv_heads: i64,
+        head_dim: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_swiglu(gate_up: TensorRef, out: *mut TensorOut) -> Message;
+    pub(crate) fn tangelo_attention(
+        q: TensorRef,
+        k: TensorRef,
+        v: TensorRef,
+        bounds: *const i64,
+        num_bounds: usize,
+        scale: f64,
+        window: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_attention_with_past(
+        q: TensorRef,
+        k: TensorRef,
+        v: TensorRef,
+        scale: f64,
+        window: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_cross_entropy(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        weights: TensorRef,
+        inverse_total_weight: f64,
+        main_grad: TensorRef,
+        chunk: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_cross_entropy_loss(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        weights: TensorRef,
+        chunk: i64,
+        loss_sum: *mut f64,
+    ) -> Message;
+    pub(crate) fn tangelo_token_logprobs(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        chunk: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_adamw(
+        master: TensorRef,
+        exp_avg: TensorRef,
+        exp_avg_sq: TensorRef,
+        grad: TensorRef,
+        copy: TensorRef,
+        begin: i64,
+        end: i64,
+        arguments: *const AdamWArguments,
+    ) -> Message;
+    pub(crate) fn tangelo_chunk_square_sums(flat: TensorRef, chunk: i64, sums: *mut f64) -> Message;
+    pub(crate) fn tangelo_all_finite(tensor: TensorRef, finite: *mut bool) -> Message;
+    fn tangelo_cpu_kernels_name() -> *const c_char;
+}
+
+/// Hyperparameters as the shim reads them; the same layout as its `AdamWArguments`.
+#[repr(C)]
+pub(crate) struct AdamWArguments {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub step: f64,
+    pub grad_scale: f64,
+}
+
+/// The instruction set the CPU kernels use here: `avx512`, `avx2` or `generic`. The environment variable
+/// `TANGELO_CPU_KERNELS` asks for a lesser one.
+pub fn cpu_kernels_name() -> &'static str {
+    // SAFETY: the shim returns a NUL-terminated string with static lifetime.
+    unsafe { CStr::from_ptr(tangelo_cpu_kernels_name()) }.to_str().unwrap_or("unknown")
 }
 
 /// The pointer behind `tensor`, valid while the borrow lives.

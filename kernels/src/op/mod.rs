@@ -30,7 +30,14 @@ pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::{qkv_rope, rope};
 pub use swiglu::swiglu;
 
+pub use crate::ffi::cpu_kernels_name;
+
 /// The type sums are kept in: double for double, float for everything narrower.
 pub(crate) fn accumulate_kind(tensor: &tch::Tensor) -> tch::Kind {
     if tensor.kind() == tch::Kind::Double { tch::Kind::Double } else { tch::Kind::Float }
+}
+
+/// Whether the shim's CPU kernels take this tensor; the reference does the rest.
+pub(crate) fn has_cpu_kernels(tensor: &tch::Tensor) -> bool {
+    tensor.device() == tch::Device::Cpu && matches!(tensor.kind(), tch::Kind::Float | tch::Kind::BFloat16)
 }

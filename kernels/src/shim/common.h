@@ -4,12 +4,17 @@
 // tensors over as `at::Tensor*`: borrowed when they come in, owned by Rust when they go out.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <optional>
+
+#include "cpu/kernels.h"
 
 namespace tangelo {
 
@@ -46,5 +51,27 @@ inline std::optional<Tensor> maybe(const Tensor* tensor) {
 inline at::ScalarType accumulate_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// ---- the CPU kernels -----------------------------------------------------------------------------------------
+
+// Whether the kernels of cpu/ take this tensor; otherwise plain ATen operations do the work.
+inline bool has_kernels(const Tensor& tensor) {
+  return tensor.is_cpu() && (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16);
+}
+
+inline const cpu::Typed& kernels_for(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat ? cpu::kernels().f32 : cpu::kernels().b16;
+}
+
+// Rows a thread should at least take, so that starting it pays.
+inline int64_t grain_rows(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)); }
+
+inline Tensor rows_of(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
+
+// out = a b, or out += a b when `add`; through whichever library is fastest for the type (see products.cc).
+void product(Tensor& out, const Tensor& a, const Tensor& b, bool add);
+
+// main_grad += dy^T x for dy [T, O], x [T, I]; main_grad in fp32, or in their type.
+void add_weight_grad(Tensor& main_grad, const Tensor& dy, const Tensor& x);
 
 }  // namespace tangelo

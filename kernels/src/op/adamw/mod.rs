@@ -1,11 +1,14 @@
 //! AdamW with decoupled weight decay (Loshchilov & Hutter 2019) over flat fp32 buffers, as `torch.optim.AdamW` computes
 //! it. Elementwise, so a shard's result does not depend on how the buffer was cut.
+#![allow(unsafe_code)]
 
 pub mod reference;
 
 use std::ops::Range;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
+
+use crate::ffi;
 
 /// Hyperparameters of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,7 +56,35 @@ pub fn adamw_step(state: AdamWState<'_>, segments: &[DecaySegment], options: &Ad
     assert!(options.step > 0, "adamw: steps count from 1");
     tch::no_grad(|| {
         for segment in segments {
-            reference::adamw_segment(state, segment, options);
+            match state.master.device() {
+                Device::Cpu => cpu_segment(state, segment, options),
+                _ => reference::adamw_segment(state, segment, options),
+            }
         }
+    });
+}
+
+fn cpu_segment(state: AdamWState<'_>, segment: &DecaySegment, options: &AdamW) {
+    let arguments = ffi::AdamWArguments {
+        lr: options.lr,
+        beta1: options.beta1,
+        beta2: options.beta2,
+        eps: options.eps,
+        weight_decay: segment.weight_decay,
+        step: options.step as f64,
+        grad_scale: options.grad_scale,
+    };
+    // SAFETY: all pointers outlive the call; the shim checks types, sizes and the range.
+    ffi::check(unsafe {
+        ffi::tangelo_adamw(
+            ffi::borrow(state.master),
+            ffi::borrow(state.exp_avg),
+            ffi::borrow(state.exp_avg_sq),
+            ffi::borrow(state.grad),
+            ffi::borrow_option(state.model_copy),
+            segment.range.start as i64,
+            segment.range.end as i64,
+            &arguments,
+        )
     });
 }

@@ -30,7 +30,7 @@ pub fn attention_with_past(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, windo
 }
 
 /// `[Tq, Tk]`, true where the query must not look.
-fn hidden_positions(num_queries: i64, num_keys: i64, window: Option<i64>, device: Device) -> Tensor {
+pub(super) fn hidden_positions(num_queries: i64, num_keys: i64, window: Option<i64>, device: Device) -> Tensor {
     let key = Tensor::arange(num_keys, (Kind::Int64, device)).unsqueeze(0);
     let query = (Tensor::arange(num_queries, (Kind::Int64, device)) + (num_keys - num_queries)).unsqueeze(1);
     let distance = query - key;

@@ -5,10 +5,13 @@
 //! Invariants: a token of weight 0 adds exactly nothing to the loss and to every gradient; its row of the hidden
 //! gradient is zero. The softmax is in fp32 (float64 for float64), the logits are rounded to the hidden state's type
 //! first, as in transformers.
+#![allow(unsafe_code)]
 
 pub mod reference;
 
 use tch::Tensor;
+
+use crate::{ffi, op::has_cpu_kernels};
 
 /// What [`cross_entropy_chunked`] gives.
 #[derive(Debug)]
@@ -33,17 +36,26 @@ pub fn cross_entropy_chunked(
     main_grad: Option<&Tensor>,
     chunk_tokens: i64,
 ) -> CrossEntropy {
-    tch::no_grad(|| {
-        reference::cross_entropy_chunked(
-            hidden,
-            head_weight,
-            targets,
-            weights,
+    if !has_cpu_kernels(hidden) {
+        let (scale, chunk) = (inverse_total_weight, chunk_tokens);
+        return tch::no_grad(|| {
+            reference::cross_entropy_chunked(hidden, head_weight, targets, weights, scale, main_grad, chunk)
+        });
+    }
+    // SAFETY: all pointers outlive the call; null where absent; `out` has room for two tensors.
+    let [loss_sum, dhidden] = ffi::produce(|out: &mut [_; 2]| unsafe {
+        ffi::tangelo_cross_entropy(
+            ffi::borrow(hidden),
+            ffi::borrow(head_weight),
+            ffi::borrow(targets),
+            ffi::borrow(weights),
             inverse_total_weight,
-            main_grad,
+            ffi::borrow_option(main_grad),
             chunk_tokens,
+            out.as_mut_ptr(),
         )
-    })
+    });
+    CrossEntropy { loss_sum, dhidden }
 }
 
 /// The loss sum alone (see [`CrossEntropy::loss_sum`]), for evaluation.
@@ -54,10 +66,38 @@ pub fn cross_entropy_loss(
     weights: &Tensor,
     chunk_tokens: i64,
 ) -> Tensor {
-    tch::no_grad(|| reference::cross_entropy_loss(hidden, head_weight, targets, weights, chunk_tokens))
+    if !has_cpu_kernels(hidden) {
+        return tch::no_grad(|| reference::cross_entropy_loss(hidden, head_weight, targets, weights, chunk_tokens));
+    }
+    let mut loss_sum = 0.0;
+    // SAFETY: all pointers outlive the call; `loss_sum` is writable.
+    ffi::check(unsafe {
+        ffi::tangelo_cross_entropy_loss(
+            ffi::borrow(hidden),
+            ffi::borrow(head_weight),
+            ffi::borrow(targets),
+            ffi::borrow(weights),
+            chunk_tokens,
+            &mut loss_sum,
+        )
+    });
+    Tensor::from(loss_sum)
 }
 
 /// Log-probability of each target: `[T]` in fp32 (float64 for float64).
 pub fn token_logprobs(hidden: &Tensor, head_weight: &Tensor, targets: &Tensor, chunk_tokens: i64) -> Tensor {
-    tch::no_grad(|| reference::token_logprobs(hidden, head_weight, targets, chunk_tokens))
+    if !has_cpu_kernels(hidden) {
+        return tch::no_grad(|| reference::token_logprobs(hidden, head_weight, targets, chunk_tokens));
+    }
+    // SAFETY: all pointers outlive the call.
+    let [out] = ffi::produce(|[out]| unsafe {
+        ffi::tangelo_token_logprobs(
+            ffi::borrow(hidden),
+            ffi::borrow(head_weight),
+            ffi::borrow(targets),
+            chunk_tokens,
+            out,
+        )
+    });
+    out
 }

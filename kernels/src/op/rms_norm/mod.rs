@@ -27,6 +27,16 @@ pub fn add_rms_norm(
     eps: f64,
     main_grad: Option<&Tensor>,
 ) -> (Tensor, Tensor) {
-    let sum = x + residual;
-    (rms_norm(&sum, weight, eps, main_grad), sum)
+    // SAFETY: all pointers outlive the call; null where absent; `out` has room for two tensors.
+    let [normed, sum] = ffi::produce(|out: &mut [_; 2]| unsafe {
+        ffi::tangelo_add_rms_norm(
+            ffi::borrow(x),
+            ffi::borrow(residual),
+            ffi::borrow(weight),
+            eps,
+            ffi::borrow_option(main_grad),
+            out.as_mut_ptr(),
+        )
+    });
+    (normed, sum)
 }

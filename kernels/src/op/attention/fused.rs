@@ -1,0 +1,32 @@
+//! Attention through libtorch's own fused operator, document by document: for CUDA, and for float64.
+//!
+//! Without a window no mask exists. A window needs one of `Tq x Tk` booleans.
+
+use tch::Tensor;
+
+use super::reference::hidden_positions;
+
+/// See [`super::attention`]; `window` is in keys.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: f64, window: i64) -> Tensor {
+    let documents: Vec<Tensor> = cu_seqlens
+        .windows(2)
+        .map(|bounds| {
+            let document = |x: &Tensor| x.narrow(0, bounds[0], bounds[1] - bounds[0]);
+            attention_with_past(&document(q), &document(k), &document(v), scale, window)
+        })
+        .collect();
+    Tensor::cat(&documents, 0)
+}
+
+/// See [`super::attention_with_past`]; `window` is in keys.
+pub fn attention_with_past(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: i64) -> Tensor {
+    let (num_queries, num_keys) = (q.size()[0], k.size()[0]);
+    let heads_first = |x: &Tensor| x.transpose(0, 1).unsqueeze(0);
+    let whole = num_queries == num_keys && window >= num_keys;
+    let mask = (!whole).then(|| hidden_positions(num_queries, num_keys, Some(window), q.device()).logical_not());
+    let (q, k, v) = (heads_first(q), heads_first(k), heads_first(v));
+    Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, whole, scale, true)
+        .squeeze_dim(0)
+        .transpose(0, 1)
+        .contiguous()
+}

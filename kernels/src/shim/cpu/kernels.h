@@ -1,0 +1,82 @@
+// The CPU kernels of one instruction set, as a table. Pointers to elements are untyped; `Typed` holds the variants
+// for fp32 and bf16. Kernels work on ranges of rows or elements and know nothing of threads.
+#pragma once
+#include <cstdint>
+
+namespace tangelo::cpu {
+
+// Query, key and value heads are strided rows in token-major tensors.
+struct AttentionShape {
+  int64_t num_queries;   // the last queries of the document
+  int64_t num_keys;      // the document's length so far
+  int64_t head_dim;
+  int64_t q_stride;      // elements between tokens of q, and of the output
+  int64_t kv_stride;     // elements between tokens of k and v
+  float scale;
+  int64_t window;        // keys a query sees, itself included; num_keys for all
+};
+
+struct Typed {
+  // y = x / rms(x) * weight for rows [begin, end) of width D; stores 1 / rms in `inverse`. With a residual,
+  // `sum` receives x + residual, rounded, and is what is normalised.
+  void (*rms_norm)(const void* x, const void* residual, const void* weight, void* sum, void* y, float* inverse,
+                   int64_t begin, int64_t end, int64_t width, float eps);
+  // dx for rows [begin, end), plus `dsum` if given; adds dy * normed over the rows to `dweight` (fp32) if given.
+  void (*rms_norm_backward)(const void* dy, const void* dsum, const void* x, const void* weight, const float* inverse,
+                            void* dx, float* dweight, int64_t begin, int64_t end, int64_t width);
+  // Turns `heads` heads of tokens [begin, end) by cos, sin [T, hd/2]; the sine is negated when `back`.
+  void (*rope)(const void* from, int64_t from_stride, void* to, int64_t to_stride, const float* cos, const float* sin,
+               int64_t begin, int64_t end, int64_t heads, int64_t head_dim, bool back);
+  void (*swiglu)(const void* gate_up, void* out, int64_t begin, int64_t end, int64_t width);
+  void (*swiglu_backward)(const void* gate_up, const void* dy, void* dgate_up, int64_t begin, int64_t end,
+                          int64_t width);
+  // Negative log-likelihood of `target` under one row of logits; with `scale` not zero the row becomes
+  // (softmax - one hot) * scale. `scratch` has room for the row in fp32, or is null when scale is zero.
+  double (*cross_entropy_row)(void* logits, int64_t width, int64_t target, float scale, float* scratch);
+  // Rows `ids` of `grad` added to fp32 rows.
+  void (*add_rows)(const void* grad, const int64_t* ids, int64_t count, int64_t width, float* table);
+  void (*add_to)(const void* from, float* to, int64_t begin, int64_t end);
+  // Sums of `grad` over rows, added to fp32 columns [begin, end).
+  void (*add_column_sums)(const void* grad, int64_t rows, int64_t width, float* to, int64_t begin, int64_t end);
+  // One head of one document. `lse` has one float per query. `scratch` as attention_scratch says.
+  void (*attention)(const AttentionShape& shape, const void* q, const void* k, const void* v, void* out, float* lse,
+                    float* scratch);
+  // dq, dk, dv of one head; dk and dv are fp32, [num_keys, head_dim] with stride `dkv_stride`. Needs no past.
+  void (*attention_backward)(const AttentionShape& shape, const void* q, const void* k, const void* v, const void* out,
+                             const void* dout, const float* lse, void* dq, float* dk, float* dv, int64_t dkv_stride,
+                             float* scratch);
+};
+
+struct AdamWScalars {
+  float decay;         // 1 - lr * weight_decay
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  float step_size;     // lr / (1 - beta1^t)
+  float inverse_root;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+  float grad_scale;
+};
+
+struct Kernels {
+  const char* name;
+  Typed f32;
+  Typed b16;
+  int64_t (*attention_scratch)(const AttentionShape& shape);           // floats
+  int64_t (*attention_backward_scratch)(const AttentionShape& shape);  // floats
+  // `copy` may be null; `copy_is_bf16` says what it holds.
+  void (*adamw)(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, void* copy, bool copy_is_bf16,
+                const AdamWScalars& scalars, int64_t begin, int64_t end);
+  double (*square_sum)(const float* from, int64_t length);
+  bool (*all_finite_f32)(const float* from, int64_t length);
+  bool (*all_finite_b16)(const uint16_t* from, int64_t length);
+};
+
+// The table for the processor this runs on; chosen once. TANGELO_CPU_KERNELS=generic|avx2|avx512 asks for one.
+const Kernels& kernels();
+
+extern const Kernels generic_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace tangelo::cpu

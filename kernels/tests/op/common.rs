@@ -1,0 +1,52 @@
+//! Random inputs, comparison in float64, and gradients of both sides.
+
+use tch::{Device, Kind, Tensor};
+
+/// Types the kernels take, each with the norm-relative error one rounded operation may have.
+pub const KINDS: [(Kind, f64); 2] = [(Kind::Float, 1e-5), (Kind::BFloat16, 6e-3)];
+
+/// Fresh normal numbers, exactly representable in `kind`.
+pub fn random(shape: &[i64], kind: Kind) -> Tensor {
+    Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+}
+
+/// The same numbers in float64, as a leaf.
+pub fn double_leaf(x: &Tensor) -> Tensor {
+    x.detach().to_kind(Kind::Double).set_requires_grad(true)
+}
+
+/// The same tensor as a leaf.
+pub fn leaf(x: &Tensor) -> Tensor {
+    x.detach().copy().set_requires_grad(true)
+}
+
+/// ||got - expected|| / ||expected||, in float64.
+pub fn error(got: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(got.size(), expected.size(), "shapes differ");
+    let expected = expected.detach().to_kind(Kind::Double);
+    let difference = (got.detach().to_kind(Kind::Double) - &expected).norm().double_value(&[]);
+    difference / expected.norm().double_value(&[]).max(1e-30)
+}
+
+#[track_caller]
+pub fn assert_close(name: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
+    let found = error(got, expected);
+    assert!(found <= tolerance, "{name}: relative error {found:.2e}, allowed {tolerance:.0e}");
+}
+
+/// Asserts the very same bits.
+#[track_caller]
+pub fn assert_same_bits(name: &str, a: &Tensor, b: &Tensor) {
+    assert!(a.equal(b), "{name}: bits differ, relative error {:.2e}", error(a, b));
+}
+
+/// Runs `work` with 1 and with 2 threads. Thread counts are the process's: nextest runs each test in its own.
+pub fn with_one_and_two_threads<R>(mut work: impl FnMut() -> R) -> (R, R) {
+    let before = tch::get_num_threads();
+    tch::set_num_threads(1);
+    let one = work();
+    tch::set_num_threads(2);
+    let two = work();
+    tch::set_num_threads(before);
+    (one, two)
+}
