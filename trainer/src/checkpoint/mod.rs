@@ -10,7 +10,7 @@
 //! | who | consumes | waits for | unblocked by | bounded by |
 //! |---|---|---|---|---|
 //! | the training step | - | the copy into a [`Snapshot`]; the earlier save | saver thread | one save in flight |
-//! | the update, after [`Saver::save_lazily`] | - | that copy, made by the saver thread | saver thread | memory 
+//! | the update, after [`Saver::save_lazily`] | - | that copy, made by the saver thread | saver thread | memory |
 //! | saver thread | one snapshot | the disk; on rank 0 the other ranks' records | files appearing | `rank_deadline` |
 //!
 //! Invariants (tests cite them by number):
