@@ -1,6 +1,7 @@
 """Golden answers from transformers, for tests/tests/it/parity.rs.
 
   golden.py make OUT SEED          one folder per case in CASES: a random small model, its logits, loss and gradients
+  golden.py same OUT                for every case: OUT/CASE/export must give the logits of OUT/CASE/model, bit for bit
   golden.py logits MODEL IDS OUT   logits of a saved model on one sequence, float32
   golden.py gguf FILE OUT PROMPT.. greedy continuations and log-probabilities of a GGUF file
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -160,10 +161,25 @@ def make(out, seed):
     (Path(out) / "cases.json").write_text(json.dumps([name for name, _, _ in CASES]))
 
 
-def logits(folder, ids, out):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+def logits_of(folder, ids):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    unexpected = [info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    assert not unexpected, f"{folder}: {unexpected}"
     with torch.no_grad():
-        save_file({"logits": model(torch.tensor([json.loads(ids)])).logits[0].contiguous()}, out)
+        return model.eval()(ids[None]).logits[0].contiguous()
+
+
+def same(out):
+    for case in json.loads((Path(out) / "cases.json").read_text()):
+        golden = load_file(Path(out) / case / "golden.safetensors")
+        before, after = (logits_of(Path(out) / case / name, golden["ids"]) for name in ("model", "export"))
+        assert torch.equal(before, after), f"{case}: exported logits differ by {(before - after).abs().max():.2e}"
+
+
+def logits(folder, ids, out):
+    save_file({"logits": logits_of(folder, torch.tensor(json.loads(ids)))}, out)
 
 
 def gguf(file, out, prompts):
@@ -186,6 +202,8 @@ def main():
     match sys.argv[1:]:
         case ["make", out, seed]:
             make(out, int(seed))
+        case ["same", out]:
+            same(out)
         case ["logits", folder, ids, out]:
             logits(folder, ids, out)
         case ["gguf", file, out, *prompts]:

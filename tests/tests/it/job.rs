@@ -52,7 +52,8 @@ impl Job {
         let job = Job { folder: tempfile::tempdir().expect("a temporary folder") };
         std::fs::create_dir(job.path("text")).expect("a fresh folder");
         for document in 0..40 {
-            std::fs::write(job.path(&format!("text/{document}.txt")), prose(seed + document)).expect("space on the disk");
+            std::fs::write(job.path(&format!("text/{document}.txt")), prose(seed + document))
+                .expect("space on the disk");
         }
         std::fs::write(job.path("tokenizer.json"), byte_tokenizer().to_string()).expect("space on the disk");
         std::fs::write(job.path("job.toml"), JOB.replace("FOLDER", &job.path("").display().to_string()))

@@ -3,7 +3,9 @@
 use crate::support;
 use std::collections::HashMap;
 use std::path::Path;
-use tangelo_formats::Weights;
+use tangelo_core::DType;
+use tangelo_formats::writer::{MAX_SHARD_BYTES, convert};
+use tangelo_formats::{Weights, tokenizer};
 use tangelo_models::{Model, PackContext};
 use tangelo_trainer::executor::{BlockExecutor, MicroBatch, Recompute};
 use tch::{Device, Kind, Tensor};
@@ -133,8 +135,7 @@ fn random_models_of_every_family_equal_transformers() {
     let (folder, seed) = (tempfile::tempdir().unwrap(), support::fresh_seed());
     let out = folder.path().to_str().unwrap();
     support::run_script(&python, "golden.py", &["make", out, &seed.to_string()]);
-    let cases: Vec<String> =
-        serde_json::from_str(&std::fs::read_to_string(folder.path().join("cases.json")).unwrap()).unwrap();
+    let cases = cases(folder.path());
     assert!(cases.len() >= 10, "{cases:?}");
     let mut faults = Vec::new();
     for case in cases {
@@ -148,4 +149,55 @@ fn random_models_of_every_family_equal_transformers() {
         faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
     }
     assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
+    check_export(&python, folder.path());
+}
+
+/// Every model of `folder` written by us, in one file and in shards, must be to transformers what it was before.
+fn check_export(python: &Path, folder: &Path) {
+    for (i, case) in cases(folder).iter().enumerate() {
+        let weights = Weights::open(&folder.join(case).join("model")).unwrap();
+        let max_shard_bytes = if i % 2 == 0 { MAX_SHARD_BYTES } else { 30_000 };
+        convert(&weights, &folder.join(case).join("export"), DType::F32, max_shard_bytes, None).unwrap();
+    }
+    support::run_script(python, "golden.py", &["same", folder.to_str().unwrap()]);
+}
+
+fn cases(folder: &Path) -> Vec<String> {
+    serde_json::from_str(&std::fs::read_to_string(folder.join("cases.json")).unwrap()).unwrap()
+}
+
+/// What golden.py says about a prompt.
+#[derive(serde::Deserialize)]
+struct Answer {
+    prompt: String,
+    ids: Vec<u32>,
+    scores: Vec<Option<f64>>,
+    greedy: Vec<u32>,
+}
+
+#[test]
+fn a_real_quantised_model_equals_transformers() {
+    let (Some(python), Some(file)) = (support::python(), support::smollm2()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("answers.json");
+    let prompts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a"];
+    let arguments = [&["gguf", file.to_str().unwrap(), out.to_str().unwrap()], &prompts[..]].concat();
+    support::run_script(&python, "golden.py", &arguments);
+    let answers: Vec<Answer> = serde_json::from_str(&std::fs::read_to_string(out).unwrap()).unwrap();
+    assert_eq!(answers.len(), prompts.len());
+    let (model, tokenizer) = (load(&file, false), tokenizer::load(&file).unwrap().tokenizer);
+    for answer in answers {
+        let ids = tokenizer.encode(answer.prompt.as_str(), true).unwrap();
+        assert_eq!(ids.get_ids(), answer.ids, "{:?} is tokenised in another way", answer.prompt);
+        let logprobs = model.logits(&PackContext::single(&answer.ids, Device::Cpu)).log_softmax(-1, Kind::Double);
+        for (i, expected) in answer.scores.iter().enumerate().skip(1) {
+            let found = logprobs.double_value(&[i as i64 - 1, i64::from(answer.ids[i])]);
+            // Logits near 20 after 30 layers in fp32, in another order of sums on each side.
+            assert!((found - expected.unwrap()).abs() < 1e-3, "token {i}: {found}, expected {expected:?}");
+        }
+        let found = greedy(&model, &answer.ids, answer.greedy.len(), true);
+        assert_eq!(found, answer.greedy, "{:?}", answer.prompt);
+    }
+    let prompt: Vec<u32> = tokenizer.encode(prompts[0], true).unwrap().get_ids().to_vec();
+    assert_eq!(greedy(&model, &prompt, 16, false), greedy(&model, &prompt, 16, true), "cached and uncached differ");
 }

@@ -31,12 +31,7 @@ const ROOMS: &[Room] = &[
     ("kernels", KERNELS, &[CORE], true),
     ("models", MODELS, &[CORE, CONFIGS, FORMATS, KERNELS], true),
     ("trainer", TRAINER, &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS], true),
-    (
-        "tests",
-        "tangelo-tests",
-        &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS, TRAINER],
-        true,
-    ),
+    ("tests", "tangelo-tests", &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS, TRAINER], true),
     ("xtask", "xtask", &[], false),
 ];
 
@@ -102,7 +97,8 @@ fn libtorch_stays_in_its_rooms() {
     for (_, room, _, may_link) in ROOMS {
         let start = &metadata.workspace_packages().into_iter().find(|p| p.name.as_str() == *room).expect("listed").id;
         let reached = reachable(start, &edges);
-        let linked: Vec<_> = reached.iter().map(|id| name(id)).filter(|n| LIBTORCH_CRATES.contains(&n.as_str())).collect();
+        let linked: Vec<_> =
+            reached.iter().map(|id| name(id)).filter(|n| LIBTORCH_CRATES.contains(&n.as_str())).collect();
         if linked.is_empty() == *may_link {
             violations.push(format!("{room}: reaches {linked:?}, libtorch allowed: {may_link}"));
         }
@@ -196,7 +192,8 @@ fn unsafe_code_is_where_it_may_be() {
 fn crates_have_one_integration_binary() {
     let metadata = metadata();
     let is_test = |t: &&cargo_metadata::Target| t.kind.contains(&cargo_metadata::TargetKind::Test);
-    let counted = metadata.workspace_packages().into_iter().map(|p| (&p.name, p.targets.iter().filter(is_test).count()));
+    let counted =
+        metadata.workspace_packages().into_iter().map(|p| (&p.name, p.targets.iter().filter(is_test).count()));
     let many = counted.filter(|(_, count)| *count > 1).map(|(name, count)| format!("{name}: {count}"));
     expect_none("packages with several integration test binaries (each links everything again)", many.collect());
 }
