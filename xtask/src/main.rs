@@ -6,6 +6,7 @@
 
 mod bench;
 mod corpus;
+mod loss_compare;
 mod pins;
 mod quickstart;
 mod setup;
@@ -40,6 +41,8 @@ enum Command {
     Test(test::Options),
     /// Measure Tangelo and its peers side by side. Takes a while and wants the machine for itself.
     Bench(bench::Options),
+    /// Run the same job by two commits, or with two sets of options, and compare every step.
+    LossCompare(loss_compare::Options),
     /// Kill a run again and again; its end must have the bits of an undisturbed one's.
     Soak(soak::Options),
     /// Write the text that `quickstart` trains on: one JSON line per file.
@@ -75,6 +78,7 @@ fn run() -> Result<()> {
         Command::Quickstart(options) => quickstart::run(&repo, &options),
         Command::Test(options) => test::run(&repo, &options),
         Command::Bench(options) => bench::run(&repo, &options),
+        Command::LossCompare(options) => loss_compare::run(&repo, &options),
         Command::Soak(options) => soak::run(&repo, &options),
         Command::Corpus { path, output, bytes } => {
             let summary = corpus::write(path.as_deref(), &output, bytes)?;

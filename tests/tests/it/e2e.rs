@@ -73,7 +73,9 @@ fn layouts_agree() {
 fn a_killed_rank_is_named_and_the_restarted_run_ends_the_same() {
     let job = Job::new(support::fresh_seed());
     let whole = job.run("whole", 2, &[]);
-    let (code, text) = finish(job.command("killed", 2, &["--max-restarts", "1"]).env(env::FAULT, "kill@7:1"));
+    let (code, text) = finish(
+        job.command("killed", 2, &["--max-restarts", "1", "--restart-backoff-ms", "50"]).env(env::FAULT, "kill@7:1"),
+    );
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("rank 1") && text.contains("SIGKILL"), "the culprit is not named:\n{text}");
     assert_same_files(&job.finished("killed").checkpoint(STEPS), &whole.checkpoint(STEPS), "restarted, undisturbed");
@@ -116,7 +118,8 @@ fn five_kills_at_random_moments_change_nothing() {
     let job = Job::new(seed);
     let saving = ["--set", "checkpoint.interval=1"];
     let whole = job.run("whole", 2, &saving);
-    let mut child = job.spawn("killed", 2, &[&saving[..], &["--max-restarts", "20"]].concat());
+    let mut child =
+        job.spawn("killed", 2, &[&saving[..], &["--max-restarts", "20", "--restart-backoff-ms", "50"]].concat());
     let mut state = seed | 1;
     for _ in 0..5 {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
