@@ -29,7 +29,7 @@ const ROOMS: &[Room] = &[
     ("launch/planner", PLANNER, &[CORE, CONFIGS], false),
     ("launch", "tangelo", &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER], false),
     ("kernels", KERNELS, &[CORE], true),
-    ("models", MODELS, &[CORE, CONFIGS, FORMATS, KERNELS], true),
+    ("models", MODELS, &[CORE, CONFIGS, KERNELS], true),
     ("trainer", TRAINER, &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS], true),
     ("tests", "tangelo-tests", &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS, TRAINER], true),
     ("xtask", "xtask", &[], false),
