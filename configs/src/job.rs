@@ -128,7 +128,8 @@ pub struct Data {
     pub packing: Packing,
     /// Positions restart at each document and attention never crosses it.
     pub document_mask: bool,
-    /// Part of each source's documents held out for validation, chosen by hash of (seed, document index).
+    /// Part of each source's documents held out for validation, chosen by hash of the document's index whatever the
+    /// seed; of a corpus of one document, its tail.
     pub validation_fraction: f64,
     /// Tokens per shard file.
     pub shard_tokens: usize,

@@ -1,1 +1,382 @@
+//! Defaults filled in, rules checked, and what errors say.
 
+use crate::{FakeAssets, machine};
+use expect_test::{Expect, expect};
+use std::path::{Path, PathBuf};
+use tangelo_configs::job::{ComputeType, DeviceChoice};
+use tangelo_configs::model::Family;
+use tangelo_configs::resolve::{load_str, resolve};
+use tangelo_configs::{ConfigError, MixerSpec, ModelSpec, Plan, Resources, flavor, hf_config};
+use tangelo_core::{Axis, DecayShape};
+
+const JOB: &str = "[model]\nflavor = 'debugmodel'\n\
+    [data]\ntokenizer = 'tok'\nsources = [{ paths = ['corpus/wiki/*.txt'] }]\n\
+    [training]\nlocal_batch_size = 2\nseq_len = 64\nsteps = 1000\n";
+
+fn tokenizer() -> FakeAssets {
+    FakeAssets::with_tokenizer("/job/tok", 1000)
+}
+
+fn with(sets: &[&str], resources: &Resources, assets: &FakeAssets) -> Result<Plan, ConfigError> {
+    let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+    resolve(load_str(JOB, "job.toml", &sets)?, resources, assets)
+}
+
+fn plan(sets: &[&str], world_size: usize) -> Plan {
+    with(sets, &machine(world_size), &tokenizer()).unwrap()
+}
+
+fn fails(sets: &[&str], world_size: usize, expected: Expect) {
+    expected.assert_eq(&with(sets, &machine(world_size), &tokenizer()).unwrap_err().to_string());
+}
+
+#[test]
+fn every_default_is_filled_in() {
+    let plan = plan(&[], 4);
+    expect![[r#"
+        [job]
+        type = "pretrain"
+        dump_folder = "/job/runs/default"
+        description = ""
+        print_config = false
+
+        [model]
+        name = "llama"
+        flavor = "debugmodel"
+        vocab_size = 1024
+        hidden_size = 192
+        intermediate_size = 512
+        num_hidden_layers = 4
+        num_attention_heads = 6
+        num_key_value_heads = 2
+        head_dim = 32
+        max_position_embeddings = 2048
+        rope_theta = 10000.0
+        rms_norm_eps = 0.00001
+        sliding_window = 0
+        attention_bias = false
+        mlp_bias = false
+        tie_word_embeddings = true
+        initializer_range = 0.02
+
+        [data]
+        tokenizer = "/job/tok"
+        train_tokenizer_vocab = 0
+        prepared_folder = "/job/runs/default/prepared"
+        packing = "concat"
+        document_mask = true
+        validation_fraction = 0.005
+        shard_tokens = 67108864
+
+        [[data.sources]]
+        name = "wiki"
+        paths = ["/job/corpus/wiki/*.txt"]
+        text_column = "text"
+
+        [optimizer]
+        name = "AdamW"
+        lr = 0.0008
+        beta1 = 0.9
+        beta2 = 0.95
+        eps = 0.00000001
+        weight_decay = 0.1
+
+        [lr_scheduler]
+        warmup_steps = 200
+        total_steps = 1000
+        decay_ratio = 0.8
+        decay_type = "linear"
+        min_lr_factor = 0.0
+
+        [training]
+        local_batch_size = 2
+        global_batch_size = 8
+        seq_len = 64
+        max_norm = 1.0
+        steps = 1000
+        mixed_precision_param = "float32"
+        mixed_precision_reduce = "float32"
+        device = "cpu"
+        num_threads = 4
+        max_skipped = 10
+
+        [parallelism]
+        data_parallel_replicate_degree = 1
+        data_parallel_shard_degree = 4
+        zero_parameter_degree = 1
+        zero_gradient_degree = 1
+        zero_optimizer_degree = 4
+        tensor_parallel_degree = 1
+        pipeline_parallel_degree = 1
+        context_parallel_degree = 1
+
+        [activation_checkpoint]
+        mode = "none"
+        selective_ac_option = "2"
+
+        [checkpoint]
+        enable = true
+        folder = "checkpoint"
+        interval = 500
+        initial_load_model_only = true
+        initial_load_in_hf = false
+        last_save_model_only = false
+        last_save_in_hf = false
+        export_dtype = "float32"
+        async_mode = "async"
+        keep_latest_k = 10
+        keep_every = 0
+        load_step = -1
+
+        [validation]
+        enable = false
+        freq = 100
+        steps = 10
+        sample_tokens = 0
+        prompts = []
+
+        [metrics]
+        log_freq = 10
+        enable_tensorboard = true
+        save_tb_folder = "tb"
+
+        [comm]
+        init_timeout_seconds = 300
+        train_timeout_seconds = 100
+
+        [debug]
+        seed = 42
+        deterministic = true
+    "#]]
+    .assert_eq(&plan.to_toml().unwrap());
+    assert_eq!((plan.data_parallel_size, plan.global_batch_size), (4, 8));
+    assert_eq!((plan.gradient_accumulation_steps, plan.zero_optimizer_degree), (1, 4));
+    assert_eq!((plan.mesh.world_size(), plan.mesh.degree(Axis::DpShard)), (4, 4));
+    assert_eq!((plan.model.bos_token_id, &plan.model.eos_token_ids[..]), (Some(1), &[999][..]));
+    assert_eq!(plan.tokens_per_step(), 512);
+    let schedule = plan.schedule();
+    assert_eq!((schedule.total_steps, schedule.decay_steps, schedule.decay_type), (1000, 800, DecayShape::Linear));
+}
+
+#[test]
+fn a_gpu_changes_device_and_type() {
+    let gpu = Resources { cuda: true, ..machine(2) };
+    let training = with(&[], &gpu, &tokenizer()).unwrap().config.training;
+    assert_eq!((training.device, training.mixed_precision_param), (DeviceChoice::Cuda, ComputeType::Bfloat16));
+    let training = with(&["training.device=cpu"], &gpu, &tokenizer()).unwrap().config.training;
+    assert_eq!((training.device, training.mixed_precision_param), (DeviceChoice::Cpu, ComputeType::Float32));
+}
+
+#[test]
+fn the_batch_arithmetic() {
+    let plan = plan(&["training.global_batch_size=24"], 3);
+    assert_eq!((plan.global_batch_size, plan.gradient_accumulation_steps), (24, 4));
+    fails(&["training.global_batch_size=25"], 3, expect!["`training.global_batch_size` = 25 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 25 / 6 leaves 1; take 24 or 30, or another local batch size"]);
+    fails(&["training.global_batch_size=4"], 3, expect!["`training.global_batch_size` = 4 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 4 / 6 leaves 4; take 6, or another local batch size"]);
+    fails(&["training.global_batch_size=0"], 3, expect!["`training.global_batch_size` = 0; it is a number of sequences, or -1 for `training.local_batch_size` times the data-parallel size"]);
+}
+
+#[test]
+fn degrees_multiply_to_the_world_size() {
+    fails(
+        &["parallelism.data_parallel_shard_degree=3"],
+        4,
+        expect![
+            "pp 1 x dp_replicate 1 x dp_shard 3 x cp 1 x tp 1 = 3 ranks, but the world size is 4; change a degree, or start 3 ranks (--nproc-per-node)"
+        ],
+    );
+    fails(
+        &["parallelism.data_parallel_replicate_degree=2"],
+        5,
+        expect![
+            "pp 1 x dp_replicate 2 x dp_shard 2 x cp 1 x tp 1 = 4 ranks, but the world size is 5; change a degree, or start 4 ranks (--nproc-per-node)"
+        ],
+    );
+    fails(
+        &["parallelism.tensor_parallel_degree=2", "parallelism.zero_parameter_degree=4"],
+        4,
+        expect![[r#"
+        `parallelism.tensor_parallel_degree` = 2, but tensor parallelism is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)
+        `parallelism.zero_parameter_degree` = 4, but sharding of parameters (ZeRO-3) is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)"#]],
+    );
+    let hybrid = plan(&["parallelism.data_parallel_replicate_degree=2"], 6);
+    assert_eq!((hybrid.data_parallel_size, hybrid.zero_optimizer_degree), (6, 3));
+}
+
+#[test]
+fn zero_scopes_nest() {
+    assert_eq!(plan(&["parallelism.zero_optimizer_degree=2"], 4).zero_optimizer_degree, 2);
+    assert_eq!(plan(&["parallelism.zero_optimizer_degree=1"], 4).zero_optimizer_degree, 1);
+    fails(&["parallelism.zero_optimizer_degree=4"], 6, expect!["`parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"]);
+    fails(&["parallelism.zero_optimizer_degree=8"], 4, expect!["`parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"]);
+}
+
+#[test]
+fn schedules_fit_their_length() {
+    fails(&["training.steps=100"], 1, expect!["`lr_scheduler.warmup_steps` = 200 > `training.steps` = 100: the warm-up would never end; lower it to 10 or so"]);
+    fails(&["lr_scheduler.decay_ratio=0.9"], 1, expect!["`lr_scheduler.warmup_steps` 200 + decay 900 (= training.steps 1000 x `lr_scheduler.decay_ratio` 0.9) = 1100 > 1000 steps; lower one of them"]);
+    fails(&["lr_scheduler.total_steps=600"], 1, expect!["`training.steps` = 1000 > `lr_scheduler.total_steps` = 600: the last 400 steps would have a learning rate of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`"]);
+    assert_eq!(
+        plan(&["lr_scheduler.total_steps=600", "lr_scheduler.min_lr_factor=0.1"], 1).schedule().total_steps,
+        600
+    );
+    assert_eq!(plan(&["lr_scheduler.decay_ratio=0"], 1).schedule().decay_steps, 0);
+    assert_eq!(plan(&["lr_scheduler.decay_ratio=0.2"], 1).schedule().decay_steps, 200);
+}
+
+#[test]
+fn everything_wrong_is_said_at_once() {
+    let sets = [
+        "optimizer.lr=-1",
+        "optimizer.beta2=1.0",
+        "data.validation_fraction=1",
+        "validation.enable=true",
+        "validation.sample_tokens=3",
+        "checkpoint.interval=0",
+        "checkpoint.initial_load_in_hf=true",
+        "activation_checkpoint.mode=selective",
+        "activation_checkpoint.selective_ac_option=op",
+        "debug.seed=18446744073709551615",
+    ];
+    fails(&sets[..9], 1, expect![[r#"
+        `optimizer.lr` = -1; it must be a number of at least 0
+        `optimizer.beta2` = 1; it must be in [0, 1)
+        `data.validation_fraction` = 1; it must be in [0, 1)
+        `activation_checkpoint.selective_ac_option` = "op"; a whole number k in quotes is offered (every k-th block is recomputed), operator by operator ("op") is not
+        `checkpoint.interval` = 0; it must be at least 1
+        `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
+        `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]]);
+}
+
+#[test]
+fn sources_have_names_and_all_or_no_weights() {
+    let sets = [
+        "data.sources=[{paths=['a/web/*.jsonl.zst']}, {paths=['/b/web.parquet']}, {paths=['~/**/*.rs'], name='code'}]",
+    ];
+    let sources = plan(&sets, 1).config.data.sources;
+    let names: Vec<_> = sources.iter().map(|s| s.name.as_deref().unwrap()).collect();
+    assert_eq!(names, ["web", "web-2", "code"]);
+    let paths: Vec<_> = sources.iter().map(|s| s.paths[0].as_str()).collect();
+    assert_eq!(paths, ["/job/a/web/*.jsonl.zst", "/b/web.parquet", "/home/someone/**/*.rs"]);
+    fails(&["data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]"], 1, expect![[r#"
+        `data.sources` c: `paths` is empty
+        `data.sources` c: `weight` = 0; it must be above 0 (or remove the source)
+        `data.sources`: 2 of 3 have a `weight`; give one to all or to none"#]]);
+    fails(&["data.sources=[]"], 1, expect![[r#"`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = ["corpus/*.txt"]"#]]);
+    fails(&["data.sources=[{paths=['a'], name='x'}, {paths=['b'], name='x'}]"], 1, expect![[r#"`data.sources`: two are named "x"; give each its own `name`"#]]);
+}
+
+#[test]
+fn the_vocabulary_comes_from_the_tokenizer_rounded_up() {
+    assert_eq!(plan(&[], 1).model.vocab_size, 1024);
+    assert_eq!(plan(&["model.vocab_size=1000"], 1).model.vocab_size, 1000);
+    fails(&["model.vocab_size=999"], 1, expect!["`model.vocab_size` = 999 is less than the 1000 ids of the tokenizer /job/tok: ids 999 and above would have no embedding; set it to 1024 or more, or take another tokenizer"]);
+    fails(&["data.tokenizer=elsewhere"], 1, expect![[r#"`data.tokenizer` = "/job/elsewhere": no tokenizer.json there"#]]);
+
+    let job = JOB.replace("tokenizer = 'tok'\n", "");
+    let resolve_job = |sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        resolve(load_str(&job, "job.toml", &sets).unwrap(), &machine(1), &FakeAssets::default())
+    };
+    expect!["no tokenizer: set `data.tokenizer` (a tokenizer.json, a folder that holds one, a GGUF file), `model.hf_assets_path`, or `data.train_tokenizer_vocab`"].assert_eq(&resolve_job(&[]).unwrap_err().to_string());
+    let trained = resolve_job(&["data.train_tokenizer_vocab=500"]).unwrap();
+    assert_eq!((trained.model.vocab_size, &trained.model.eos_token_ids[..]), (512, &[0][..]));
+    let path = trained.config.data.tokenizer.unwrap();
+    assert_eq!(path, Path::new("/job/runs/default/prepared/tokenizer.json"));
+    fails(&["data.train_tokenizer_vocab=500"], 1, expect![[r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 500 exclude each other: use the one or train the other"#]]);
+    fails(&["data.train_tokenizer_vocab=100"], 1, expect![[r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other"#]]);
+}
+
+#[test]
+fn models_by_hand_by_flavor_and_from_assets() {
+    fails(&["model.flavor=llama-3.2-8b"], 1, expect![[r#"`model.flavor` = "llama-3.2-8b" is not known; did you mean "llama-3.2-1b"? There are debugmodel, tiny-4m, tiny-10m, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, mistral-7b, qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b"#]]);
+    fails(&["model.name=qwen3"], 1, expect![[r#"`model.name` = "qwen3", but flavor "debugmodel" is of family "llama"; leave `model.name` out"#]]);
+    fails(&["model.num_key_value_heads=4"], 1, expect!["`model.num_attention_heads` = 6 is not a multiple of `model.num_key_value_heads` = 4: 6 / 4 leaves 2"]);
+    fails(&["model.head_dim=33"], 1, expect!["`model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0"]);
+    fails(&["training.seq_len=4096"], 1, expect!["`training.seq_len` = 4096 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"]);
+    fails(&["model.sliding_window=16", "model.hidden_size=200"], 1, expect![[r#"
+        `model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0
+        `model.hidden_size` = 200 is not a multiple of `model.num_attention_heads` = 6, which transformers demands of the llama family: 200 / 6 leaves 2
+        `model.sliding_window` is set, but the llama family has none; set `model.name` = "mistral" or remove it"#]]);
+
+    let by_hand = "[model]\nname = 'qwen3'\nhidden_size = 96\nnum_hidden_layers = 3\n[data]\ntokenizer='tok'\nsources=[{paths=['a']}]\n";
+    let resolve_text = |text: &str| resolve(load_str(text, "job.toml", &[]).unwrap(), &machine(1), &tokenizer());
+    expect!["no model: set `model.flavor` (one of debugmodel, tiny-4m, tiny-10m, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, mistral-7b, qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b), `model.hf_assets_path`, or `model.intermediate_size`, `model.num_attention_heads` by hand"].assert_eq(&resolve_text(by_hand).unwrap_err().to_string());
+    let by_hand =
+        by_hand.replace("hidden_size = 96", "hidden_size = 96\nintermediate_size = 128\nnum_attention_heads = 4");
+    let model = resolve_text(&by_hand).unwrap().model;
+    let MixerSpec::Attention(a) = &model.blocks[2].mixer;
+    assert_eq!(
+        (model.family, model.blocks.len(), a.num_kv_heads, a.head_dim, a.qk_norm),
+        (Family::Qwen3, 3, 4, 24, true)
+    );
+}
+
+/// A Qwen2 model whose last two of four layers have a window.
+fn mixed_model() -> ModelSpec {
+    let mut json =
+        hf_config::to_json(&flavor::flavor("qwen2.5-0.5b").unwrap().spec(0).unwrap(), tangelo_core::DType::F32);
+    json["num_hidden_layers"] = 4.into();
+    json["use_sliding_window"] = true.into();
+    json["sliding_window"] = 128.into();
+    json["max_window_layers"] = 2.into();
+    json.as_object_mut().unwrap().remove("layer_types");
+    json["eos_token_id"] = 7.into();
+    hf_config::from_json(&json).unwrap()
+}
+
+#[test]
+fn assets_give_shape_tokenizer_and_weights() {
+    let path = PathBuf::from("/job/assets/model");
+    let mut assets = FakeAssets::default();
+    assets.models.insert(path.clone(), mixed_model());
+    assets.tokenizers.insert(path.clone(), 151_000);
+    let job = "[model]\nhf_assets_path = 'assets/model'\n[data]\nsources = [{ paths = ['x'] }]\n[checkpoint]\ninitial_load_in_hf = true\n";
+    let with = |sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        resolve(load_str(job, "job.toml", &sets).unwrap(), &machine(1), &assets)
+    };
+    let plan = with(&[]).unwrap();
+    assert_eq!(plan.config.checkpoint.initial_load_path.as_deref(), Some(path.as_path()));
+    assert_eq!(plan.config.data.tokenizer.as_deref(), Some(path.as_path()));
+    let windows = |plan: &Plan| -> Vec<Option<usize>> {
+        plan.model
+            .blocks
+            .iter()
+            .map(|b| {
+                let MixerSpec::Attention(a) = &b.mixer;
+                a.sliding_window
+            })
+            .collect()
+    };
+    assert_eq!(windows(&plan), [None, None, Some(128), Some(128)]);
+    assert_eq!(windows(&with(&["model.sliding_window=64"]).unwrap()), [None, None, Some(64), Some(64)]);
+    assert_eq!(windows(&with(&["model.sliding_window=0"]).unwrap()), [None; 4]);
+    let again = resolve(load_str(&plan.to_toml().unwrap(), "again", &[]).unwrap(), &machine(1), &assets).unwrap();
+    assert_eq!(plan, again);
+    expect![[r#"`checkpoint.initial_load_path` = "/job/assets/model": the weights do not fit [model]: model.layers.4.input_layernorm.weight is not in them"#]].assert_eq(&with(&["model.num_hidden_layers=5"]).unwrap_err().to_string());
+    expect![[r#"`checkpoint.initial_load_path` = "/job/assets/model": the weights do not fit [model]: model.layers.0.mlp.gate_proj.weight is [4864, 896] there, [4096, 896] here"#]].assert_eq(&with(&["model.intermediate_size=4096"]).unwrap_err().to_string());
+    expect![[r#"`model.hf_assets_path` = "/job/nowhere": no config.json and no GGUF file there"#]]
+        .assert_eq(&with(&["model.hf_assets_path=nowhere"]).unwrap_err().to_string());
+}
+
+#[test]
+fn selective_recomputation_takes_every_kth_block() {
+    let marks = |sets: &[&str]| {
+        let p = plan(sets, 1);
+        (0..4).map(|l| p.recomputes(l)).collect::<Vec<_>>()
+    };
+    assert_eq!(marks(&[]), [false; 4]);
+    assert_eq!(marks(&["activation_checkpoint.mode=full"]), [true; 4]);
+    assert_eq!(marks(&["activation_checkpoint.mode=selective"]), [false, true, false, true]);
+    let third = ["activation_checkpoint.mode=selective", "activation_checkpoint.selective_ac_option='3'"];
+    assert_eq!(marks(&third), [false, false, true, false]);
+}
+
+#[test]
+fn the_machine_is_described() {
+    let here = Resources::of_this_machine(2, 2).unwrap();
+    assert!(here.current_dir.is_absolute() && here.num_cores >= 1);
+    assert_eq!(here.absolute(Path::new("x")), here.current_dir.join("x"));
+    assert_eq!(here.absolute(Path::new("/x")), Path::new("/x"));
+}

@@ -8,11 +8,26 @@
 //! torchtitan, Megatron), *causal* half of them, which is what a causal kernel does. A sliding window bounds the keys
 //! of both. Document masking lowers the real work further and is counted by neither.
 
-use tangelo_configs::{AttentionSpec, BlockSpec, MixerSpec, ModelSpec};
+use tangelo_configs::{AttentionSpec, BlockSpec, MixerSpec, ModelSpec, Plan};
+
+/// FLOPs of training on one token, forward and backward: what MFU divides by.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct FlopsPerToken {
+    /// Attention counted causally.
+    pub causal: f64,
+    /// Attention counted over all keys.
+    pub full: f64,
+}
+
+/// Training FLOPs per token of `plan`'s model at its sequence length.
+pub fn per_token(plan: &Plan) -> FlopsPerToken {
+    let forward = forward(&plan.model, plan.config.training.seq_len);
+    FlopsPerToken { causal: 3.0 * forward.causal(), full: 3.0 * forward.full() }
+}
 
 /// FLOPs of one token's forward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct FlopsPerToken {
+pub struct ForwardFlops {
     /// Products with weights, the head included.
     pub matrix: f64,
     /// Attention, causal keys only.
@@ -21,33 +36,23 @@ pub struct FlopsPerToken {
     pub attention_full: f64,
 }
 
-impl FlopsPerToken {
-    /// Forward, attention counted causally.
-    pub fn forward_causal(&self) -> f64 {
+impl ForwardFlops {
+    /// Attention counted causally.
+    pub fn causal(&self) -> f64 {
         self.matrix + self.attention_causal
     }
 
-    /// Forward, attention counted over all keys.
-    pub fn forward_full(&self) -> f64 {
+    /// Attention counted over all keys.
+    pub fn full(&self) -> f64 {
         self.matrix + self.attention_full
-    }
-
-    /// Forward and backward, attention counted causally.
-    pub fn training_causal(&self) -> f64 {
-        3.0 * self.forward_causal()
-    }
-
-    /// Forward and backward, attention counted over all keys.
-    pub fn training_full(&self) -> f64 {
-        3.0 * self.forward_full()
     }
 }
 
-impl std::ops::Add for FlopsPerToken {
-    type Output = FlopsPerToken;
+impl std::ops::Add for ForwardFlops {
+    type Output = ForwardFlops;
 
-    fn add(self, other: FlopsPerToken) -> FlopsPerToken {
-        FlopsPerToken {
+    fn add(self, other: ForwardFlops) -> ForwardFlops {
+        ForwardFlops {
             matrix: self.matrix + other.matrix,
             attention_causal: self.attention_causal + other.attention_causal,
             attention_full: self.attention_full + other.attention_full,
@@ -56,24 +61,24 @@ impl std::ops::Add for FlopsPerToken {
 }
 
 /// The whole model on sequences of `seq_len` tokens.
-pub fn flops_per_token(model: &ModelSpec, seq_len: usize) -> FlopsPerToken {
+pub fn forward(model: &ModelSpec, seq_len: usize) -> ForwardFlops {
     let blocks = model.blocks.iter().map(|block| block_flops(model.hidden_size, block, seq_len));
     blocks.fold(head_flops(model), |sum, one| sum + one)
 }
 
 /// The vocabulary head, tied or not.
-pub fn head_flops(model: &ModelSpec) -> FlopsPerToken {
-    FlopsPerToken { matrix: 2.0 * (model.vocab_size * model.hidden_size) as f64, ..FlopsPerToken::default() }
+pub fn head_flops(model: &ModelSpec) -> ForwardFlops {
+    ForwardFlops { matrix: 2.0 * (model.vocab_size * model.hidden_size) as f64, ..ForwardFlops::default() }
 }
 
 /// One block.
-pub fn block_flops(hidden_size: usize, block: &BlockSpec, seq_len: usize) -> FlopsPerToken {
+pub fn block_flops(hidden_size: usize, block: &BlockSpec, seq_len: usize) -> ForwardFlops {
     let MixerSpec::Attention(a) = &block.mixer;
     let projections = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim; // q and output, k and v
     let weights = hidden_size * (projections + 3 * block.feed_forward.intermediate_size);
     let per_key = 4.0 * (a.num_heads * a.head_dim) as f64;
     let (causal, full) = keys_per_query(a, seq_len as f64);
-    FlopsPerToken { matrix: 2.0 * weights as f64, attention_causal: per_key * causal, attention_full: per_key * full }
+    ForwardFlops { matrix: 2.0 * weights as f64, attention_causal: per_key * causal, attention_full: per_key * full }
 }
 
 /// Keys that a query sees on average: causally (S / 2, the diagonal counted half), and by counting all.
@@ -94,18 +99,18 @@ mod tests {
     #[test]
     fn smollm2_by_hand() {
         let model = flavor("smollm2-135m").unwrap().spec(0).unwrap();
-        let flops = flops_per_token(&model, 2048);
+        let flops = forward(&model, 2048);
         // Every matrix once: all parameters but the 61 norms of 576 (the tied embedding is the head).
         assert_eq!(flops.matrix, 2.0 * (134_515_008 - 61 * 576) as f64);
         assert_eq!(flops.attention_full, 30.0 * 4.0 * 576.0 * 2048.0);
         assert_eq!(flops.attention_causal, flops.attention_full / 2.0);
-        assert_eq!(flops.training_full(), 3.0 * (flops.matrix + flops.attention_full));
+        assert_eq!(flops.full(), flops.matrix + flops.attention_full);
     }
 
     #[test]
     fn a_window_bounds_the_keys() {
         let model = flavor("mistral-7b").unwrap().spec(0).unwrap();
-        let at = |seq_len| flops_per_token(&model, seq_len);
+        let at = |seq_len| forward(&model, seq_len);
         assert_eq!(at(4096).attention_full, at(8192).attention_full);
         // Half the queries see 2048 on average, half 4096.
         assert_eq!(at(8192).attention_causal, 1.5 * at(4096).attention_causal);

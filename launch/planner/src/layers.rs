@@ -1,6 +1,6 @@
 //! Parameters, FLOPs and bytes, layer by layer.
 
-use crate::flops::{FlopsPerToken, block_flops, head_flops};
+use crate::flops::{ForwardFlops, block_flops, head_flops};
 use crate::memory::saved_bytes_per_token;
 use crate::table::{Align, Table, bytes, count};
 use tangelo_configs::Plan;
@@ -16,7 +16,7 @@ pub struct LayerCost {
     /// Its weights in the plan's type.
     pub weight_bytes: u64,
     /// Forward FLOPs.
-    pub flops: FlopsPerToken,
+    pub flops: ForwardFlops,
     /// Activations kept from forward to backward, per token.
     pub saved_bytes_per_token: u64,
     /// Whether it runs again in backward.
@@ -32,7 +32,7 @@ pub fn layers(plan: &Plan) -> Vec<LayerCost> {
         let weight_bytes = (parameters * dtype.size_bytes()) as u64;
         LayerCost { name, parameters, weight_bytes, flops, saved_bytes_per_token: saved, recomputed }
     };
-    let none = FlopsPerToken::default();
+    let none = ForwardFlops::default();
     let mut all = vec![cost("embedding".into(), model.embedding_parameters(dtype), none, 0, false)];
     for (layer, block) in model.blocks.iter().enumerate() {
         let flops = block_flops(model.hidden_size, block, seq_len);
@@ -52,7 +52,7 @@ pub fn layers(plan: &Plan) -> Vec<LayerCost> {
     all
 }
 
-/// The layers as a table; equal neighbours share a line.
+/// The layers as a table; equal ones share a line.
 pub fn render(plan: &Plan) -> String {
     use Align::{Left, Right};
     let mut table = Table::new(&[
@@ -64,44 +64,61 @@ pub fn render(plan: &Plan) -> String {
         ("", Left),
     ]);
     let all = layers(plan);
-    let mut start = 0;
-    while start < all.len() {
-        let first = &all[start];
-        let same = |l: &&LayerCost| {
-            let named = LayerCost { name: first.name.clone(), ..(**l).clone() };
-            l.name.starts_with("block") && named == *first
-        };
-        let run = 1 + all[start + 1..].iter().take_while(same).count();
+    for (first, members) in groups(&all) {
         table.row([
-            if run == 1 {
-                first.name.clone()
-            } else {
-                format!("{} to {} ({run} x)", first.name, &all[start + run - 1].name[6..])
-            },
+            label(first, &members),
             count(first.parameters as f64),
             bytes(first.weight_bytes),
-            count(first.flops.forward_causal()),
+            count(first.flops.causal()),
             bytes(first.saved_bytes_per_token),
             if first.recomputed { "recomputed".into() } else { String::new() },
         ]);
-        start += run;
     }
     table.row([
         "all".into(),
         count(all.iter().map(|l| l.parameters).sum::<usize>() as f64),
         bytes(all.iter().map(|l| l.weight_bytes).sum()),
-        count(all.iter().map(|l| l.flops.forward_causal()).sum()),
+        count(all.iter().map(|l| l.flops.causal()).sum()),
         bytes(all.iter().map(|l| l.saved_bytes_per_token).sum()),
         String::new(),
     ]);
-    let flops = all.iter().fold(FlopsPerToken::default(), |sum, l| sum + l.flops);
+    let flops = all.iter().fold(ForwardFlops::default(), |sum, l| sum + l.flops);
     let seq_len = plan.config.training.seq_len;
     format!(
         "{}\nforward FLOPs, attention counted causally; a training step is three times that: {} per token at {seq_len} \
          tokens per sequence\n(with attention counted in full {}), {} per step over all ranks\n",
         table.render(),
-        count(flops.training_causal()),
-        count(flops.training_full()),
-        count(flops.training_causal() * plan.tokens_per_step() as f64),
+        count(3.0 * flops.causal()),
+        count(3.0 * flops.full()),
+        count(3.0 * flops.causal() * plan.tokens_per_step() as f64),
     )
+}
+
+/// Layers that cost the same, by the first of each kind, with the places of all in the list.
+fn groups(all: &[LayerCost]) -> Vec<(&LayerCost, Vec<usize>)> {
+    let mut groups: Vec<(&LayerCost, Vec<usize>)> = Vec::new();
+    for (place, layer) in all.iter().enumerate() {
+        let same = |first: &LayerCost| LayerCost { name: first.name.clone(), ..layer.clone() } == *first;
+        match groups.iter_mut().find(|(first, _)| same(first)) {
+            Some((_, members)) => members.push(place),
+            None => groups.push((layer, vec![place])),
+        }
+    }
+    groups
+}
+
+/// `blocks 0 to 31 (32 x)`, or `blocks 1, 3 .. 31 (16 x)` where others stand between. Block `n` has place `n + 1`.
+fn label(first: &LayerCost, members: &[usize]) -> String {
+    let [start, second, .., end] = members else {
+        return match members {
+            [_, last] => format!("blocks {} and {} (2 x)", members[0] - 1, last - 1),
+            _ => first.name.clone(),
+        };
+    };
+    let n = members.len();
+    let gaps = end - start + 1 > n;
+    match gaps {
+        false => format!("blocks {} to {} ({n} x)", start - 1, end - 1),
+        true => format!("blocks {}, {} .. {} ({n} x)", start - 1, second - 1, end - 1),
+    }
 }

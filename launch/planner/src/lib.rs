@@ -14,5 +14,5 @@ pub mod table;
 pub mod walk;
 
 pub use check::render_check;
-pub use flops::{FlopsPerToken, flops_per_token};
+pub use flops::{FlopsPerToken, ForwardFlops, per_token};
 pub use memory::{Memory, predict};

@@ -183,7 +183,7 @@ impl Memory {
     }
 
     /// The most that the device holds at once.
-    pub fn peak(&self) -> u64 {
+    pub fn total_bytes(&self) -> u64 {
         self.persistent() + self.transient() + if self.on_host { self.checkpoint_copy } else { 0 }
     }
 
@@ -218,7 +218,7 @@ impl Memory {
         row("collectives", self.collectives, "not at the same time as activations".into());
         let place = if self.on_host { "while a checkpoint is written" } else { "in host memory, not in the peak" };
         row("checkpoint copy", self.checkpoint_copy, place.into());
-        row("peak", self.peak(), format!("{} stay, {} come and go", bytes(self.persistent()), bytes(self.transient())));
+        row("peak", self.total_bytes(), format!("{} stay, {} come and go", bytes(self.persistent()), bytes(self.transient())));
         table.render()
     }
 }

@@ -117,7 +117,7 @@ fn update_stages(plan: &Plan) -> Vec<Stage> {
     let mut stages = vec![stage("backward", "main gradients", &[all], "f32", "added up over micro-batches".into())];
     if ranks > 1 {
         let verb = if zero == ranks { "reduce-scatter" } else { "all-reduce" };
-        let note = format!("{verb} over {ranks} ranks in {} buckets", buckets(plan).len());
+        let note = format!("{verb} over {ranks} ranks, {} bucket(s)", buckets(plan).len());
         stages.push(stage("reduce", "main gradients", &[all], "f32", note));
     }
     let clip = match plan.config.training.max_norm {
