@@ -194,6 +194,8 @@ fn crates_have_one_integration_binary() {
     let is_test = |t: &&cargo_metadata::Target| t.kind.contains(&cargo_metadata::TargetKind::Test);
     let counted =
         metadata.workspace_packages().into_iter().map(|p| (&p.name, p.targets.iter().filter(is_test).count()));
-    let many = counted.filter(|(_, count)| *count > 1).map(|(name, count)| format!("{name}: {count}"));
+    // Those of `kernels` start processes of their own executable for communicators: operators are tested apart from that.
+    let allowed = |name: &str| if name == KERNELS { 2 } else { 1 };
+    let many = counted.filter(|(name, count)| *count > allowed(name)).map(|(name, count)| format!("{name}: {count}"));
     expect_none("packages with several integration test binaries (each links everything again)", many.collect());
 }
