@@ -65,6 +65,8 @@ pub struct Communicator {
     /// Global ranks of the group.
     ranks: Vec<usize>,
     options: CommOptions,
+    /// Deadline of the next calls in milliseconds; shared with all groups split from the same communicator.
+    timeout_ms: Arc<AtomicU64>,
     sequence: Cell<u64>,
     /// Point-to-point calls so far, per peer: sends, receives.
     pair_sequences: RefCell<Vec<[u64; 2]>>,
@@ -99,6 +101,7 @@ impl Communicator {
             rank,
             pair_sequences: RefCell::new(vec![[0; 2]; ranks.len()]),
             ranks,
+            timeout_ms: Arc::new(AtomicU64::new(milliseconds(options.timeout))),
             options,
             sequence: Cell::new(0),
             next_group: Arc::new(AtomicU64::new(1)),
@@ -140,6 +143,12 @@ impl Communicator {
             bytes_sent: load(&self.counters.bytes),
             seconds: load(&self.counters.nanoseconds) as f64 * 1e-9,
         }
+    }
+
+    /// Sets the deadline of later calls, of this communicator and of all split from the same one: the first step may
+    /// take longer than the others.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.timeout_ms.store(milliseconds(timeout), Ordering::Relaxed);
     }
 
     /// Ends this rank's calls from another thread. A group of one has nothing to end.
@@ -334,7 +343,7 @@ impl Communicator {
             signature,
             site: Location::caller(),
             started: Instant::now(),
-            timeout: self.options.timeout,
+            timeout: Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed)),
             rank: self.rank,
             size: self.size(),
         }
@@ -403,6 +412,10 @@ fn default_hint(kind: &CommErrorKind) -> Option<String> {
         _ => return None,
     };
     Some(text.to_owned())
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).clamp(1, 1000 * 86_400 * 365)
 }
 
 /// Equal on ranks whose numbers are equal.
@@ -617,6 +630,7 @@ impl Run<'_> {
         let mut communicator = Communicator::new(backend, &group.name, rank, ranks, self.comm.options.clone());
         communicator.next_group = Arc::clone(&self.comm.next_group);
         communicator.counters = Arc::clone(&self.comm.counters);
+        communicator.timeout_ms = Arc::clone(&self.comm.timeout_ms);
         Ok(communicator)
     }
 }

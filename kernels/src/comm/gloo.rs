@@ -105,14 +105,19 @@ pub fn connect(options: &GlooOptions) -> Result<Communicator, CommError> {
     if options.size == 1 {
         return Ok(Communicator::single());
     }
+    let store = open_store(options, site)?;
+    connect_over(&store, options, site)
+}
+
+/// The store that the options name.
+pub(super) fn open_store(options: &GlooOptions, site: &'static Location<'static>) -> Result<Store, CommError> {
     let store = StoreOptions {
         host: options.master_addr.clone(),
         port: options.master_port,
         serve: options.host_store,
         timeout: options.init_timeout,
     };
-    let store = Store::open(&store).map_err(|error| connect_error(options, site, error.to_string()))?;
-    connect_over(&store, options, site)
+    Store::open(&store).map_err(|error| connect_error(options, site, error.to_string()))
 }
 
 /// As [`connect`], over a store that is open already.

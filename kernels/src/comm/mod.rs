@@ -38,3 +38,25 @@ pub use communicator::{CommOptions, CommStats, Communicator};
 pub use error::{CommError, CommErrorKind, Operation};
 pub use reduce::ReduceOp;
 pub use store::{Store, StoreError, StoreOptions};
+
+use std::panic::Location;
+use tch::Device;
+
+/// Meets the other ranks with the back end that fits the device: Gloo on CPUs, NCCL on GPUs.
+#[track_caller]
+pub fn connect(options: &gloo::GlooOptions, device: Device) -> Result<Communicator, CommError> {
+    let Device::Cuda(device_index) = device else { return gloo::connect(options) };
+    if options.size == 1 {
+        return Ok(Communicator::single_on(device));
+    }
+    let store = gloo::open_store(options, Location::caller())?;
+    let options = nccl::NcclOptions {
+        rank: options.rank,
+        size: options.size,
+        device_index,
+        prefix: options.prefix.clone(),
+        init_timeout: options.init_timeout,
+        timeout: options.timeout,
+    };
+    nccl::connect(&store, &options)
+}

@@ -1,22 +1,56 @@
 //! Memory in use and the speed of matrix products.
+#![allow(unsafe_code)]
 
 use super::DeviceError;
+use std::ffi::c_char;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
-/// Memory of this process, in bytes; 0 where the system does not tell.
+unsafe extern "C" {
+    fn tangelo_free(message: *mut c_char);
+    /// Writes current, peak and reserved bytes of libtorch's allocator for one GPU.
+    fn tangelo_gpu_memory(index: i32, out: *mut i64) -> *mut c_char;
+}
+
+/// Main memory of this process, in bytes; 0 where the system does not tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Main memory now.
+    /// Now.
     pub resident_bytes: u64,
-    /// Main memory at most, since the process began.
+    /// At most, since the process began.
     pub peak_resident_bytes: u64,
 }
 
-/// Memory of this process now and at its peak.
+/// What libtorch's allocator holds on a GPU, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuMemoryUse {
+    /// In tensors now.
+    pub allocated_bytes: u64,
+    /// In tensors at most.
+    pub peak_allocated_bytes: u64,
+    /// In tensors, or kept for new ones.
+    pub reserved_bytes: u64,
+}
+
+/// Main memory of this process now and at its peak.
 pub fn memory() -> MemoryUse {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     MemoryUse { resident_bytes: status_bytes(&status, "VmRSS:"), peak_resident_bytes: status_bytes(&status, "VmHWM:") }
+}
+
+/// Memory of this process' tensors on a GPU; `None` for the CPU, or where libtorch does not tell.
+pub fn gpu_memory(device: Device) -> Option<GpuMemoryUse> {
+    let Device::Cuda(index) = device else { return None };
+    let mut bytes = [0i64; 3];
+    // SAFETY: writes three integers, or answers a text that it gave away.
+    let error = unsafe { tangelo_gpu_memory(i32::try_from(index).ok()?, bytes.as_mut_ptr()) };
+    if !error.is_null() {
+        // SAFETY: as above; freed once.
+        unsafe { tangelo_free(error) };
+        return None;
+    }
+    let [allocated_bytes, peak_allocated_bytes, reserved_bytes] = bytes.map(|count| u64::try_from(count).unwrap_or(0));
+    Some(GpuMemoryUse { allocated_bytes, peak_allocated_bytes, reserved_bytes })
 }
 
 fn status_bytes(status: &str, key: &str) -> u64 {
@@ -45,13 +79,13 @@ pub fn measured_matmul_peak_flops(device: Device, kind: Kind, seconds: f64) -> R
 fn measure_size(device: Device, kind: Kind, size: i64, budget: Duration) -> Result<f64, tch::TchError> {
     let random = || Tensor::f_randn([size, size], (Kind::Float, device))?.f_to_kind(kind);
     let (a, b) = (random()?, random()?);
-    let plain = fastest(device, budget / 2, || Ok(drop(a.f_matmul(&b)?)))?;
+    let plain = fastest(device, budget / 2, || a.f_matmul(&b))?;
     let mut seconds = plain;
     if device == Device::Cpu && kind == Kind::Float {
         // Plain fp32 products go to MKL, which some processors run at half of what oneDNN reaches.
         let (a, b) = (a.f_to_mkldnn(None::<Kind>)?, b.f_to_mkldnn(None::<Kind>)?);
         let bias: Option<Tensor> = None;
-        let product = || Ok(drop(Tensor::f_mkldnn_linear(&a, &b, bias.as_ref())?));
+        let product = || Tensor::f_mkldnn_linear(&a, &b, bias.as_ref());
         seconds = seconds.min(fastest(device, budget / 2, product)?);
     }
     Ok(2.0 * (size as f64).powi(3) / seconds)
@@ -61,20 +95,20 @@ fn measure_size(device: Device, kind: Kind, size: i64, budget: Duration) -> Resu
 fn fastest(
     device: Device,
     budget: Duration,
-    product: impl Fn() -> Result<(), tch::TchError>,
+    product: impl Fn() -> Result<Tensor, tch::TchError>,
 ) -> Result<f64, tch::TchError> {
     let synchronize = || {
         if let Device::Cuda(index) = device {
             tch::Cuda::synchronize(index as i64);
         }
     };
-    product()?;
+    drop(product()?);
     synchronize();
     let begin = Instant::now();
     let mut best = f64::INFINITY;
     for _ in 0..1_000_000 {
         let start = Instant::now();
-        product()?;
+        drop(product()?);
         synchronize();
         best = best.min(start.elapsed().as_secs_f64());
         if begin.elapsed() >= budget {
@@ -95,6 +129,15 @@ mod tests {
         let block = std::hint::black_box(vec![1u8; 64 << 20]);
         let after = memory();
         assert!(after.peak_resident_bytes >= before.resident_bytes + block.len() as u64 / 2, "{before:?} {after:?}");
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_holds_nothing() {
+        if crate::device::driver_present() {
+            println!("skipped: this machine has a CUDA driver");
+            return;
+        }
+        assert_eq!(gpu_memory(Device::Cuda(0)), None);
     }
 
     #[test]

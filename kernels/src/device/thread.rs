@@ -323,7 +323,7 @@ mod tests {
     fn control_runs_before_what_waits() {
         let thread = counter();
         let (open, gate) = sync_channel::<()>(1);
-        let running = thread.submit(move |_| Answer::Ok(gate.recv().unwrap()));
+        let running = thread.submit(move |_| gate.recv().map_err(|_| DeviceError::Unavailable("no gate".into())));
         let queued = thread.submit(|count| Answer::Ok(count.get()));
         let control = thread.control(|count| Answer::Ok(count.replace(7))).unwrap();
         let queued = queued.try_wait().err().unwrap();

@@ -87,7 +87,8 @@ fn a_rank_that_panics_or_leaves_is_named() {
 #[test]
 fn a_rank_that_never_comes_runs_into_the_deadline() {
     let over = std::sync::Barrier::new(2);
-    let errors = run_ranks(2, Duration::from_millis(100), |comm| {
+    let errors = run_ranks(2, PATIENCE, |comm| {
+        comm.set_timeout(Duration::from_millis(100));
         let error = (comm.rank() == 0).then(|| comm.send(&zeros(10), 1).unwrap_err());
         over.wait();
         error

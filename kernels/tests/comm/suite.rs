@@ -228,7 +228,7 @@ fn point_to_point(comm: &Communicator, seed: u64, results: &mut Results) {
     for size in [5, 30_000] {
         let mine = Tensor::from_slice(&values(seed, 800, comm.rank(), size));
         let theirs = mine.zeros_like();
-        if comm.rank() % 2 == 0 {
+        if comm.rank().is_multiple_of(2) {
             comm.send(&mine, next).unwrap();
             comm.recv(&theirs, before).unwrap();
         } else {

@@ -1,0 +1,15 @@
+// What libtorch's allocator for a GPU holds. Used by device/measure.rs alone.
+
+#include "common.h"
+
+#include <c10/core/CachingDeviceAllocator.h>
+
+extern "C" char* tangelo_gpu_memory(int32_t index, int64_t* out) {
+  return tangelo::guarded([&] {
+    const auto stats = c10::getDeviceAllocator(c10::DeviceType::CUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(index));
+    const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    out[0] = stats.allocated_bytes[all].current;
+    out[1] = stats.allocated_bytes[all].peak;
+    out[2] = stats.reserved_bytes[all].current;
+  });
+}
