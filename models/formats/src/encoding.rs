@@ -73,8 +73,8 @@ impl Encoding {
 
     /// Bytes of `values` values, `None` where that is no whole number of blocks or does not fit.
     pub fn bytes_of(self, values: usize) -> Option<usize> {
-        (values % self.block_values() == 0).then_some(())?;
-        (values / self.block_values()).checked_mul(self.block_bytes())
+        let whole = values.is_multiple_of(self.block_values());
+        (values / self.block_values()).checked_mul(self.block_bytes()).filter(|_| whole)
     }
 
     /// Decodes whole blocks into `out`. Both slices must hold the same number of blocks.

@@ -32,6 +32,9 @@ const CHUNK_VALUES: usize = 1 << 20;
 /// A file inside the hidden folder that a living writer holds locked.
 const LOCK: &str = ".lock";
 
+/// What supplies the values of a parameter: called with a range of rows and where to put their values.
+pub type Rows<'a> = dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), BoxError> + 'a;
+
 /// A model being written.
 #[derive(Debug)]
 pub struct HfWriter {
@@ -92,11 +95,7 @@ impl HfWriter {
     /// # Errors
     /// What `rows` returned, a name that the model lacks or that was written before, a finite value that a F16 cannot
     /// hold, or what the system refuses.
-    pub fn write_f32(
-        &mut self,
-        name: &str,
-        rows: &mut dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), BoxError>,
-    ) -> Result<()> {
+    pub fn write_f32(&mut self, name: &str, rows: &mut Rows<'_>) -> Result<()> {
         let slot = self.slots.get_mut(name).ok_or_else(|| {
             FormatError::request(
                 name,
@@ -278,22 +277,28 @@ fn shard_names(count: usize) -> Vec<String> {
 
 /// Replaces the contents of `bytes` by `values` as little-endian values of type `dtype`.
 fn encode(dtype: DType, values: &[f32], bytes: &mut Vec<u8>) -> std::result::Result<(), String> {
-    bytes.clear();
     match dtype {
-        DType::F32 => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        DType::F64 => bytes.extend(values.iter().flat_map(|v| f64::from(*v).to_le_bytes())),
-        DType::BF16 => bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes())),
+        DType::F32 => put(values, bytes, |v| v.to_le_bytes()),
+        DType::F64 => put(values, bytes, |v| f64::from(*v).to_le_bytes()),
+        DType::BF16 => put(values, bytes, |v| bf16::from_f32(*v).to_le_bytes()),
         DType::F16 => {
             let mut halves = vec![f16::ZERO; values.len()];
             halves.convert_from_f32_slice(values);
             if let Some((v, _)) = values.iter().zip(&halves).find(|(v, h)| v.is_finite() && h.is_infinite()) {
                 return Err(format!("{v} is too large for F16 (at most 65504); write BF16 or F32"));
             }
-            bytes.extend(halves.iter().flat_map(|h| h.to_le_bytes()));
+            put(&halves, bytes, |h| h.to_le_bytes());
         }
         DType::I64 | DType::I32 | DType::U8 => return Err(format!("{dtype} is no float type")),
     }
     Ok(())
+}
+
+fn put<T, const N: usize>(values: &[T], bytes: &mut Vec<u8>, encoded: impl Fn(&T) -> [u8; N]) {
+    bytes.resize(values.len() * N, 0);
+    for (b, v) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *b = encoded(v);
+    }
 }
 
 /// Waits until a file or folder is on disk.

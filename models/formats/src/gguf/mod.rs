@@ -197,7 +197,7 @@ impl Listed {
     fn place(self, file_bytes: usize, data_start: usize, alignment: usize) -> Read<Tensor> {
         let (encoding, type_name) = kind(self.kind);
         let damaged = |detail: String| Problem::Damaged(format!("tensor {}: {detail}", self.name));
-        if self.offset % alignment as u64 != 0 {
+        if !self.offset.is_multiple_of(alignment as u64) {
             return Err(damaged(format!("offset {} is no multiple of the alignment {alignment}", self.offset)));
         }
         let start = usize::try_from(self.offset).ok().and_then(|o| o.checked_add(data_start));

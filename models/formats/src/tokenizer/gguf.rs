@@ -225,12 +225,10 @@ fn merges_by_score(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<(String, Stri
             }
         }
     }
-    // Stable, and by numbers alone: the same order everywhere. Parts with better scores first where results are equal.
-    merges.sort_by(|a, b| {
-        let score = |i: usize| scores[i];
-        let results = score(b.0).total_cmp(&score(a.0)).then(a.0.cmp(&b.0));
-        results.then(score(b.1).total_cmp(&score(a.1))).then(score(b.2).total_cmp(&score(a.2)))
-    });
+    // Where scores are equal by ids, of the result and then of the parts, as Hugging Face's conversion orders them.
+    // Adding zero makes -0 and 0 the same.
+    let score = |id: usize| scores[id] + 0.0;
+    merges.sort_by(|a, b| score(b.0).total_cmp(&score(a.0)).then(a.cmp(b)));
     let text = |id: usize| vocabulary.tokens[id].clone();
     merges.into_iter().map(|(_, l, r)| (text(l), text(r))).collect()
 }

@@ -158,6 +158,8 @@ fn sentencepiece_vocabularies_merge_by_score_and_fall_back_to_bytes() {
     tokens.extend((0..=255).map(|b| (format!("<0x{b:02X}>"), 0.0, 6)));
     let pieces = [("\u{2581}", -9.0), ("a", -8.0), ("b", -7.0), ("c", -6.0), ("bc", -1.0), ("ab", -2.0)];
     tokens.extend(pieces.map(|(t, s)| (t.to_owned(), s, 1)));
+    // As in Llama 2: runs of spaces come last of all, whatever their ids.
+    tokens.push(("\u{2581}\u{2581}".into(), -1e9, 1));
     tokens.push(("\u{2581}a".into(), -3.0, 1));
     let mut file = GgufFile::default();
     file.key("tokenizer.ggml.model", Value::Text("llama".into()));
@@ -172,6 +174,7 @@ fn sentencepiece_vocabularies_merge_by_score_and_fall_back_to_bytes() {
     // "bc" has a better score than "ab"; a space goes in front, a start token before it.
     assert_eq!(tokens("abc"), ["<s>", "\u{2581}a", "bc"]);
     assert_eq!(tokens("é b"), ["<s>", "\u{2581}", "<0xC3>", "<0xA9>", "\u{2581}", "b"]);
+    assert_eq!(tokens(" a   b"), ["<s>", "\u{2581}", "\u{2581}a", "\u{2581}\u{2581}", "\u{2581}", "b"]);
     assert_eq!(tokens("b</s>"), ["<s>", "\u{2581}", "b", "</s>"]);
     assert!(found.add_bos);
     let ids = found.tokenizer.encode("ab é c", false).unwrap().get_ids().to_vec();
