@@ -6,6 +6,7 @@
 
 mod cli;
 mod error;
+mod progress;
 mod run;
 mod verbs;
 mod worker;

@@ -11,7 +11,7 @@ pub enum DataCommand {
     Tokenizer(TokenizerArgs),
     /// Tokenise text into memory-mapped shards, in parallel; goes on where it stopped
     Prepare(PrepareArgs),
-    /// Say what a folder of shards holds, and show documents
+    /// Check a folder of shards and say what it holds
     Inspect(InspectArgs),
 }
 
@@ -19,21 +19,23 @@ pub enum DataCommand {
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
 Examples:
-  tangelo data tokenizer 'src/**/*.rs' docs --vocab-size 8192 --output tokenizer.json
-  tangelo data tokenizer corpus.jsonl.zst --text-column content --max-bytes 50000000 -o tokenizer.json")]
+  tangelo data tokenizer 'src/**/*.rs' docs --vocab-size 8192 --output tokenizer
+  tangelo data tokenizer corpus.jsonl.zst --text-column content --sample-bytes 50000000 -o code.json
+
+`tangelo run` does this by itself where data.train_tokenizer_vocab says so.")]
 pub struct TokenizerArgs {
     /// Files, folders or globs: text, .jsonl(.gz|.zst), .parquet or .arrow.
     #[arg(required = true, value_name = "FILES")]
     pub paths: Vec<String>,
-    /// Where to write it.
-    #[arg(long, short, value_name = "FILE", default_value = "tokenizer.json")]
+    /// The folder for tokenizer.json and what belongs to it; or a file that ends in .json, for that file alone.
+    #[arg(long, short, value_name = "PATH", default_value = "tokenizer")]
     pub output: PathBuf,
-    /// Ids in all, the 256 bytes and the special tokens included.
+    /// Ids in all, the 256 bytes and the end-of-text token included; a small corpus may yield fewer.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub vocab_size: usize,
-    /// Bytes of text to learn from at most, taken evenly from all files.
-    #[arg(long, value_name = "BYTES", default_value_t = 100_000_000)]
-    pub max_bytes: u64,
+    /// Learn from about this many bytes of text at most, sampled from all files.
+    #[arg(long, value_name = "BYTES", default_value_t = 128 << 20)]
+    pub sample_bytes: u64,
     /// The column with the text, in files that have columns.
     #[arg(long, value_name = "NAME", default_value = "text")]
     pub text_column: String,
@@ -81,19 +83,15 @@ pub struct PrepareArgs {
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
 Examples:
-  tangelo data inspect prepared/corpus
-  tangelo data inspect prepared/corpus --document 12 --max-tokens 200
+  tangelo data inspect prepared/corpus --samples 10
   tangelo data inspect prepared/corpus --json | jq .tokens")]
 pub struct InspectArgs {
     /// A folder made by `tangelo data prepare`, or one that holds several, such as RUN/prepared.
     pub folder: PathBuf,
-    /// Show this document's text and tokens, counted from 0.
-    #[arg(long, value_name = "I")]
-    pub document: Option<u64>,
-    /// Tokens to show at most.
-    #[arg(long, value_name = "N", default_value_t = 100)]
-    pub max_tokens: usize,
-    /// Print the manifest as JSON.
+    /// Show the beginnings of this many documents, decoded.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 3)]
+    pub samples: u64,
+    /// Print one line of JSON for each folder.
     #[arg(long)]
     pub json: bool,
 }

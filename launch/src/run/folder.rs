@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 use tangelo_configs::Plan;
 use tangelo_observe::files;
 
@@ -36,31 +35,6 @@ pub fn lock(run_folder: &Path, node_rank: usize) -> Result<Lock, LaunchError> {
         // Some network file systems know no locks: then the user has to take care.
         Err(TryLockError::Error(_)) => Ok(Lock { _file: file }),
     }
-}
-
-/// Holds the lock of a folder that several ranks, nodes or runs may want to fill, while `work` fills it or finds it
-/// filled.
-pub fn one_at_a_time<T>(
-    folder: &Path,
-    patience: Duration,
-    work: impl FnOnce() -> Result<T, LaunchError>,
-) -> Result<T, LaunchError> {
-    fs::create_dir_all(folder).map_err(LaunchError::io("create", folder))?;
-    let path = folder.join(".lock");
-    let file = File::create(&path).map_err(LaunchError::io("create", &path))?;
-    let deadline = Instant::now() + patience;
-    while matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
-        if Instant::now() >= deadline {
-            let seconds = patience.as_secs();
-            let path = folder.display();
-            let message = format!(
-                "another process has been filling {path} for {seconds} s; is it stuck? `fuser {path}/.lock` names it"
-            );
-            return Err(LaunchError::Input(message));
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    work()
 }
 
 /// Writes the resolved configuration, whole or not at all, and returns where.
@@ -169,17 +143,5 @@ mod tests {
         assert!(lock(folder.path(), 1).is_ok(), "another node of the same job");
         drop(held);
         assert!(lock(folder.path(), 0).is_ok());
-    }
-
-    #[test]
-    fn work_on_a_folder_waits_its_turn_and_gives_up() {
-        let folder = tempfile::tempdir().unwrap();
-        let patience = Duration::from_millis(120);
-        let inner = one_at_a_time(folder.path(), patience, || {
-            // Another process, as far as the lock knows: it is bound to the open file.
-            Ok(one_at_a_time(folder.path(), patience, || Ok(())).unwrap_err().to_string())
-        });
-        assert!(inner.unwrap().contains("another process"));
-        assert!(one_at_a_time(folder.path(), patience, || Ok(())).is_ok());
     }
 }

@@ -91,12 +91,15 @@ impl Forwarder {
 
     /// Waits for the rest of the output, but not for a stray process that keeps the pipe open.
     pub fn finish(self, patience: Duration) {
-        let deadline = Instant::now() + patience;
-        for thread in self.threads {
-            while !thread.is_finished() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-        }
+        self.threads.iter().for_each(|thread| wait_for(thread, patience));
+    }
+}
+
+/// Waits for a thread, but not longer than `patience`; then it is left to end with the process.
+pub fn wait_for(thread: &JoinHandle<()>, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    while !thread.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -29,6 +29,8 @@ use crate::worker;
 use culprit::{first_failure, signal_name};
 use logs::LogFolder;
 use restart::{Decision, RestartOptions, RestartState};
+use signal_hook::consts::SIGCHLD;
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -91,13 +93,32 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let run_folder = plan.config.job.dump_folder.clone();
     let _lock = folder::lock(&run_folder, topology.node_rank)?;
     folder::check_same_run(&plan)?;
-    prepare::prepare(&plan, &terminal, &|| signals.try_iter().any(|signal| signal != nix::libc::SIGCHLD))?;
+    prepare_unless_stopped(&plan, &terminal, &signals)?;
     let config = folder::write_config(&plan)?;
     if plan.config.job.print_config {
         terminal.say(&plan.to_toml()?);
     }
     let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, signals };
     job.run_to_the_end()
+}
+
+/// Prepares data; a signal ends it between shards.
+fn prepare_unless_stopped(plan: &Plan, terminal: &Terminal, signals: &Receiver<i32>) -> Result<(), LaunchError> {
+    let stopped = Cell::new(None);
+    let cancelled = || {
+        let signal = signals.try_iter().find(|signal| *signal != SIGCHLD);
+        stopped.set(stopped.get().or(signal));
+        stopped.get().is_some()
+    };
+    let result = prepare::prepare(plan, terminal, &cancelled);
+    match (result, stopped.get()) {
+        (Err(_), Some(signal)) => {
+            let name = signal_name(signal);
+            let message = format!("{name} ended the preparation of data; the same command goes on where it stopped");
+            Err(LaunchError::Interrupted { signal, message })
+        }
+        (result, _) => result,
+    }
 }
 
 /// Everything that all attempts share.
@@ -200,7 +221,7 @@ impl Job<'_> {
         let deadline = Instant::now() + Duration::from_millis(at_ms.saturating_sub(unix_millis()));
         while let Some(left) = deadline.checked_duration_since(Instant::now()) {
             let Ok(signal) = self.signals.recv_timeout(left) else { continue };
-            if signal != nix::libc::SIGCHLD {
+            if signal != SIGCHLD {
                 events.append(EventKind::Signal, None, signal_name(signal));
                 let message = format!("{} while waiting for the restart", signal_name(signal));
                 return Err(LaunchError::Interrupted { signal, message });

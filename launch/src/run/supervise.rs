@@ -13,7 +13,7 @@
 //! reaped. Dropping [`Ranks`] kills what is left. Deliberately absent: `pre_exec` (ranks arm PDEATHSIG themselves).
 
 use super::culprit::{Death, Ending};
-use super::logs::{Forwarder, LogFolder};
+use super::logs::{Forwarder, LogFolder, wait_for};
 use super::{Terminal, Topology};
 use crate::error::LaunchError;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -28,6 +28,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tangelo_core::env;
 use tangelo_observe::{ErrorRecord, ProgressEvent, unix_millis};
@@ -101,6 +102,7 @@ struct Rank {
     rank: usize,
     child: Child,
     forwarder: Option<Forwarder>,
+    progress: Option<JoinHandle<()>>,
     sent: Vec<i32>,
     death: Option<Death>,
 }
@@ -227,7 +229,11 @@ impl Ranks {
     /// Collects the deaths once all output has been carried.
     fn finish(&mut self, attempt: &Attempt<'_>) -> Vec<Death> {
         let patience = Duration::from_secs(1);
-        self.ranks.iter_mut().filter_map(|rank| rank.forwarder.take()).for_each(|f| f.finish(patience));
+        for rank in &mut self.ranks {
+            let forwarders = rank.forwarder.take().into_iter();
+            forwarders.for_each(|forwarder| forwarder.finish(patience));
+            rank.progress.take().into_iter().for_each(|thread| wait_for(&thread, patience));
+        }
         attempt.terminal.clear();
         self.ranks.iter().filter_map(|rank| rank.death.clone()).collect()
     }
@@ -245,31 +251,42 @@ fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>)
     command.env(env::ERROR_FILE, attempt.logs.error_path(rank));
     command.env(env::SUPERVISOR_PID, std::process::id().to_string());
     command.env_remove(env::PROGRESS_FD);
-    let child = if rank == 0 {
+    let (child, progress) = if rank == 0 {
         let (progress, end) = std::io::pipe().map_err(doing("make a pipe"))?;
         command.env(env::PROGRESS_FD, end.as_raw_fd().to_string());
         // The one descriptor that a rank inherits. No other thread starts processes, so nobody else gets it.
         fcntl(&end, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| doing("pass a pipe")(e.into()))?;
         let child = command.spawn().map_err(doing("start"))?;
-        watch_progress(progress, attempt.terminal.clone(), seen.clone()).map_err(doing("watch"))?;
-        child
+        (child, Some(progress))
     } else {
-        command.spawn().map_err(doing("start"))?
+        (command.spawn().map_err(doing("start"))?, None)
     };
     // The command holds the pipes' ends: they must close, or the log threads never see the end.
     drop(command);
-    let mut rank = Rank { rank, child, forwarder: None, sent: Vec::new(), death: None };
-    match Forwarder::start(rank.rank, &attempt.logs.path(rank.rank), stdout, stderr, attempt.terminal) {
-        Ok(forwarder) => rank.forwarder = Some(forwarder),
-        Err(e) => {
-            drop(Ranks { ranks: vec![rank] });
-            return Err(doing("open the log of")(e));
-        }
+    let mut rank = Rank { rank, child, forwarder: None, progress: None, sent: Vec::new(), death: None };
+    if let Err(e) = listen(&mut rank, attempt, (stdout, stderr), progress, seen) {
+        drop(Ranks { ranks: vec![rank] });
+        return Err(doing("take the output of")(e));
     }
     Ok(rank)
 }
 
-fn watch_progress(pipe: PipeReader, terminal: Terminal, seen: Arc<Mutex<Seen>>) -> std::io::Result<()> {
+/// Starts the threads that take a rank's output.
+fn listen(
+    rank: &mut Rank,
+    attempt: &Attempt<'_>,
+    (stdout, stderr): (PipeReader, PipeReader),
+    progress: Option<PipeReader>,
+    seen: &Arc<Mutex<Seen>>,
+) -> std::io::Result<()> {
+    let watch = |pipe| watch_progress(pipe, attempt.terminal.clone(), seen.clone());
+    rank.progress = progress.map(watch).transpose()?;
+    let log = attempt.logs.path(rank.rank);
+    rank.forwarder = Some(Forwarder::start(rank.rank, &log, stdout, stderr, attempt.terminal)?);
+    Ok(())
+}
+
+fn watch_progress(pipe: PipeReader, terminal: Terminal, seen: Arc<Mutex<Seen>>) -> std::io::Result<JoinHandle<()>> {
     let watch = move || {
         for line in BufReader::new(pipe).lines().map_while(Result::ok) {
             // A line of a newer worker that we do not know is no reason to stop.
@@ -283,5 +300,5 @@ fn watch_progress(pipe: PipeReader, terminal: Terminal, seen: Arc<Mutex<Seen>>) 
             }
         }
     };
-    std::thread::Builder::new().name("progress".into()).spawn(watch).map(drop)
+    std::thread::Builder::new().name("progress".into()).spawn(watch)
 }

@@ -24,7 +24,7 @@ pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
     let world_size = arguments.world_size.get();
     let local = arguments.nproc_per_node.map_or(world_size, usize::from).min(world_size);
     let plan = load_plan(&arguments.job, &arguments.set, world_size, local)?;
-    print(&plan.to_toml()?)
+    print(&tangelo_planner::render_check(&plan))
 }
 
 /// `tangelo report`

@@ -1,0 +1,146 @@
+//! Help, errors and exit codes, as a user reads them.
+
+use crate::fake::{Job, Said, tangelo};
+use expect_test::{Expect, expect, expect_file};
+use std::time::{Duration, Instant};
+
+fn said(arguments: &[&str]) -> Said {
+    tangelo().args(arguments).env("COLUMNS", "100").output().unwrap().into()
+}
+
+#[test]
+fn help_of_every_command() {
+    expect_file!["help/tangelo.txt"].assert_eq(&said(&["--help"]).stdout);
+    let commands = ["run", "check", "export", "generate", "score", "eval", "report", "schema", "completions"];
+    let nested = ["tokenizer", "prepare", "inspect"].map(|verb| vec!["data", verb]);
+    for words in commands.map(|c| vec![c]).into_iter().chain(nested) {
+        let help = said(&[&words[..], &["--help"]].concat());
+        assert_eq!((help.code, help.stderr.as_str()), (Some(0), ""), "{words:?}");
+        assert!(help.stdout.contains("Examples:"), "{words:?} shows no example");
+        for line in help.stdout.lines() {
+            // Examples are not wrapped.
+            assert!(line.chars().count() <= 120, "{words:?}: {line}");
+        }
+        expect_file![format!("help/{}.txt", words.join("-"))].assert_eq(&help.stdout);
+    }
+}
+
+#[test]
+fn help_is_there_at_once() {
+    let fastest = (0..5).map(|_| {
+        let begun = Instant::now();
+        assert_eq!(said(&["--help"]).code, Some(0));
+        begun.elapsed()
+    });
+    // The goal is 50 ms for the release build; the best of five of this build, on a machine that does other things.
+    let fastest = fastest.min().unwrap();
+    assert!(fastest < Duration::from_millis(50), "{fastest:?}");
+}
+
+fn check(arguments: &[&str], code: i32, expected: Expect) {
+    let said = said(arguments);
+    assert_eq!(said.code, Some(code), "{said:?}");
+    expected.assert_eq(&said.stderr);
+}
+
+#[test]
+fn errors_say_what_to_do() {
+    check(&["generate", "m"], 2, expect![""]);
+    check(&["generate", "m", "--prompt-ids", "1,x"], 2, expect![""]);
+    check(&["generate", "m", "-p", "x", "--top-p", "0"], 2, expect![""]);
+    check(&["run", "job.toml", "--nproc-per-node", "0"], 2, expect![""]);
+    check(&["run", "job.toml", "--nnodes", "1:4"], 2, expect![""]);
+    check(&["run", "job.toml", "--rdzv-endpoint", "host"], 2, expect![""]);
+    check(&["check", "absent.toml"], 2, expect![""]);
+    check(&["report", "/"], 3, expect![""]);
+    check(&["score", "m", "--worker-binary", "/absent"], 1, expect![""]);
+}
+
+#[test]
+fn requests_reach_the_worker_as_typed() {
+    let job = Job::new();
+    let echo = job.path("echo.sh");
+    std::fs::write(&echo, "#!/bin/sh\nprintf '%s\\n' \"$@\"\n").unwrap();
+    std::fs::set_permissions(&echo, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let asked = |arguments: &[&str]| {
+        let said = job.finish(tangelo().args(arguments).arg("--worker-binary").arg(&echo));
+        assert_eq!(said.code, Some(0), "{said:?}");
+        said.stdout
+    };
+    expect![""].assert_eq(&asked(&[
+        "generate",
+        "m",
+        "--prompt-ids",
+        "[1, 2,3]",
+        "-t",
+        "0.5",
+        "--json",
+        "--device",
+        "cpu",
+    ]));
+    expect![""].assert_eq(&asked(&["score", "m", "--json", "--dtype", "float32"]));
+    expect![""].assert_eq(&asked(&["eval", "m", "a.txt", "b.txt", "--seq-len", "64"]));
+    expect![""].assert_eq(&asked(&["export", "runs/x", "--format", "hf", "--dtype", "bfloat16", "--step", "5"]));
+}
+
+#[test]
+fn check_prints_the_plan_and_writes_nothing() {
+    let job = Job::new();
+    let path = job.path("job.toml");
+    let said = job.finish(tangelo().args(["check", "--world-size", "3"]).arg(&path));
+    assert_eq!(said.code, Some(0), "{said:?}");
+    for part in ["[model]", "global_batch_size = 12", "layers", "memory", "one step"] {
+        assert!(said.stdout.contains(part), "{part}: {said:?}");
+    }
+    assert!(!job.run_folder().exists());
+    let said = job.finish(tangelo().args(["check", "--set", "training.seq_length=9"]).arg(&path));
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.stderr.contains("seq_len"), "{said:?}");
+}
+
+#[test]
+fn data_is_prepared_once_and_inspected() {
+    let job = Job::new();
+    let (text, tokenizer, folder) = (job.path("text.txt"), job.path("tokenizer.json"), job.path("prepared"));
+    let prepare = || {
+        let mut command = tangelo();
+        command.args(["data", "prepare"]).arg(&text).arg("--tokenizer").arg(&tokenizer).arg("-o").arg(&folder);
+        job.finish(&mut command)
+    };
+    let said = prepare();
+    assert_eq!(said.code, Some(0), "{said:?}");
+    assert!(said.stderr.contains("tokens in 1 documents"), "{said:?}");
+    assert_eq!(prepare().code, Some(0));
+    let said = job.finish(tangelo().args(["data", "inspect"]).arg(&folder));
+    assert!(said.code == Some(0) && said.stdout.contains("shard-00000"), "{said:?}");
+    let said = job.finish(tangelo().args(["data", "inspect", "--json"]).arg(&folder));
+    let manifest: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert_eq!(manifest["documents"], 1);
+    // Other text in the same folder is refused.
+    std::fs::write(&text, "something else").unwrap();
+    let said = prepare();
+    assert_eq!(said.code, Some(3), "{said:?}");
+    assert!(said.stderr.contains("prepared with another"), "{said:?}");
+    let said = job.finish(tangelo().args(["data", "inspect"]).arg(job.path("pids")));
+    assert_eq!(said.code, Some(3), "{said:?}");
+}
+
+#[test]
+fn schema_flavors_and_completions() {
+    let schema: serde_json::Value = serde_json::from_str(&said(&["schema"]).stdout).unwrap();
+    assert!(schema["properties"]["training"].is_object(), "{schema}");
+    let flavors = said(&["schema", "--flavors"]).stdout;
+    assert!(flavors.lines().any(|l| l.starts_with("smollm2-135m") && l.contains("135M")), "{flavors}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = said(&["completions", shell]);
+        assert!(script.code == Some(0) && script.stdout.contains("nproc-per-node"), "{shell}");
+    }
+}
+
+#[test]
+fn output_that_nobody_reads_is_no_failure() {
+    let shell = format!("{} schema | head -c 10", env!("CARGO_BIN_EXE_tangelo"));
+    let output =
+        std::process::Command::new("bash").args(["-c", &format!("set -o pipefail; {shell}")]).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+}
