@@ -462,3 +462,81 @@ impl Backend for GlooBackend {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An address of this machine that is not loopback, if it has a way out.
+    fn outward_address() -> Option<IpAddr> {
+        let socket = UdpSocket::bind(("0.0.0.0", 0)).ok()?;
+        // TEST-NET-1 (RFC 5737): nothing is sent there.
+        socket.connect(("192.0.2.1", 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
+    }
+
+    #[test]
+    fn the_own_address_is_the_one_that_leads_to_the_master() {
+        assert_eq!(own_address("127.0.0.1", 29500).unwrap(), IpAddr::from([127, 0, 0, 1]));
+        let error = own_address("no-such-host.invalid", 29500).unwrap_err();
+        assert!(error.contains("no way to the master at no-such-host.invalid"), "{error}");
+        match outward_address() {
+            Some(ip) => assert_eq!(own_address(&ip.to_string(), 29500).unwrap(), ip),
+            None => println!("skipped: this machine has loopback only"),
+        }
+    }
+
+    #[test]
+    fn ranks_meet_over_an_address_that_is_not_loopback() {
+        let Some(ip) = outward_address() else {
+            println!("skipped: this machine has loopback only");
+            return;
+        };
+        let timeout = Duration::from_secs(60);
+        let options = StoreOptions { host: ip.to_string(), port: 0, serve: true, timeout };
+        let store = Store::open(&options).unwrap();
+        let rank = &|rank: usize| {
+            let options = GlooOptions {
+                rank,
+                size: 2,
+                master_addr: ip.to_string(),
+                master_port: store.port(),
+                host_store: false,
+                prefix: "outward".into(),
+                init_timeout: timeout,
+                timeout,
+                interface: None,
+            };
+            let comm = connect(&options).unwrap();
+            comm.all_gather_bytes(&[rank as u8]).unwrap()
+        };
+        let answers = std::thread::scope(|scope| {
+            let threads = [0, 1].map(|number| scope.spawn(move || rank(number)));
+            threads.map(|thread| thread.join().unwrap())
+        });
+        assert_eq!(answers, [vec![vec![0], vec![1]], vec![vec![0], vec![1]]]);
+    }
+
+    #[test]
+    fn nobody_at_the_store_is_explained() {
+        let options = GlooOptions {
+            rank: 1,
+            size: 2,
+            master_addr: "127.0.0.1".into(),
+            // Port 1 needs privileges to listen on, so nobody does.
+            master_port: 1,
+            host_store: false,
+            prefix: "nobody".into(),
+            init_timeout: Duration::from_millis(300),
+            timeout: Duration::from_secs(1),
+            interface: None,
+        };
+        let error = connect(&options).err().unwrap();
+        assert_eq!((error.operation, error.rank), (Operation::Connect, 1));
+        let text = error.to_string();
+        assert!(
+            text.contains("is rank 0 (or torchrun's agent) running") && text.contains("every one must start"),
+            "{text}"
+        );
+    }
+}

@@ -13,11 +13,27 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <c10/util/Flags.h>
+
 #include <mutex>
 #include <stdexcept>
 #include <unordered_set>
 
+C10_DECLARE_int(caffe2_log_level);
+
 namespace {
+
+// c10d logs C++ stack traces for what becomes an error message of ours anyway.
+struct Quiet {
+  static constexpr int kNothingBelowFatal = 3;
+  int before = FLAGS_caffe2_log_level;
+  Quiet() {
+    if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
+      FLAGS_caffe2_log_level = kNothingBelowFatal;
+    }
+  }
+  ~Quiet() { FLAGS_caffe2_log_level = before; }
+};
 
 using std::chrono::milliseconds;
 using c10d::ProcessGroupGloo;
@@ -50,6 +66,7 @@ extern "C" {
 
 char* tangelo_store_open(const char* host, uint16_t port, bool serve, int64_t timeout_ms, Store** out) {
   return guarded([&] {
+    Quiet quiet;
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = serve;
@@ -89,7 +106,10 @@ char* tangelo_store_get(Store* store, const char* key, uint8_t** out, size_t* si
 }
 
 char* tangelo_store_wait(Store* store, const char* key, int64_t timeout_ms) {
-  return guarded([&] { store->tcp->wait({std::string(key)}, milliseconds(timeout_ms)); });
+  return guarded([&] {
+    Quiet quiet;
+    store->tcp->wait({std::string(key)}, milliseconds(timeout_ms));
+  });
 }
 
 char* tangelo_store_add(Store* store, const char* key, int64_t amount, int64_t* out) {
