@@ -85,6 +85,12 @@ pub enum DataError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// [`Progress::cancelled`](crate::Progress::cancelled) said so.
+    #[error("preparing {} was interrupted; finished shards are kept, and the same command goes on from there", folder.display())]
+    Interrupted {
+        /// The prepared folder.
+        folder: PathBuf,
+    },
     /// The options contradict each other or the data.
     #[error("{0}")]
     Options(String),

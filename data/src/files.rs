@@ -25,8 +25,8 @@ pub(crate) fn publish(partial: &Path, path: &Path) -> Result<()> {
 
 /// Writes a value as indented JSON, atomically.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text =
-        serde_json::to_vec_pretty(value).map_err(|e| crate::DataError::prepared(path, format!("cannot encode: {e}")))?;
+    let mut text = serde_json::to_vec_pretty(value)
+        .map_err(|e| crate::DataError::prepared(path, format!("cannot encode: {e}")))?;
     text.push(b'\n');
     write_atomically(path, &text)
 }

@@ -13,9 +13,11 @@
 pub mod encode;
 pub mod error;
 mod files;
+pub mod inspect;
+pub mod job;
 pub mod loader;
+mod lock;
 pub mod manifest;
-mod mmap;
 pub mod order;
 mod pack;
 pub mod prepare;
@@ -28,6 +30,8 @@ pub mod tokenizer;
 
 pub use encode::TextTokenizer;
 pub use error::{DataError, Result};
+pub use inspect::{Inspection, inspect};
+pub use job::{PreparedJob, PreparedSource, loader_options, prepare_job};
 pub use loader::{Loader, LoaderOptions, LoaderSource, Prefetcher, SamplePiece};
 pub use manifest::Manifest;
 pub use prepare::{PrepareOptions, prepare};

@@ -197,6 +197,19 @@ impl Manifest {
     }
 }
 
+/// Fails where folders were tokenised differently: their tokens mean different things and cannot be mixed.
+pub(crate) fn check_one_tokenizer<'a>(sources: impl IntoIterator<Item = (&'a str, &'a Manifest)>) -> Result<()> {
+    let mut sources = sources.into_iter().map(|(name, m)| (name, &m.origin.fingerprints.tokenizer));
+    let Some((first, hash)) = sources.next() else { return Ok(()) };
+    match sources.find(|(_, other)| *other != hash) {
+        None => Ok(()),
+        Some((other, _)) => Err(DataError::Options(format!(
+            "sources `{first}` and `{other}` were prepared with different tokenizers and cannot be mixed: prepare one \
+             of them again"
+        ))),
+    }
+}
+
 /// Reads a JSON file of ours.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = std::fs::read(path).at("read", path)?;

@@ -45,7 +45,7 @@ impl Permutation {
             let mixed = mix64(self.key ^ mix64(right.wrapping_add(round << 56)));
             (left, right) = (right, (left ^ mixed) & mask);
         }
-        left << self.half_bits | right
+        (left << self.half_bits) | right
     }
 }
 
@@ -95,13 +95,13 @@ fn count_below(end: u64, n: u64) -> u64 {
         return n;
     }
     let mut count = blocks * end;
-    for bit in (0..BLOCK_BITS).filter(|bit| end >> bit & 1 == 1) {
+    for bit in (0..BLOCK_BITS).filter(|bit| (end >> bit) & 1 == 1) {
         // Points that agree with `end` above this bit and have 0 here: the reversed index is fixed in its low bits.
         let fixed_bits = BLOCK_BITS - bit;
         let prefix = (end >> bit) & !1;
         let residue = ((prefix << bit) as u32).reverse_bits() as u64;
         if rest > residue {
-            count += (rest - residue - 1 >> fixed_bits) + 1;
+            count += ((rest - residue - 1) >> fixed_bits) + 1;
         }
     }
     count

@@ -17,11 +17,13 @@ use arrow::ipc::convert::try_fb_to_schema;
 use arrow::ipc::reader::{FileDecoder, read_footer_length};
 use arrow::ipc::root_as_footer;
 use arrow::ipc::writer::FileWriter;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tangelo_formats::Map;
 use xxhash_rust::xxh3::Xxh3Default;
 
 /// Tokens gathered before a record batch is written.
@@ -191,11 +193,6 @@ impl ShardWriter {
         self.record.tokens
     }
 
-    /// Bytes of tokens so far, roughly the file's size.
-    pub(crate) fn size_bytes(&self) -> u64 {
-        self.record.tokens * self.token_type.size_bytes() as u64
-    }
-
     /// Appends a document that was the `at.document`-th (counted from 0) of file `at.file`.
     pub(crate) fn push(&mut self, tokens: &[u32], text_bytes: usize, at: Cursor) -> Result<()> {
         self.pending.tokens.extend_from_slice(tokens);
@@ -224,8 +221,22 @@ impl ShardWriter {
         batch.and_then(|batch| self.writer.write(&batch)).map_err(|e| write_error(e, &self.partial))
     }
 
-    /// Publishes the shard, then its record.
-    pub(crate) fn finish(mut self) -> Result<ShardRecord> {
+    /// Gives the shard up and its room back.
+    pub(crate) fn discard(self) {
+        // Whatever is left is removed by the next preparation of the folder.
+        let _ = std::fs::remove_file(&self.partial);
+    }
+
+    /// Publishes the shard, then its record. On failure the unfinished file is removed.
+    pub(crate) fn finish(self) -> Result<ShardRecord> {
+        let partial = self.partial.clone();
+        self.publish().inspect_err(|_| {
+            // Whatever is left is removed by the next preparation of the folder.
+            let _ = std::fs::remove_file(&partial);
+        })
+    }
+
+    fn publish(mut self) -> Result<ShardRecord> {
         self.flush_batch()?;
         self.writer.finish().map_err(|e| write_error(e, &self.partial))?;
         let file = self.writer.into_inner().map_err(|e| write_error(e, &self.partial))?;
@@ -267,9 +278,11 @@ fn write_error(error: ArrowError, path: &Path) -> DataError {
 pub(crate) fn open_shard(folder: &Path, record: &ShardRecord) -> Result<Vec<RecordBatch>> {
     record.verify(folder, false)?;
     let path = folder.join(&record.file);
-    let buffer = Buffer::from(crate::mmap::map(&path)?);
-    let batches = decode(&buffer)
-        .map_err(|e| DataError::prepared(&path, format!("{e}; the shard is damaged: run `tangelo data prepare` again")))?;
+    let map = Map::open(&path).map_err(|e| DataError::prepared(&path, e.to_string()))?;
+    let buffer = Buffer::from(Bytes::from_owner(map));
+    let batches = decode(&buffer).map_err(|e| {
+        DataError::prepared(&path, format!("{e}; the shard is damaged: run `tangelo data prepare` again"))
+    })?;
     let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
     if rows as u64 != record.documents {
         return Err(DataError::prepared(&path, format!("{rows} documents, expected {}", record.documents)));
@@ -280,7 +293,8 @@ pub(crate) fn open_shard(folder: &Path, record: &ShardRecord) -> Result<Vec<Reco
 /// Record batches of an Arrow file that share the file's memory.
 fn decode(buffer: &Buffer) -> std::result::Result<Vec<RecordBatch>, String> {
     let bytes = buffer.as_slice();
-    let trailer: [u8; 10] = bytes.len().checked_sub(10).map(|at| &bytes[at..]).and_then(|t| t.try_into().ok()).ok_or("too short")?;
+    let trailer: [u8; 10] =
+        bytes.len().checked_sub(10).map(|at| &bytes[at..]).and_then(|t| t.try_into().ok()).ok_or("too short")?;
     let length = read_footer_length(trailer).map_err(|e| e.to_string())?;
     let start = bytes.len().checked_sub(10 + length).ok_or("footer longer than the file")?;
     let footer = root_as_footer(&bytes[start..bytes.len() - 10]).map_err(|e| format!("bad footer: {e}"))?;

@@ -55,7 +55,11 @@ impl HeldOut {
         for (document, length) in lengths.enumerate() {
             let entry = (hash(document as u64), document as u64, length);
             total += length;
-            if (entry.0 as u128) < held.threshold { inside += 1 } else { outside += 1 }
+            if (entry.0 as u128) < held.threshold {
+                inside += 1
+            } else {
+                outside += 1
+            }
             smallest = Some(smallest.map_or(entry, |s| s.min(entry)));
             largest = Some(largest.map_or(entry, |l| l.max(entry)));
         }

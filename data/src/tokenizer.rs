@@ -152,7 +152,12 @@ fn count_words(files: &[(ScannedFile, &str)], options: &TrainOptions, progress: 
                 }
             });
             let documents = counts.documents;
-            progress.update(&PrepareProgress { bytes_done: before + open.bytes_read(), bytes_total, documents, tokens: 0 });
+            progress.update(&PrepareProgress {
+                bytes_done: before + open.bytes_read(),
+                bytes_total,
+                documents,
+                tokens: 0,
+            });
         }
         before += file.size_bytes;
     }

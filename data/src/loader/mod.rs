@@ -10,6 +10,7 @@ mod row;
 pub use prefetch::Prefetcher;
 
 use crate::error::{DataError, Result};
+use crate::manifest::check_one_tokenizer;
 use crate::order::{Blend, Permutation};
 use crate::pack::{Documents, PackIndex};
 use crate::source::SourceFile;
@@ -128,6 +129,8 @@ impl Loader {
     }
 
     fn build(options: LoaderOptions, opened: Vec<(Arc<TokenStore>, HeldOut)>) -> Result<Loader> {
+        let names = options.sources.iter().map(|s| s.name.as_str());
+        check_one_tokenizer(names.zip(opened.iter().map(|(store, _)| &store.manifest)))?;
         let mut sources = Vec::new();
         for (number, (store, held_out)) in opened.into_iter().enumerate() {
             let seed = mix64(options.seed ^ mix64(number as u64));
@@ -164,7 +167,7 @@ impl Loader {
         self.sources.iter().map(|s| s.store.manifest.origin.tokenizer.vocab_size).max().unwrap_or(0)
     }
 
-    /// Samples of the held-out split; 0 where nothing is held out.
+    /// Samples of the held-out split; 0 where nothing is held out. Builds that split's index: keep the answer.
     pub fn len_validation(&self) -> u64 {
         if self.options.split == Split::Validation {
             return self.num_samples;
@@ -176,8 +179,12 @@ impl Loader {
     pub fn fingerprint(&self) -> String {
         let o = &self.options;
         let order = (o.split, o.validation_fraction, o.seq_len, o.packing, o.document_mask, o.seed);
-        let sources: Vec<_> =
-            self.sources.iter().zip(&o.sources).map(|(s, asked)| (s.store.manifest.fingerprint(), asked.weight)).collect();
+        let sources: Vec<_> = self
+            .sources
+            .iter()
+            .zip(&o.sources)
+            .map(|(s, asked)| (s.store.manifest.fingerprint(), asked.weight))
+            .collect();
         crate::files::hex(hash_bytes(0, format!("{order:?} {sources:?}").as_bytes()))
     }
 

@@ -151,7 +151,8 @@ fn first_bit(words: &[u64], from: usize) -> Option<usize> {
     let start = from / 64;
     let masked = words.get(start)? & (u64::MAX << (from % 64));
     let found = if masked != 0 { Some((start, masked)) } else { None };
-    let (word, bits) = found.or_else(|| (start + 1..words.len()).map(|w| (w, words[w])).find(|(_, bits)| *bits != 0))?;
+    let (word, bits) =
+        found.or_else(|| (start + 1..words.len()).map(|w| (w, words[w])).find(|(_, bits)| *bits != 0))?;
     Some(word * 64 + bits.trailing_zeros() as usize)
 }
 

@@ -8,8 +8,9 @@ mod pipeline;
 use crate::encode::TextTokenizer;
 use crate::error::{DataError, IoContext, Result};
 use crate::files;
-use crate::manifest::{MANIFEST_NAME, Manifest, ORIGIN_NAME, Origin, StoredOptions, StoredTokenizer, TOKENIZER_NAME};
+use crate::lock::FolderLock;
 use crate::manifest::read_json;
+use crate::manifest::{MANIFEST_NAME, Manifest, ORIGIN_NAME, Origin, StoredOptions, StoredTokenizer, TOKENIZER_NAME};
 use crate::progress::Progress;
 use crate::shard::{ShardRecord, record_name, shard_name};
 use crate::source::{MAX_DOCUMENT_BYTES, ScannedFile, discover, scan};
@@ -67,7 +68,7 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
     }
     let tokenizer = TextTokenizer::open(&options.tokenizer)?;
     let folder = &options.folder;
-    fs::create_dir_all(folder).at("create", folder)?;
+    let _lock = FolderLock::acquire(folder, progress)?;
     let origin = scan_origin(options, &tokenizer, progress)?;
     if let Some(before) = read_origin(folder)? {
         match before.check_same(&origin, folder) {
@@ -113,7 +114,7 @@ fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &d
         bos: tokenizer.bos(),
         token_type: tokenizer.token_type(),
     };
-    Ok(Origin::new(files, stored, about, tokenizer.assets().fingerprint()))
+    Ok(Origin::new(files, stored, about, tokenizer.fingerprint()))
 }
 
 fn warn_of_skipped(files: &[ScannedFile], progress: &dyn Progress) {
@@ -183,4 +184,31 @@ fn clear(folder: &Path) -> Result<()> {
 fn save_tokenizer(tokenizer: &TextTokenizer, folder: &Path) -> Result<()> {
     let path = folder.join(TOKENIZER_NAME);
     tokenizer.assets().save(folder).map_err(|e| DataError::Tokenizer { path, reason: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::{TrainOptions, train};
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_full_disk_is_named_with_the_bytes_that_are_missing() {
+        let root = tempfile::tempdir().unwrap();
+        let text = root.path().join("a.txt");
+        fs::write(&text, "some words, again and again. ".repeat(100_000)).unwrap();
+        let paths = vec![text.display().to_string()];
+        train(&TrainOptions::new(paths.clone(), 300), &()).unwrap().save(root.path()).unwrap();
+        let options = PrepareOptions::new(paths, root.path(), root.path().join("out"));
+        fs::create_dir_all(&options.folder).unwrap();
+        let tokenizer = TextTokenizer::open(&options.tokenizer).unwrap();
+        let origin = scan_origin(&options, &tokenizer, &()).unwrap();
+        // Every write to this device fails as a full disk does.
+        symlink("/dev/full", options.folder.join(format!("{}.partial", shard_name(0)))).unwrap();
+        let error = pipeline::tokenise(&options, &tokenizer, &origin, Vec::new(), &()).unwrap_err();
+        let DataError::DiskFull { folder, needed_bytes } = &error else { panic!("{error}") };
+        assert_eq!(folder, &options.folder);
+        assert!(*needed_bytes > 0, "{error}");
+        assert!(shard_files(&options.folder).unwrap().is_empty(), "the unfinished shard gives its room back");
+    }
 }

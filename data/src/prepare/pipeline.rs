@@ -238,7 +238,16 @@ impl<'a> Writer<'a> {
         Writer { options, tokenizer, shards, current: None, progress, state, empty: 0 }
     }
 
+    /// Writes everything; a shard that is not finished in the end is removed.
     fn run(mut self, replies: Receiver<Result<Reply>>, budget: &Budget) -> Result<Vec<ShardRecord>> {
+        let result = self.write_all(replies, budget);
+        if let Some(unfinished) = self.current.take() {
+            unfinished.discard();
+        }
+        result.map(|()| self.shards)
+    }
+
+    fn write_all(&mut self, replies: Receiver<Result<Reply>>, budget: &Budget) -> Result<()> {
         for reply in replies {
             let lost = |_| DataError::Internal("a tokenising thread ended without an answer".into());
             let tokenised = reply?.recv().map_err(lost)??;
@@ -246,14 +255,14 @@ impl<'a> Writer<'a> {
             budget.release(tokenised.chunk.text_bytes);
             self.progress.update(&self.state);
             if self.progress.cancelled() {
-                return Err(DataError::Options("preparation was interrupted; the same command goes on from here".into()));
+                return Err(DataError::Interrupted { folder: self.options.folder.clone() });
             }
         }
         self.finish_shard().map_err(|error| self.explain(error))?;
         if let (Some(last), true) = (self.shards.last_mut(), self.empty > 0) {
             last.empty_documents += self.empty;
         }
-        Ok(self.shards)
+        Ok(())
     }
 
     fn write(&mut self, tokenised: &Tokenised) -> Result<()> {
@@ -273,11 +282,12 @@ impl<'a> Writer<'a> {
             None => ShardWriter::create(&self.options.folder, self.shards.len(), self.tokenizer.token_type())?,
         };
         writer.count_empty(std::mem::take(&mut self.empty));
-        writer.push(tokens, document.text.len(), document.at)?;
-        self.state.documents += 1;
-        self.state.tokens += tokens.len() as u64;
+        let pushed = writer.push(tokens, document.text.len(), document.at);
         let full = writer.num_tokens() >= self.options.shard_tokens as u64;
         self.current = Some(writer);
+        pushed?;
+        self.state.documents += 1;
+        self.state.tokens += tokens.len() as u64;
         if full { self.finish_shard() } else { Ok(()) }
     }
 
@@ -293,11 +303,16 @@ impl<'a> Writer<'a> {
         if !error.is_disk_full() {
             return error;
         }
-        let written: u64 = self.shards.iter().map(|s| s.size_bytes).sum::<u64>()
-            + self.current.as_ref().map_or(0, ShardWriter::size_bytes);
-        let rest = self.state.bytes_total.saturating_sub(self.state.bytes_done);
-        let unfinished = self.current.as_ref().map_or(0, ShardWriter::size_bytes);
-        let needed = unfinished as u128 + rest as u128 * written.max(1) as u128 / self.state.bytes_done.max(1) as u128;
-        DataError::DiskFull { folder: self.options.folder.clone(), needed_bytes: needed as u64 }
+        let width = self.tokenizer.token_type().size_bytes() as u64;
+        let finished: u64 = self.shards.iter().map(|s| s.tokens).sum();
+        let lost = (self.state.tokens - finished) * width;
+        let rest = self.state.bytes_total.saturating_sub(self.state.bytes_done) as f64;
+        // Before anything was tokenised, a byte of text counts as half a byte of tokens.
+        let per_byte = match self.state.bytes_done {
+            0 => 0.5,
+            done => (self.state.tokens * width) as f64 / done as f64,
+        };
+        let needed_bytes = lost + (rest * per_byte) as u64;
+        DataError::DiskFull { folder: self.options.folder.clone(), needed_bytes }
     }
 }

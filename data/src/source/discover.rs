@@ -116,9 +116,8 @@ fn expand(pattern: &str) -> Result<Vec<SourceFile>> {
 
 /// Files below `folder`, sorted, without hidden ones; links to folders are not followed, so that the walk ends.
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let mut entries = fs::read_dir(folder)
-        .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())
-        .at("list", folder)?;
+    let mut entries =
+        fs::read_dir(folder).and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>()).at("list", folder)?;
     entries.sort_by_key(|entry| entry.file_name());
     for entry in entries {
         if entry.file_name().to_string_lossy().starts_with('.') {

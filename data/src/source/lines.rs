@@ -120,16 +120,23 @@ mod tests {
 
     #[test]
     fn bad_lines_are_named() {
-        let check = |text: &str, expected: expect_test::Expect| expected.assert_eq(&read(text).unwrap_err().to_string());
+        let check =
+            |text: &str, expected: expect_test::Expect| expected.assert_eq(&read(text).unwrap_err().to_string());
         check(
             "{\"question\": 1, \"answer\": 2}",
-            expect!["a.jsonl: no text column `text`; columns there are: question, answer. Set text_column to one of them"],
+            expect![
+                "a.jsonl: no text column `text`; columns there are: question, answer. Set text_column to one of them"
+            ],
         );
-        check("{\"text\": \"a\"}\n{\"text\": 1}", expect![
-            "a.jsonl: line 2: invalid type: integer `1`, expected a string at line 1 column 10"
-        ]);
-        check("[{\"text\": \"a\"}]", expect![[
-            "a.jsonl: line 1: invalid type: sequence, expected a JSON object with the text under `text` at line 1 column 0; a JSON array is not JSON lines: write one object per line"
-        ]]);
+        check(
+            "{\"text\": \"a\"}\n{\"text\": 1}",
+            expect!["a.jsonl: line 2: invalid type: integer `1`, expected a string at line 1 column 10"],
+        );
+        check(
+            "[{\"text\": \"a\"}]",
+            expect![[
+                "a.jsonl: line 1: invalid type: sequence, expected a JSON object with the text under `text` at line 1 column 0; a JSON array is not JSON lines: write one object per line"
+            ]],
+        );
     }
 }
