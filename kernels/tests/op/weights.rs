@@ -51,6 +51,22 @@ fn linear_is_as_exact_as_a_plain_product() {
 }
 
 #[test]
+fn inference_rows_do_not_depend_on_their_neighbours() {
+    for (inputs, outputs) in [(576, 100), (1536, 64), (13, 7)] {
+        let (x, w) = (random(&[70, inputs], Kind::Float), random(&[outputs, inputs], Kind::Float));
+        let all = op::linear(&x, &w, None, None, None);
+        assert_close("inference", &all, &x.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double).tr()), 1e-5);
+        for rows in [1, 2, 3, 5, 17] {
+            assert_same_bits(
+                "some rows",
+                &op::linear(&x.narrow(0, 9, rows), &w, None, None, None),
+                &all.narrow(0, 9, rows),
+            );
+        }
+    }
+}
+
+#[test]
 fn main_gradients_accumulate_over_backwards() {
     for (kind, tolerance) in KINDS {
         let w = random(&[24, 16], kind);

@@ -65,6 +65,10 @@ struct Kernels {
   // `copy` may be null; `copy_is_bf16` says what it holds.
   void (*adamw)(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, void* copy, bool copy_is_bf16,
                 const AdamWScalars& scalars, int64_t begin, int64_t end);
+  // Outputs [begin, end) of x [rows, inputs] times w [outputs, inputs] transposed, plus `bias` if given; the bits of a
+  // row do not depend on the other rows.
+  void (*dot_products)(const float* x, const float* w, const float* bias, float* out, int64_t rows, int64_t inputs,
+                       int64_t outputs, int64_t begin, int64_t end);
   double (*square_sum)(const float* from, int64_t length);
   bool (*all_finite_f32)(const float* from, int64_t length);
   bool (*all_finite_b16)(const uint16_t* from, int64_t length);
