@@ -90,7 +90,8 @@ impl<S> Shared<S> {
     }
 }
 
-/// A handle to the thread that owns a state of type `S`. See the [module](self).
+/// A handle to the thread that owns a state of type `S`. It runs one job at a time; a panic ends its work for good and
+/// is what every later job answers; dropping the handle joins the thread.
 pub struct DeviceThread<S> {
     shared: Arc<Shared<S>>,
     handle: Option<JoinHandle<()>>,
