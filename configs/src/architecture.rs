@@ -23,7 +23,6 @@ pub(crate) fn resolve(config: &mut JobConfig, assets: &dyn ModelAssets) -> Resul
     spec.eos_token_ids =
         if tokenizer.special.eos.is_empty() { base.special.eos.clone() } else { tokenizer.special.eos };
     check_vocabulary(&spec, tokenizer.vocab_size, config)?;
-    check_initial_load(&spec, config, assets)?;
     config.model = keys;
     Ok(spec)
 }
@@ -104,7 +103,11 @@ fn check_vocabulary(spec: &ModelSpec, tokenizer: usize, config: &JobConfig) -> R
 }
 
 /// The weights to start from must fit tensor by tensor.
-fn check_initial_load(spec: &ModelSpec, config: &JobConfig, assets: &dyn ModelAssets) -> Result<(), ConfigError> {
+pub(crate) fn check_initial_load(
+    spec: &ModelSpec,
+    config: &JobConfig,
+    assets: &dyn ModelAssets,
+) -> Result<(), ConfigError> {
     let load = &config.checkpoint;
     let Some(path) = load.initial_load_path.as_deref().filter(|_| load.initial_load_in_hf) else { return Ok(()) };
     let key = "checkpoint.initial_load_path";
@@ -138,7 +141,7 @@ fn over(given: &Model, base: &Model) -> Result<Model, ConfigError> {
             family_name(family)
         )]));
     }
-    Ok(Model {
+    Model {
         name: given.name.or(base.name),
         flavor: given.flavor.clone(),
         hf_assets_path: given.hf_assets_path.clone(),
@@ -159,7 +162,7 @@ fn over(given: &Model, base: &Model) -> Result<Model, ConfigError> {
         tie_word_embeddings: given.tie_word_embeddings.or(base.tie_word_embeddings),
         initializer_range: given.initializer_range.or(base.initializer_range),
     }
-    .with_defaults()?)
+    .with_defaults()
 }
 
 impl Model {

@@ -10,6 +10,17 @@ use crate::{ConfigError, MixerSpec, ModelSpec, RopeScaling};
 /// The largest integer that TOML can hold.
 const MAX_TOML_INTEGER: u64 = i64::MAX as u64;
 
+// Bounds far above anything of use, so that no product of sizes overflows.
+const MAX_RANKS: usize = 1 << 20;
+const MAX_STEPS: usize = 1 << 40;
+const MAX_SEQUENCES: usize = 1 << 24;
+const MAX_TOKENS: usize = 1 << 32;
+const MAX_VOCABULARY: usize = 1 << 24;
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_HEADS: usize = 1 << 12;
+/// Blocks of a model.
+pub(crate) const MAX_LAYERS: usize = 1 << 12;
+
 /// Bounds of single values and rules between sections that need no architecture.
 pub(crate) fn check_values(c: &JobConfig) -> Result<(), ConfigError> {
     let mut found = Found::default();
@@ -33,10 +44,18 @@ pub(crate) fn check_values(c: &JobConfig) -> Result<(), ConfigError> {
 
 fn training(found: &mut Found, c: &JobConfig) {
     let t = &c.training;
-    found.at_least("training.local_batch_size", t.local_batch_size, 1);
-    found.at_least("training.seq_len", t.seq_len, 2);
-    found.at_least("training.steps", t.steps, 1);
-    found.require(t.global_batch_size == -1 || t.global_batch_size >= 1, || {
+    found.within("training.local_batch_size", t.local_batch_size, 1, MAX_SEQUENCES);
+    found.within("training.seq_len", t.seq_len, 2, MAX_TOKENS);
+    found.within("training.steps", t.steps, 1, MAX_STEPS);
+    found.within("training.num_threads", t.num_threads, 0, MAX_RANKS);
+    let tokens = t.local_batch_size.saturating_mul(t.seq_len);
+    found.require(tokens <= MAX_TOKENS, || {
+        format!(
+            "`training.local_batch_size` {} x `training.seq_len` {} = {tokens} tokens at once, above {MAX_TOKENS}",
+            t.local_batch_size, t.seq_len
+        )
+    });
+    found.require(t.global_batch_size == -1 || (1..=MAX_TOKENS as i64).contains(&t.global_batch_size), || {
         format!(
             "`training.global_batch_size` = {}; it is a number of sequences, or -1 for `training.local_batch_size` \
              times the data-parallel size",
@@ -48,6 +67,10 @@ fn training(found: &mut Found, c: &JobConfig) {
 
 fn schedule(found: &mut Found, c: &JobConfig) {
     let s = &c.lr_scheduler;
+    if let Some(total) = s.total_steps {
+        found.within("lr_scheduler.total_steps", total, 1, MAX_STEPS);
+    }
+    found.within("lr_scheduler.warmup_steps", s.warmup_steps, 0, MAX_STEPS);
     let total = s.total_steps.unwrap_or(c.training.steps);
     let total_name = if s.total_steps.is_some() { "lr_scheduler.total_steps" } else { "training.steps" };
     found.require(s.warmup_steps <= total, || {
@@ -92,14 +115,14 @@ fn optimizer(found: &mut Found, c: &JobConfig) {
 }
 
 fn parallelism(found: &mut Found, p: &Parallelism) {
-    found.at_least("parallelism.data_parallel_replicate_degree", p.data_parallel_replicate_degree, 1);
+    found.within("parallelism.data_parallel_replicate_degree", p.data_parallel_replicate_degree, 1, MAX_RANKS);
     for (key, degree) in [
         ("parallelism.data_parallel_shard_degree", p.data_parallel_shard_degree),
         ("parallelism.zero_parameter_degree", p.zero_parameter_degree),
         ("parallelism.zero_gradient_degree", p.zero_gradient_degree),
         ("parallelism.zero_optimizer_degree", p.zero_optimizer_degree),
     ] {
-        found.require(degree == -1 || degree >= 1, || {
+        found.require(degree == -1 || (1..=MAX_RANKS as i64).contains(&degree), || {
             format!("`{key}` = {degree}; it is a number of ranks, or -1 for all that are left")
         });
     }
@@ -170,6 +193,7 @@ fn data(found: &mut Found, c: &JobConfig) {
         format!("`data.validation_fraction` = {}; it must be in [0, 1)", d.validation_fraction)
     });
     found.at_least("data.shard_tokens", d.shard_tokens, 1 << 10);
+    found.within("data.train_tokenizer_vocab", d.train_tokenizer_vocab, 0, MAX_VOCABULARY);
     found.require(d.train_tokenizer_vocab == 0 || d.train_tokenizer_vocab >= 257, || {
         format!(
             "`data.train_tokenizer_vocab` = {}; a byte-level tokenizer has 256 bytes and a mark for the end of a \
@@ -224,18 +248,19 @@ fn validation(found: &mut Found, c: &JobConfig) {
 }
 
 fn model_keys(found: &mut Found, m: &Model) {
-    for (key, value) in [
-        ("model.vocab_size", m.vocab_size),
-        ("model.hidden_size", m.hidden_size),
-        ("model.intermediate_size", m.intermediate_size),
-        ("model.num_hidden_layers", m.num_hidden_layers),
-        ("model.num_attention_heads", m.num_attention_heads),
-        ("model.num_key_value_heads", m.num_key_value_heads),
-        ("model.head_dim", m.head_dim),
-        ("model.max_position_embeddings", m.max_position_embeddings),
+    for (key, value, most) in [
+        ("model.vocab_size", m.vocab_size, MAX_VOCABULARY),
+        ("model.hidden_size", m.hidden_size, MAX_WIDTH),
+        ("model.intermediate_size", m.intermediate_size, MAX_WIDTH),
+        ("model.num_hidden_layers", m.num_hidden_layers, MAX_LAYERS),
+        ("model.num_attention_heads", m.num_attention_heads, MAX_HEADS),
+        ("model.num_key_value_heads", m.num_key_value_heads, MAX_HEADS),
+        ("model.head_dim", m.head_dim, MAX_WIDTH),
+        ("model.max_position_embeddings", m.max_position_embeddings, MAX_STEPS),
+        ("model.sliding_window", m.sliding_window.filter(|&w| w > 0), MAX_STEPS),
     ] {
         if let Some(value) = value {
-            found.at_least(key, value, 1);
+            found.within(key, value, 1, most);
         }
     }
 }
@@ -243,7 +268,10 @@ fn model_keys(found: &mut Found, m: &Model) {
 /// Rules that need the resolved architecture.
 pub(crate) fn check_with_model(c: &JobConfig, spec: &ModelSpec) -> Result<(), ConfigError> {
     let mut found = Found::default();
-    architecture(&mut found, &c.model, spec);
+    model_keys(&mut found, &c.model);
+    if found.0.is_empty() {
+        architecture(&mut found, &c.model, spec);
+    }
     let (length, longest) = (c.training.seq_len, spec.max_position_embeddings);
     found.require(length <= longest, || {
         format!(
@@ -331,6 +359,12 @@ impl Found {
 
     fn at_least(&mut self, key: &str, value: usize, least: usize) {
         self.require(value >= least, || format!("`{key}` = {value}; it must be at least {least}"));
+    }
+
+    fn within(&mut self, key: &str, value: usize, least: usize, most: usize) {
+        self.require((least..=most).contains(&value), || {
+            format!("`{key}` = {value}; it must be from {least} to {most}")
+        });
     }
 
     fn not_negative(&mut self, key: &str, value: f64) {

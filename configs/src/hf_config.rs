@@ -5,6 +5,7 @@
 //! and `rope_theta` and `rope_scaling` beside `rope_parameters` so that older readers see the same model.
 //! Dropout is not read: it does not act in inference, and training here has none.
 
+use crate::check::MAX_LAYERS;
 use crate::model::Family;
 use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 use serde_json::{Map, Value, json};
@@ -83,8 +84,12 @@ pub fn from_json(config: &Value) -> Result<ModelSpec, ConfigError> {
     refuse_what_is_not_modelled(&keys)?;
     let (hidden_size, num_heads) = (keys.needed("hidden_size")?, keys.needed("num_attention_heads")?);
     let num_layers = keys.needed("num_hidden_layers")?;
+    if num_layers > MAX_LAYERS {
+        let expected = format!("at most {MAX_LAYERS}");
+        return Err(unsupported("num_hidden_layers", &json!(num_layers), &expected));
+    }
     let max_position_embeddings = keys.usize_or("max_position_embeddings", traits.max_position_embeddings)?;
-    let default_head_dim = traits.head_dim.unwrap_or(if num_heads == 0 { 0 } else { hidden_size / num_heads });
+    let default_head_dim = traits.head_dim.unwrap_or(hidden_size / num_heads);
     let biased = matches!(traits.family, Family::Llama | Family::Qwen3) && keys.bool_or("attention_bias", false)?;
     let attention = AttentionSpec {
         num_heads,

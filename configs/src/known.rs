@@ -30,7 +30,7 @@ impl Known {
         let section = section.join(".");
         let last = |p: &str| p.rsplit('.').next().unwrap_or_default().to_owned();
         let siblings: Vec<&str> = self.paths.iter().filter(|p| parent(p) == section).map(String::as_str).collect();
-        let elsewhere = self.paths.iter().find(|p| last(p) == *name).map(String::clone);
+        let elsewhere = self.paths.iter().find(|p| last(p) == *name).cloned();
         let here = || {
             let names: Vec<String> = siblings.iter().map(|p| last(p)).collect();
             let found = nearest(name, names.iter().map(String::as_str))?;
@@ -39,7 +39,7 @@ impl Known {
         let near = || {
             let leaves: BTreeSet<String> = self.paths.iter().map(|p| last(p)).collect();
             let found = nearest(name, leaves.iter().map(String::as_str))?;
-            self.paths.iter().find(|p| last(p) == found).map(String::clone)
+            self.paths.iter().find(|p| last(p) == found).cloned()
         };
         if self.paths.contains(&section) && siblings.is_empty() {
             return format!("unknown key `{full}`: `{section}` is a value, it has no keys");

@@ -102,8 +102,9 @@ pub fn resolve(config: JobConfig, resources: &Resources, assets: &dyn ModelAsset
     resolve_device(&mut config, resources);
     resolve_schedule(&mut config);
     let model = architecture::resolve(&mut config, assets)?;
-    let accumulation = resolve_batch(&mut config, degrees.data_parallel)?;
     check_with_model(&config, &model)?;
+    architecture::check_initial_load(&model, &config, assets)?;
+    let accumulation = resolve_batch(&mut config, degrees.data_parallel)?;
     Ok(Plan {
         model,
         mesh,

@@ -175,6 +175,7 @@ pub fn part_range(length: usize, block: usize, parts: usize, part: usize) -> Ran
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // boxes of one dim
 mod tests {
     use super::*;
     use crate::Axis;

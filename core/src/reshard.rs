@@ -119,6 +119,7 @@ fn holders(from: &[IndexBox]) -> Result<BTreeMap<&IndexBox, Vec<usize>>, Reshard
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // boxes of one dim
 mod tests {
     use super::*;
     use crate::{Axis, DeviceMesh, Placement};

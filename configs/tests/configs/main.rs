@@ -1,4 +1,5 @@
 //! Loading, resolving, presets and Hugging Face configurations.
+#![allow(clippy::unwrap_used)] // a helper's failure is the test's
 
 mod hf_config;
 mod load;

@@ -171,9 +171,27 @@ fn a_gpu_changes_device_and_type() {
 fn the_batch_arithmetic() {
     let plan = plan(&["training.global_batch_size=24"], 3);
     assert_eq!((plan.global_batch_size, plan.gradient_accumulation_steps), (24, 4));
-    fails(&["training.global_batch_size=25"], 3, expect!["`training.global_batch_size` = 25 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 25 / 6 leaves 1; take 24 or 30, or another local batch size"]);
-    fails(&["training.global_batch_size=4"], 3, expect!["`training.global_batch_size` = 4 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 4 / 6 leaves 4; take 6, or another local batch size"]);
-    fails(&["training.global_batch_size=0"], 3, expect!["`training.global_batch_size` = 0; it is a number of sequences, or -1 for `training.local_batch_size` times the data-parallel size"]);
+    fails(
+        &["training.global_batch_size=25"],
+        3,
+        expect![
+            "`training.global_batch_size` = 25 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 25 / 6 leaves 1; take 24 or 30, or another local batch size"
+        ],
+    );
+    fails(
+        &["training.global_batch_size=4"],
+        3,
+        expect![
+            "`training.global_batch_size` = 4 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 4 / 6 leaves 4; take 6, or another local batch size"
+        ],
+    );
+    fails(
+        &["training.global_batch_size=0"],
+        3,
+        expect![
+            "`training.global_batch_size` = 0; it is a number of sequences, or -1 for `training.local_batch_size` times the data-parallel size"
+        ],
+    );
 }
 
 #[test]
@@ -204,18 +222,73 @@ fn degrees_multiply_to_the_world_size() {
 }
 
 #[test]
+fn absurd_sizes_are_refused_and_overflow_nothing() {
+    let huge = "9223372036854775807";
+    for key in [
+        "training.local_batch_size",
+        "training.global_batch_size",
+        "training.seq_len",
+        "training.steps",
+        "lr_scheduler.total_steps",
+        "lr_scheduler.warmup_steps",
+        "parallelism.data_parallel_replicate_degree",
+        "parallelism.data_parallel_shard_degree",
+        "parallelism.zero_optimizer_degree",
+        "data.train_tokenizer_vocab",
+        "model.vocab_size",
+        "model.hidden_size",
+        "model.num_hidden_layers",
+        "model.head_dim",
+        "model.sliding_window",
+    ] {
+        let error = with(&[&format!("{key}={huge}")], &machine(2), &tokenizer()).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{}`", key)) || error.contains("exclude each other"), "{key}: {error}");
+    }
+}
+
+#[test]
 fn zero_scopes_nest() {
     assert_eq!(plan(&["parallelism.zero_optimizer_degree=2"], 4).zero_optimizer_degree, 2);
     assert_eq!(plan(&["parallelism.zero_optimizer_degree=1"], 4).zero_optimizer_degree, 1);
-    fails(&["parallelism.zero_optimizer_degree=4"], 6, expect!["`parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"]);
-    fails(&["parallelism.zero_optimizer_degree=8"], 4, expect!["`parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"]);
+    fails(
+        &["parallelism.zero_optimizer_degree=4"],
+        6,
+        expect![
+            "`parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+        ],
+    );
+    fails(
+        &["parallelism.zero_optimizer_degree=8"],
+        4,
+        expect![
+            "`parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+        ],
+    );
 }
 
 #[test]
 fn schedules_fit_their_length() {
-    fails(&["training.steps=100"], 1, expect!["`lr_scheduler.warmup_steps` = 200 > `training.steps` = 100: the warm-up would never end; lower it to 10 or so"]);
-    fails(&["lr_scheduler.decay_ratio=0.9"], 1, expect!["`lr_scheduler.warmup_steps` 200 + decay 900 (= training.steps 1000 x `lr_scheduler.decay_ratio` 0.9) = 1100 > 1000 steps; lower one of them"]);
-    fails(&["lr_scheduler.total_steps=600"], 1, expect!["`training.steps` = 1000 > `lr_scheduler.total_steps` = 600: the last 400 steps would have a learning rate of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`"]);
+    fails(
+        &["training.steps=100"],
+        1,
+        expect![
+            "`lr_scheduler.warmup_steps` = 200 > `training.steps` = 100: the warm-up would never end; lower it to 10 or so"
+        ],
+    );
+    fails(
+        &["lr_scheduler.decay_ratio=0.9"],
+        1,
+        expect![
+            "`lr_scheduler.warmup_steps` 200 + decay 900 (= training.steps 1000 x `lr_scheduler.decay_ratio` 0.9) = 1100 > 1000 steps; lower one of them"
+        ],
+    );
+    fails(
+        &["lr_scheduler.total_steps=600"],
+        1,
+        expect![
+            "`training.steps` = 1000 > `lr_scheduler.total_steps` = 600: the last 400 steps would have a learning rate of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`"
+        ],
+    );
     assert_eq!(
         plan(&["lr_scheduler.total_steps=600", "lr_scheduler.min_lr_factor=0.1"], 1).schedule().total_steps,
         600
@@ -238,14 +311,18 @@ fn everything_wrong_is_said_at_once() {
         "activation_checkpoint.selective_ac_option=op",
         "debug.seed=18446744073709551615",
     ];
-    fails(&sets[..9], 1, expect![[r#"
+    fails(
+        &sets[..9],
+        1,
+        expect![[r#"
         `optimizer.lr` = -1; it must be a number of at least 0
         `optimizer.beta2` = 1; it must be in [0, 1)
         `data.validation_fraction` = 1; it must be in [0, 1)
         `activation_checkpoint.selective_ac_option` = "op"; a whole number k in quotes is offered (every k-th block is recomputed), operator by operator ("op") is not
         `checkpoint.interval` = 0; it must be at least 1
         `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
-        `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]]);
+        `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]],
+    );
 }
 
 #[test]
@@ -258,20 +335,44 @@ fn sources_have_names_and_all_or_no_weights() {
     assert_eq!(names, ["web", "web-2", "code"]);
     let paths: Vec<_> = sources.iter().map(|s| s.paths[0].as_str()).collect();
     assert_eq!(paths, ["/job/a/web/*.jsonl.zst", "/b/web.parquet", "/home/someone/**/*.rs"]);
-    fails(&["data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]"], 1, expect![[r#"
+    fails(
+        &["data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]"],
+        1,
+        expect![[r#"
         `data.sources` c: `paths` is empty
         `data.sources` c: `weight` = 0; it must be above 0 (or remove the source)
-        `data.sources`: 2 of 3 have a `weight`; give one to all or to none"#]]);
-    fails(&["data.sources=[]"], 1, expect![[r#"`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = ["corpus/*.txt"]"#]]);
-    fails(&["data.sources=[{paths=['a'], name='x'}, {paths=['b'], name='x'}]"], 1, expect![[r#"`data.sources`: two are named "x"; give each its own `name`"#]]);
+        `data.sources`: 2 of 3 have a `weight`; give one to all or to none"#]],
+    );
+    fails(
+        &["data.sources=[]"],
+        1,
+        expect![[
+            r#"`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = ["corpus/*.txt"]"#
+        ]],
+    );
+    fails(
+        &["data.sources=[{paths=['a'], name='x'}, {paths=['b'], name='x'}]"],
+        1,
+        expect![[r#"`data.sources`: two are named "x"; give each its own `name`"#]],
+    );
 }
 
 #[test]
 fn the_vocabulary_comes_from_the_tokenizer_rounded_up() {
     assert_eq!(plan(&[], 1).model.vocab_size, 1024);
     assert_eq!(plan(&["model.vocab_size=1000"], 1).model.vocab_size, 1000);
-    fails(&["model.vocab_size=999"], 1, expect!["`model.vocab_size` = 999 is less than the 1000 ids of the tokenizer /job/tok: ids 999 and above would have no embedding; set it to 1024 or more, or take another tokenizer"]);
-    fails(&["data.tokenizer=elsewhere"], 1, expect![[r#"`data.tokenizer` = "/job/elsewhere": no tokenizer.json there"#]]);
+    fails(
+        &["model.vocab_size=999"],
+        1,
+        expect![
+            "`model.vocab_size` = 999 is less than the 1000 ids of the tokenizer /job/tok: ids 999 and above would have no embedding; set it to 1024 or more, or take another tokenizer"
+        ],
+    );
+    fails(
+        &["data.tokenizer=elsewhere"],
+        1,
+        expect![[r#"`data.tokenizer` = "/job/elsewhere": no tokenizer.json there"#]],
+    );
 
     let job = JOB.replace("tokenizer = 'tok'\n", "");
     let resolve_job = |sets: &[&str]| {
@@ -283,21 +384,61 @@ fn the_vocabulary_comes_from_the_tokenizer_rounded_up() {
     assert_eq!((trained.model.vocab_size, &trained.model.eos_token_ids[..]), (512, &[0][..]));
     let path = trained.config.data.tokenizer.unwrap();
     assert_eq!(path, Path::new("/job/runs/default/prepared/tokenizer.json"));
-    fails(&["data.train_tokenizer_vocab=500"], 1, expect![[r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 500 exclude each other: use the one or train the other"#]]);
-    fails(&["data.train_tokenizer_vocab=100"], 1, expect![[r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other"#]]);
+    fails(
+        &["data.train_tokenizer_vocab=500"],
+        1,
+        expect![[
+            r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 500 exclude each other: use the one or train the other"#
+        ]],
+    );
+    fails(
+        &["data.train_tokenizer_vocab=100"],
+        1,
+        expect![[
+            r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other"#
+        ]],
+    );
 }
 
 #[test]
 fn models_by_hand_by_flavor_and_from_assets() {
-    fails(&["model.flavor=llama-3.2-8b"], 1, expect![[r#"`model.flavor` = "llama-3.2-8b" is not known; did you mean "llama-3.2-1b"? There are debugmodel, tiny-4m, tiny-10m, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, mistral-7b, qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b"#]]);
-    fails(&["model.name=qwen3"], 1, expect![[r#"`model.name` = "qwen3", but flavor "debugmodel" is of family "llama"; leave `model.name` out"#]]);
-    fails(&["model.num_key_value_heads=4"], 1, expect!["`model.num_attention_heads` = 6 is not a multiple of `model.num_key_value_heads` = 4: 6 / 4 leaves 2"]);
-    fails(&["model.head_dim=33"], 1, expect!["`model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0"]);
-    fails(&["training.seq_len=4096"], 1, expect!["`training.seq_len` = 4096 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"]);
-    fails(&["model.sliding_window=16", "model.hidden_size=200"], 1, expect![[r#"
+    fails(
+        &["model.flavor=llama-3.2-8b"],
+        1,
+        expect![[
+            r#"`model.flavor` = "llama-3.2-8b" is not known; did you mean "llama-3.2-1b"? There are debugmodel, tiny-4m, tiny-10m, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, mistral-7b, qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b"#
+        ]],
+    );
+    fails(
+        &["model.name=qwen3"],
+        1,
+        expect![[r#"`model.name` = "qwen3", but flavor "debugmodel" is of family "llama"; leave `model.name` out"#]],
+    );
+    fails(
+        &["model.num_key_value_heads=4"],
+        1,
+        expect!["`model.num_attention_heads` = 6 is not a multiple of `model.num_key_value_heads` = 4: 6 / 4 leaves 2"],
+    );
+    fails(
+        &["model.head_dim=33"],
+        1,
+        expect!["`model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0"],
+    );
+    fails(
+        &["training.seq_len=4096"],
+        1,
+        expect![
+            "`training.seq_len` = 4096 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"
+        ],
+    );
+    fails(
+        &["model.sliding_window=16", "model.hidden_size=200"],
+        1,
+        expect![[r#"
         `model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0
         `model.hidden_size` = 200 is not a multiple of `model.num_attention_heads` = 6, which transformers demands of the llama family: 200 / 6 leaves 2
-        `model.sliding_window` is set, but the llama family has none; set `model.name` = "mistral" or remove it"#]]);
+        `model.sliding_window` is set, but the llama family has none; set `model.name` = "mistral" or remove it"#]],
+    );
 
     let by_hand = "[model]\nname = 'qwen3'\nhidden_size = 96\nnum_hidden_layers = 3\n[data]\ntokenizer='tok'\nsources=[{paths=['a']}]\n";
     let resolve_text = |text: &str| resolve(load_str(text, "job.toml", &[]).unwrap(), &machine(1), &tokenizer());

@@ -71,8 +71,8 @@ pub fn predict(plan: &Plan) -> Memory {
         gradients: 4 * all,
         master_weights: if e == 4 { 0 } else { 4 * owned },
         optimizer_states: 8 * owned,
-        activations: tokens * layers.map(|layer| saved_bytes_per_token(plan, layer)).sum::<u64>(),
-        inputs: tokens * input_bytes_per_token(plan),
+        activations: times(tokens, layers.map(|layer| saved_bytes_per_token(plan, layer)).sum()),
+        inputs: times(tokens, input_bytes_per_token(plan)),
         loss: loss_bytes(plan, tokens, e),
         backward: backward_bytes(plan, tokens, e),
         collectives: collective_bytes(plan),
@@ -121,7 +121,7 @@ fn input_bytes_per_token(plan: &Plan) -> u64 {
 fn loss_bytes(plan: &Plan, tokens: u64, e: u64) -> u64 {
     let (v, d) = (plan.model.vocab_size as u64, plan.model.hidden_size as u64);
     // Input, output and a gradient of each; the inverse root.
-    let norm = tokens * (4 * e * d + 4);
+    let norm = times(tokens, 4 * e * d + 4);
     // Logits, log-probabilities and probabilities in fp32, their gradient.
     let chunk = tokens.min(LOSS_CHUNK_TOKENS as u64) * v * (e + 4 + 4 + e);
     norm + chunk + if e == 4 { 0 } else { e * v * d }
@@ -139,9 +139,14 @@ fn backward_bytes(plan: &Plan, tokens: u64, e: u64) -> u64 {
         let again = if plan.recomputes(layer) { operators_save(block, d, e as usize) } else { 0 };
         // In fp32 a product adds to the main gradient in place; in bf16 it is made first.
         let weight_gradient = if e == 4 { 0 } else { e * (d * (2 * f).max(q + 2 * kv)) as u64 };
-        tokens * (gradients + again) + weight_gradient
+        times(tokens, gradients + again) + weight_gradient
     };
     plan.model.blocks.iter().enumerate().map(one).max().unwrap_or(0)
+}
+
+/// A product that stops at 2^58 bytes, where sums of a few still fit: no machine has a quarter of an exbibyte.
+fn times(a: u64, b: u64) -> u64 {
+    a.saturating_mul(b).min(1 << 58)
 }
 
 /// The largest bucket in fp32 as it is sent, and the same again for what arrives.
@@ -218,7 +223,11 @@ impl Memory {
         row("collectives", self.collectives, "not at the same time as activations".into());
         let place = if self.on_host { "while a checkpoint is written" } else { "in host memory, not in the peak" };
         row("checkpoint copy", self.checkpoint_copy, place.into());
-        row("peak", self.total_bytes(), format!("{} stay, {} come and go", bytes(self.persistent()), bytes(self.transient())));
+        row(
+            "peak",
+            self.total_bytes(),
+            format!("{} stay, {} come and go", bytes(self.persistent()), bytes(self.transient())),
+        );
         table.render()
     }
 }

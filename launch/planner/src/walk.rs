@@ -37,7 +37,7 @@ fn stage(stage: &'static str, tensor: &str, shape: &[usize], dtype: &'static str
         "bf16" => 2,
         _ => 4,
     };
-    let num_bytes = (shape.iter().product::<usize>() * size) as u64;
+    let num_bytes = shape.iter().fold(size, |bytes: u64, &n| bytes.saturating_mul(n as u64));
     Stage { stage, tensor: tensor.into(), shape: shape.to_vec(), dtype, num_bytes, note }
 }
 

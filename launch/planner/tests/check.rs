@@ -1,4 +1,5 @@
 //! The report of `tangelo check`, and the sizes behind it.
+#![allow(clippy::unwrap_used)] // a helper's failure is the test's
 
 use expect_test::{Expect, expect};
 use std::path::{Path, PathBuf};
