@@ -20,7 +20,7 @@ pub enum DataCommand {
 #[command(after_long_help = "\
 Examples:
   tangelo data tokenizer 'src/**/*.rs' docs --vocab-size 8192 --output tokenizer
-  tangelo data tokenizer corpus.jsonl.zst --text-column content --sample-bytes 50000000 -o code.json
+  tangelo data tokenizer corpus.jsonl.zst --text-column content -o code.json
 
 `tangelo run` does this by itself where data.train_tokenizer_vocab says so.")]
 pub struct TokenizerArgs {
@@ -48,10 +48,11 @@ pub struct TokenizerArgs {
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
 Examples:
-  tangelo data prepare 'corpus/*.parquet' --tokenizer tokenizer.json --output prepared/corpus
-  tangelo data prepare src docs --tokenizer SmolLM2-135M.gguf -o prepared/code --threads 4
+  tangelo data prepare 'corpus/*.parquet' --tokenizer tokenizer -o prepared/corpus
+  tangelo data prepare src docs --tokenizer model.gguf -o prepared/code
 
-The folder can be named in data.sources.paths of a job. `tangelo run` does this by itself for sources of text.")]
+The folder can be named in data.sources.paths of a job. `tangelo run` does this
+by itself for sources of text.")]
 pub struct PrepareArgs {
     /// Files, folders or globs: text, .jsonl(.gz|.zst), .parquet or .arrow.
     #[arg(required = true, value_name = "FILES")]

@@ -8,22 +8,24 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use std::path::PathBuf;
 
-/// Trains language models: from text to a model on disk.
+/// The whole command line.
 #[derive(Debug, Parser)]
-#[command(name = "tangelo", version, about, after_help = AFTER_HELP, propagate_version = true)]
+#[command(name = "tangelo", version, about = ABOUT, after_help = AFTER_HELP)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
+const ABOUT: &str = "Trains language models: from text to a model on disk";
+
 const AFTER_HELP: &str = "\
 Examples:
-  tangelo check job.toml                                  what would it train, does it fit
-  tangelo run job.toml --nproc-per-node 2                 train
-  tangelo report runs/my-run                              look at it
-  tangelo generate runs/my-run --prompt 'fn main() {'     try it
-  tangelo export runs/my-run --format hf                  take it elsewhere
+  tangelo check job.toml                               what would it train
+  tangelo run job.toml --nproc-per-node 2              train
+  tangelo report runs/my-run                           look at it
+  tangelo generate runs/my-run --prompt 'fn main() {'  try it
+  tangelo export runs/my-run --format hf               take it elsewhere
 
 `tangelo COMMAND --help` says more.";
 

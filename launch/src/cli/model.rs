@@ -71,7 +71,7 @@ pub enum DType {
 #[command(after_long_help = "\
 Examples:
   tangelo generate runs/my-run --prompt 'fn main() {' --max-new-tokens 100
-  tangelo generate SmolLM2-135M.gguf --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95 --seed 7
+  tangelo generate model.gguf -p 'Once upon a time' --temperature 0.8 --seed 7
   tangelo generate hf-folder --prompt-ids 1,450,4996 --json | jq .logprobs
 
 Greedy (temperature 0) unless told otherwise. The same arguments give the same text.")]
@@ -137,9 +137,10 @@ impl GenerateArgs {
 /// Arguments of `tangelo score`.
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
-Each line of stdin is {\"ids\": [...]} or {\"text\": \"...\"}; each line of stdout answers one, in order:
-{\"ids\": [...], \"logprobs\": [null, ...], \"loss\": ...}. The first token has no log-probability; loss is the mean
-of the others, in nats.
+Each line of stdin is {\"ids\": [...]} or {\"text\": \"...\"}; each line of stdout
+answers one, in order: {\"ids\": [...], \"logprobs\": [null, ...], \"loss\": ...}.
+The first token has no log-probability; loss is minus the mean of the others,
+in nats.
 
 Examples:
   echo '{\"text\": \"The capital of France is Paris\"}' | tangelo score runs/my-run --json
@@ -213,7 +214,8 @@ Examples:
   tangelo export runs/my-run --format hf                           # to runs/my-run/export
   tangelo export runs/my-run --step 500 --output model --dtype bfloat16
 
-The folder loads in transformers with AutoModelForCausalLM.from_pretrained(FOLDER).")]
+The folder loads in transformers:
+AutoModelForCausalLM.from_pretrained(FOLDER)")]
 pub struct ExportArgs {
     /// A run folder or a checkpoint folder.
     run: PathBuf,

@@ -71,20 +71,23 @@ impl RunArgs {
 const EXAMPLES: &str = "\
 Examples:
   tangelo run configs/presets/quickstart.toml
-  tangelo run job.toml --nproc-per-node 2 --set training.steps=200 --set optimizer.lr=3e-4
+  tangelo run job.toml --nproc-per-node 2 --set training.steps=200
   tangelo run job.toml --max-restarts 3
-  tangelo run job.toml --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500   # and --node-rank 1 on the other
+  tangelo run job.toml --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500
   torchrun --nproc-per-node 2 --no-python tangelo run job.toml
   srun --ntasks 8 tangelo run job.toml
 
-The run folder (job.dump_folder) gets config.toml, logs/, metrics.jsonl, events.jsonl, tb/, checkpoint/ and
-report.html. The same command again goes on from the newest complete checkpoint.
+The run folder (job.dump_folder) gets config.toml, logs/, metrics.jsonl,
+events.jsonl, tb/, checkpoint/ and report.html. The same command again goes on
+from the newest complete checkpoint.
 
-On the terminal: lines of rank 0 and what other ranks write to stderr; everything is in logs/. Ctrl-C lets the ranks
-finish their step and save; a second one kills them.
+On the terminal: what rank 0 writes, and what others write to stderr; logs/ has
+all of it. Ctrl-C lets the ranks finish their step and save; a second one kills
+them.
 
-Exit codes: 0 done, 1 internal error, 2 configuration, 3 data, 4 device, 5 another rank or node was lost;
-128 + signal when a signal ended the run before its last step.";
+Exit codes: 0 done, 1 internal error, 2 configuration, 3 data, 4 device,
+5 another rank or node was lost; 128 + signal when a signal ended the run before
+its last step.";
 
 /// Number of ranks on a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

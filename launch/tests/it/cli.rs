@@ -45,15 +45,84 @@ fn check(arguments: &[&str], code: i32, expected: Expect) {
 
 #[test]
 fn errors_say_what_to_do() {
-    check(&["generate", "m"], 2, expect![""]);
-    check(&["generate", "m", "--prompt-ids", "1,x"], 2, expect![""]);
-    check(&["generate", "m", "-p", "x", "--top-p", "0"], 2, expect![""]);
-    check(&["run", "job.toml", "--nproc-per-node", "0"], 2, expect![""]);
-    check(&["run", "job.toml", "--nnodes", "1:4"], 2, expect![""]);
-    check(&["run", "job.toml", "--rdzv-endpoint", "host"], 2, expect![""]);
-    check(&["check", "absent.toml"], 2, expect![""]);
-    check(&["report", "/"], 3, expect![""]);
-    check(&["score", "m", "--worker-binary", "/absent"], 1, expect![""]);
+    check(
+        &["generate", "m"],
+        2,
+        expect![[r#"
+        error: the following required arguments were not provided:
+          <--prompt <PROMPT>|--prompt-ids <IDS>>
+
+        Usage: tangelo generate <--prompt <PROMPT>|--prompt-ids <IDS>> <MODEL>
+
+        For more information, try '--help'.
+    "#]],
+    );
+    check(
+        &["generate", "m", "--prompt-ids", "1,x"],
+        2,
+        expect![[r#"
+        error: invalid value '1,x' for '--prompt-ids <IDS>': `x` is not a token id; expected something like 1,450,4996
+
+        For more information, try '--help'.
+    "#]],
+    );
+    check(
+        &["generate", "m", "-p", "x", "--top-p", "0"],
+        2,
+        expect![[r#"
+        error: invalid value '0' for '--top-p <P>': expected a probability above 0, up to 1
+
+        For more information, try '--help'.
+    "#]],
+    );
+    check(
+        &["run", "job.toml", "--nproc-per-node", "0"],
+        2,
+        expect![[r#"
+        error: invalid value '0' for '--nproc-per-node <N|auto>': expected a number from 1, auto, gpu or cpu
+
+        For more information, try '--help'.
+    "#]],
+    );
+    check(
+        &["run", "job.toml", "--nnodes", "1:4"],
+        2,
+        expect![[r#"
+        error: invalid value '1:4' for '--nnodes <N>': a range of nodes is not supported: the number of nodes is fixed while a job runs
+
+        For more information, try '--help'.
+    "#]],
+    );
+    check(
+        &["run", "job.toml", "--rdzv-endpoint", "host"],
+        2,
+        expect![[r#"
+        error: invalid value 'host' for '--rdzv-endpoint <HOST:PORT>': `host` is not HOST:PORT, such as 10.0.0.1:29500
+
+        For more information, try '--help'.
+    "#]],
+    );
+    check(
+        &["check", "absent.toml"],
+        2,
+        expect![[r#"
+        error: cannot read absent.toml: No such file or directory (os error 2)
+    "#]],
+    );
+    check(
+        &["report", "/"],
+        3,
+        expect![[r#"
+        error: / is not a run folder: it has neither config.toml nor metrics.jsonl; name the folder that `tangelo run` wrote (job.dump_folder)
+    "#]],
+    );
+    check(
+        &["score", "m", "--worker-binary", "/absent"],
+        1,
+        expect![[r#"
+        error: cannot find tangelo-worker, which does everything that needs tensors; looked at /absent. It is built beside tangelo by `cargo build --release` in the repository (`cargo xtask quickstart` on a fresh machine); keep the two binaries in one folder
+    "#]],
+    );
 }
 
 #[test]
@@ -67,7 +136,10 @@ fn requests_reach_the_worker_as_typed() {
         assert_eq!(said.code, Some(0), "{said:?}");
         said.stdout
     };
-    expect![""].assert_eq(&asked(&[
+    expect![[r#"
+        generate
+        {"model":"m","device":"cpu","dtype":"auto","num_threads":0,"prompt":null,"prompt_ids":[1,2,3],"max_new_tokens":128,"temperature":0.5,"top_k":0,"top_p":1.0,"seed":0,"ignore_eos":false,"json":true,"no_cache":false}
+    "#]].assert_eq(&asked(&[
         "generate",
         "m",
         "--prompt-ids",
@@ -78,9 +150,20 @@ fn requests_reach_the_worker_as_typed() {
         "--device",
         "cpu",
     ]));
-    expect![""].assert_eq(&asked(&["score", "m", "--json", "--dtype", "float32"]));
-    expect![""].assert_eq(&asked(&["eval", "m", "a.txt", "b.txt", "--seq-len", "64"]));
-    expect![""].assert_eq(&asked(&["export", "runs/x", "--format", "hf", "--dtype", "bfloat16", "--step", "5"]));
+    expect![[r#"
+        score
+        {"model":"m","device":"auto","dtype":"float32","num_threads":0}
+    "#]]
+    .assert_eq(&asked(&["score", "m", "--json", "--dtype", "float32"]));
+    expect![[r#"
+        eval
+        {"model":"m","device":"auto","dtype":"auto","num_threads":0,"paths":["a.txt","b.txt"],"text_column":null,"seq_len":64,"json":false}
+    "#]].assert_eq(&asked(&["eval", "m", "a.txt", "b.txt", "--seq-len", "64"]));
+    expect![[r#"
+        export
+        {"run":"runs/x","step":5,"output":"runs/x/export","dtype":"bfloat16"}
+    "#]]
+    .assert_eq(&asked(&["export", "runs/x", "--format", "hf", "--dtype", "bfloat16", "--step", "5"]));
 }
 
 #[test]
@@ -89,7 +172,7 @@ fn check_prints_the_plan_and_writes_nothing() {
     let path = job.path("job.toml");
     let said = job.finish(tangelo().args(["check", "--world-size", "3"]).arg(&path));
     assert_eq!(said.code, Some(0), "{said:?}");
-    for part in ["[model]", "global_batch_size = 12", "layers", "memory", "one step"] {
+    for part in ["[model]", "global_batch_size = 24", "layers", "memory", "one step"] {
         assert!(said.stdout.contains(part), "{part}: {said:?}");
     }
     assert!(!job.run_folder().exists());
@@ -112,7 +195,7 @@ fn data_is_prepared_once_and_inspected() {
     assert!(said.stderr.contains("tokens in 1 documents"), "{said:?}");
     assert_eq!(prepare().code, Some(0));
     let said = job.finish(tangelo().args(["data", "inspect"]).arg(&folder));
-    assert!(said.code == Some(0) && said.stdout.contains("shard-00000"), "{said:?}");
+    assert!(said.code == Some(0) && said.stdout.contains("every checksum right"), "{said:?}");
     let said = job.finish(tangelo().args(["data", "inspect", "--json"]).arg(&folder));
     let manifest: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     assert_eq!(manifest["documents"], 1);

@@ -46,7 +46,7 @@ impl Job {
                 .args([job.path("tokenizer.json"), job.path("text.txt")]),
         );
         assert_eq!(said.code, Some(0), "{said:?}");
-        std::fs::write(job.path("job.toml"), JOB.replace("FOLDER", &job.path("").display().to_string())).unwrap();
+        std::fs::write(job.path("job.toml"), JOB.replace("FOLDER", &job.folder.path().display().to_string())).unwrap();
         job
     }
 
@@ -151,6 +151,9 @@ validation_fraction = 0.0
 device = "cpu"
 seq_len = 32
 local_batch_size = 2
-global_batch_size = 12
+global_batch_size = 24
 steps = 20
+
+[lr_scheduler]
+warmup_steps = 2
 "#;

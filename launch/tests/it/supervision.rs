@@ -21,7 +21,7 @@ fn all_ranks_end_well() {
     assert!(said.stderr.contains("step 20/20  loss 1.5000"), "{said:?}");
     let log = job.read("logs/rank-00001.log");
     assert!(log.contains("rank 1 of 3") && log.contains("note of rank 1"), "{log}");
-    assert!(job.read("config.toml").contains("global_batch_size = 12"));
+    assert!(job.read("config.toml").contains("global_batch_size = 24"));
     assert!(job.read("events.jsonl").contains(r#""kind":"done""#));
     assert!(job.read("report.html").contains("<html"));
 }

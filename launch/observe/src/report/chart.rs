@@ -32,32 +32,43 @@ pub enum Format {
 }
 
 impl Format {
+    /// Ticks are round in multiples of this.
+    fn unit(self, highest: f64) -> f64 {
+        match self {
+            Format::Bytes if highest >= (1u64 << 30) as f64 => (1u64 << 30) as f64,
+            Format::Bytes => (1u64 << 20) as f64,
+            _ => 1.0,
+        }
+    }
+
     /// A number for people.
     pub fn write(self, value: f64) -> String {
         let magnitude = value.abs();
         match self {
             _ if value == 0.0 => "0".into(),
-            Format::Count if magnitude >= 1e9 => format!("{}G", short(value / 1e9)),
-            Format::Count if magnitude >= 1e6 => format!("{}M", short(value / 1e6)),
-            Format::Count if magnitude >= 1e3 => format!("{}k", short(value / 1e3)),
-            Format::Percent => format!("{}%", short(100.0 * value)),
-            Format::Bytes if magnitude >= (1u64 << 30) as f64 => format!("{} GiB", short(value / (1u64 << 30) as f64)),
-            Format::Bytes => format!("{} MiB", short(value / (1u64 << 20) as f64)),
-            Format::Seconds if magnitude < 1.0 => format!("{} ms", short(1e3 * value)),
-            Format::Seconds => format!("{} s", short(value)),
-            _ => short(value),
+            Format::Count if magnitude >= 1e9 => format!("{}G", short(value / 1e9, 3)),
+            Format::Count if magnitude >= 1e6 => format!("{}M", short(value / 1e6, 3)),
+            Format::Count if magnitude >= 1e3 => format!("{}k", short(value / 1e3, 3)),
+            Format::Percent => format!("{}%", short(100.0 * value, 3)),
+            Format::Bytes if magnitude >= (1u64 << 30) as f64 => {
+                format!("{} GiB", short(value / (1u64 << 30) as f64, 3))
+            }
+            Format::Bytes => format!("{} MiB", short(value / (1u64 << 20) as f64, 3)),
+            Format::Seconds if magnitude < 1.0 => format!("{} ms", short(1e3 * value, 3)),
+            Format::Seconds => format!("{} s", short(value, 3)),
+            _ => short(value, 4),
         }
     }
 }
 
-/// Four significant digits at most, no trailing zeros; an exponent for the very small and large.
-fn short(value: f64) -> String {
+/// So many significant digits at most, no trailing zeros; an exponent for the very small and large.
+fn short(value: f64, significant: i32) -> String {
     let magnitude = value.abs();
     if magnitude > 0.0 && !(1e-3..1e6).contains(&magnitude) {
         let text = format!("{value:.2e}");
         return text.replace(".00e", "e").replace("0e", "e");
     }
-    let digits = (3 - magnitude.max(1e-3).log10().floor() as i32).clamp(0, 6) as usize;
+    let digits = (significant - 1 - magnitude.max(1e-3).log10().floor() as i32).clamp(0, 6) as usize;
     let text = format!("{value:.digits$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
@@ -84,7 +95,7 @@ pub struct Frame {
     pub restarts: Vec<u64>,
 }
 
-/// A chart of lines. `from_zero` starts the y axis at 0.
+/// A chart of lines; empty where nothing was recorded. `from_zero` starts the y axis at 0.
 pub fn lines(title: &str, format: Format, from_zero: bool, lines: &[Line], frame: &Frame) -> String {
     let drawn: Vec<(&Line, Vec<Bucket>)> = lines
         .iter()
@@ -107,7 +118,7 @@ pub fn lines(title: &str, format: Format, from_zero: bool, lines: &[Line], frame
     figure(title, note, &legend(&rows, format, drawn.len() > 1), &data(&rows, format), &body)
 }
 
-/// A chart of areas on top of each other, the first at the bottom.
+/// A chart of areas on top of each other, the first at the bottom; empty where nothing was recorded.
 pub fn stacked(title: &str, format: Format, lines: &[Line], frame: &Frame) -> String {
     let drawn: Vec<(&Line, Vec<Bucket>)> = lines
         .iter()
@@ -132,7 +143,8 @@ pub fn stacked(title: &str, format: Format, lines: &[Line], frame: &Frame) -> St
         below = above;
     }
     let rows: Vec<_> = drawn.iter().map(|(line, buckets)| (line.name, line.color, buckets.as_slice())).collect();
-    figure(title, "", &legend(&rows, format, true), &data(&rows, format), &(areas + &axes(&scale, format, frame)))
+    let legend = mean_legend(&drawn, format);
+    figure(title, "mean", &legend, &data(&rows, format), &(areas + &axes(&scale, format, frame)))
 }
 
 struct Scale {
@@ -178,7 +190,9 @@ fn y_range(drawn: &[(&Line, Vec<Bucket>)], from_zero: bool) -> ((f64, f64), bool
 fn axes(scale: &Scale, format: Format, frame: &Frame) -> String {
     let mut out = String::new();
     let (left, right, bottom) = (LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM);
-    for tick in ticks(scale.range.0, scale.range.1, 5) {
+    let unit = format.unit(scale.range.1);
+    for tick in ticks(scale.range.0 / unit, scale.range.1 / unit, 5) {
+        let tick = tick * unit;
         let y = scale.y(tick);
         let _ = write!(out, r#"<line class="grid" x1="{left}" x2="{right}" y1="{y:.1}" y2="{y:.1}"/>"#);
         let label = format.write(tick);
@@ -191,7 +205,8 @@ fn axes(scale: &Scale, format: Format, frame: &Frame) -> String {
     }
     let (first, last) = (scale.steps.0 as f64, scale.steps.1 as f64);
     let whole = |t: &f64| t.fract() == 0.0;
-    for tick in ticks(first, last, 7).into_iter().filter(whole) {
+    let only = (first == last).then_some(first);
+    for tick in ticks(first, last, 7).into_iter().chain(only).filter(whole) {
         let (x, label) = (scale.x(tick), Format::Count.write(tick));
         let _ = write!(out, r#"<line class="axis" x1="{x:.1}" x2="{x:.1}" y1="{bottom}" y2="{:.1}"/>"#, bottom + 4.0);
         let _ = write!(
@@ -270,6 +285,22 @@ fn legend(rows: &[Row<'_>], format: Format, with_names: bool) -> String {
     out
 }
 
+/// Means over the run with their shares.
+fn mean_legend(drawn: &[(&Line, Vec<Bucket>)], format: Format) -> String {
+    let mean = |line: &Line| {
+        let (sum, count) = line.series.finite().fold((0.0, 0.0), |(sum, count), v| (sum + v, count + 1.0));
+        if count > 0.0 { sum / count } else { 0.0 }
+    };
+    let total: f64 = drawn.iter().map(|(line, _)| mean(line)).sum();
+    let mut out = String::new();
+    for (line, _) in drawn {
+        let (value, share) = (mean(line), 100.0 * mean(line) / total.max(f64::MIN_POSITIVE));
+        let (name, color, value) = (line.name, line.color, format.write(value));
+        let _ = write!(out, r#"<span><i class="s{color}"></i>{name} <b>{value}</b> {share:.0}%</span>"#);
+    }
+    out
+}
+
 /// What the page's script needs to show values: positions in the drawing, and text.
 fn data(rows: &[Row<'_>], format: Format) -> String {
     let series: Vec<_> = rows
@@ -292,10 +323,11 @@ fn figure(title: &str, note: &str, legend: &str, data: &str, body: &str) -> Stri
 }
 
 fn empty(title: &str, lines: &[Line]) -> String {
-    let broken = lines.iter().any(|line| !line.series.points.is_empty());
-    let text = if broken { "no finite value recorded" } else { "nothing recorded yet" };
+    if lines.iter().all(|line| line.series.points.is_empty()) {
+        return String::new();
+    }
     let (x, y) = (WIDTH / 2.0, HEIGHT / 2.0);
-    let body = format!(r#"<text class="label" x="{x}" y="{y}" text-anchor="middle">{text}</text>"#);
+    let body = format!(r#"<text class="label" x="{x}" y="{y}" text-anchor="middle">no finite value recorded</text>"#);
     figure(title, "", "", "[]", &body)
 }
 
@@ -318,7 +350,7 @@ mod tests {
             (Format::Plain, 3e-4, "3e-4"),
             (Format::Plain, 123.456, "123.5"),
             (Format::Count, 12_000.0, "12k"),
-            (Format::Count, 3_456_000.0, "3.456M"),
+            (Format::Count, 3_456_000.0, "3.46M"),
             (Format::Count, 999.0, "999"),
             (Format::Percent, 0.314, "31.4%"),
             (Format::Bytes, 1_610_612_736.0, "1.5 GiB"),
@@ -351,7 +383,7 @@ mod tests {
             lines("a < b", Format::Plain, false, std::slice::from_ref(&line), &frame)
                 + &stacked("s", Format::Seconds, &[line], &frame)
         };
-        assert!(chart(vec![]).contains("nothing recorded yet"));
+        assert_eq!(chart(vec![]), "");
         assert!(chart(vec![(3, f64::NAN)]).contains("no finite value"));
         let one = chart(vec![(3, 0.0)]);
         assert!(one.contains("<circle") && one.contains("a &lt; b") && !one.contains("NaN"), "{one}");

@@ -41,7 +41,10 @@ pub fn render(run: &Run) -> String {
     );
     page += &header(run);
     page += &tiles(run);
-    let _ = write!(page, "<h2>Curves</h2>\n<div class=\"charts\">{}</div>\n", charts(run, &frame));
+    let charts = charts(run, &frame);
+    let none = "<p class=\"none\">Nothing recorded yet: metrics.jsonl is empty or absent.</p>";
+    let charts = if charts.is_empty() { none } else { charts.as_str() };
+    let _ = write!(page, "<h2>Curves</h2>\n<div class=\"charts\">{charts}</div>\n");
     page += &samples(&run.samples);
     page += &events(&run.events);
     if let Some(config) = &run.config_text {

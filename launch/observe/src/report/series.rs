@@ -10,9 +10,9 @@ pub struct Bucket {
     pub step: f64,
     /// Mean of its finite values; NaN where there is none.
     pub mean: f64,
-    /// Smallest finite value.
+    /// Smallest finite value, the lowest fiftieth of many left out.
     pub low: f64,
-    /// Largest finite value.
+    /// Largest finite value, the highest fiftieth of many left out.
     pub high: f64,
 }
 
@@ -62,15 +62,16 @@ impl Series {
 }
 
 fn bucket(points: &[(u64, f64)]) -> Bucket {
-    let finite = || points.iter().map(|p| p.1).filter(|v| v.is_finite());
-    let count = finite().count();
-    let mean = if count == 0 { f64::NAN } else { finite().sum::<f64>() / count as f64 };
-    Bucket {
-        step: points.iter().map(|p| p.0 as f64).sum::<f64>() / points.len() as f64,
-        mean,
-        low: finite().fold(f64::NAN, f64::min),
-        high: finite().fold(f64::NAN, f64::max),
+    let mut finite: Vec<f64> = points.iter().map(|p| p.1).filter(|v| v.is_finite()).collect();
+    finite.sort_by(f64::total_cmp);
+    let count = finite.len();
+    let step = points.iter().map(|p| p.0 as f64).sum::<f64>() / points.len() as f64;
+    if count == 0 {
+        return Bucket { step, mean: f64::NAN, low: f64::NAN, high: f64::NAN };
     }
+    let outer = count / 50;
+    let mean = finite.iter().sum::<f64>() / count as f64;
+    Bucket { step, mean, low: finite[outer].min(mean), high: finite[count - 1 - outer].max(mean) }
 }
 
 /// Round numbers from 1, 2 or 5 times a power of ten that divide `low..high` into at most `count` parts.
@@ -101,13 +102,15 @@ mod tests {
     }
 
     #[test]
-    fn buckets_keep_extremes_and_leave_out_what_is_not_a_number() {
+    fn buckets_show_the_spread_and_leave_out_what_is_not_a_number() {
         let mut series = Series { points: (1..=100_000).map(|i| (i, (i % 7) as f64)).collect() };
         series.points[500].1 = 1e6;
         series.points[501].1 = f64::NAN;
         let buckets = series.buckets((1, 100_000), 300);
         assert_eq!(buckets.len(), 300);
-        assert_eq!(buckets.iter().map(|b| b.high).fold(0.0, f64::max), 1e6);
+        // Values go from 0 to 6; the bucket with the peak of a million has it in its mean.
+        assert!(buckets.iter().all(|b| b.low == 0.0 && (b.high == 6.0 || b.high == b.mean)));
+        assert_eq!(buckets.iter().filter(|b| b.mean > 1000.0).count(), 1);
         assert!(buckets.iter().all(|b| b.low <= b.mean && b.mean <= b.high), "NaN fails this too");
         assert!(buckets.windows(2).all(|w| w[0].step < w[1].step));
         assert_eq!(series.broken_steps().collect::<Vec<_>>(), [502]);
