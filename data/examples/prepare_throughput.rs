@@ -34,14 +34,18 @@ fn main() -> Result<(), Error> {
     })?;
     let prepared = start.elapsed().as_secs_f64();
     let (mb, tokens) = (manifest.text_bytes as f64 / 1e6, manifest.tokens as f64);
-    println!("prepare: {mb:.1} MB, {tokens} tokens in {prepared:.2} s: {:.2} MB/s", mb / prepared);
+    println!("prepare: {mb:.1} MB, {tokens} tokens in {prepared:.2} s: {:.2} MB/s; {}", mb / prepared, peak()?);
     let start = Instant::now();
     let mut read = 0;
     for first in (0..loader.num_samples()).step_by(8) {
         read += loader.batch_at(first)?.num_tokens();
     }
-    println!("load: {:.1} million tokens/s", read as f64 / 1e6 / start.elapsed().as_secs_f64());
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    println!("{}", status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or_default());
+    println!("load: {:.1} million tokens/s; {}", read as f64 / 1e6 / start.elapsed().as_secs_f64(), peak()?);
     Ok(())
+}
+
+/// Peak resident memory so far; it counts the pages of mapped shards that were touched.
+fn peak() -> Result<String, Error> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    Ok(status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or_default().replace('\t', " "))
 }

@@ -55,6 +55,8 @@ struct Tokenised {
 }
 
 type Reply = Receiver<Result<Tokenised>>;
+/// A chunk and where its tokens go.
+type Task = (Chunk, Sender<Result<Tokenised>>);
 
 /// Text that is under way, in bytes.
 struct Budget {
@@ -101,7 +103,7 @@ pub(super) fn tokenise(
     let num_threads = if options.num_threads == 0 { cores } else { options.num_threads };
     let start = shards.last().map(|s| s.end).unwrap_or_default();
     let budget = Budget { used: Mutex::new((0, false)), freed: Condvar::new(), limit: options.buffer_bytes };
-    let (chunk_sender, chunk_receiver) = sync_channel::<(Chunk, Sender<Result<Tokenised>>)>(MAX_CHUNKS);
+    let (chunk_sender, chunk_receiver) = sync_channel::<Task>(MAX_CHUNKS);
     let (reply_sender, replies) = sync_channel::<Result<Reply>>(MAX_CHUNKS);
     let chunk_receiver = Mutex::new(chunk_receiver);
     thread::scope(|scope| {
@@ -124,7 +126,7 @@ pub(super) fn tokenise(
 }
 
 /// A worker: tokenises chunks until there are none.
-fn work(tokenizer: &TextTokenizer, chunks: &Mutex<Receiver<(Chunk, Sender<Result<Tokenised>>)>>) {
+fn work(tokenizer: &TextTokenizer, chunks: &Mutex<Receiver<Task>>) {
     let mut scratch = Scratch::default();
     loop {
         let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -148,7 +150,7 @@ struct Reader<'a> {
     options: &'a PrepareOptions,
     origin: &'a Origin,
     budget: &'a Budget,
-    chunks: SyncSender<(Chunk, Sender<Result<Tokenised>>)>,
+    chunks: SyncSender<Task>,
     replies: SyncSender<Result<Reply>>,
 }
 

@@ -279,6 +279,27 @@ fn tokenizers_are_learnt_the_same_twice_and_give_text_back() {
 }
 
 #[test]
+fn transformers_encodes_with_a_learnt_tokenizer_as_we_do() {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");
+    let code = "import sys\nfrom transformers import PreTrainedTokenizerFast as T\nt = T.from_pretrained(sys.argv[1])\n\
+                print(t.eos_token_id, *t.encode(open(sys.argv[2], encoding='utf8', newline='').read()))";
+    let folder = Folder::new();
+    let text: String = (500..600).map(|i| sentence(i) + "\r\n  I'LL\t\u{17f}99 \u{6f22}").collect();
+    folder.write("text.txt", &text);
+    let arguments = ["-c", code, &folder.text("tokenizer"), &folder.text("text.txt")];
+    let run = std::process::Command::new(&python).args(arguments).output();
+    let Some(run) = run.ok().filter(|run| run.status.success()) else {
+        return println!("skipped: {} with transformers is not there", python.display());
+    };
+    let printed = String::from_utf8(run.stdout).unwrap();
+    let ids: Vec<u32> = printed.split_whitespace().map(|id| id.parse().unwrap()).collect();
+    let tokenizer = TextTokenizer::open(&folder.path("tokenizer")).unwrap();
+    let mut tokens = vec![tokenizer.eos()];
+    tokenizer.encode_text(&text, &mut Default::default(), &mut tokens).unwrap();
+    assert_eq!(ids, tokens);
+}
+
+#[test]
 fn inspection_tells_what_is_there() {
     let folder = Folder::new();
     folder.write_documents("a.jsonl", 100);

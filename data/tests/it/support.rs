@@ -27,7 +27,7 @@ pub fn sentence(number: u64) -> String {
 impl Folder {
     pub fn new() -> Folder {
         let folder = Folder { root: tempfile::tempdir().unwrap() };
-        folder.write("train.txt", &(0..200).map(sentence).collect::<Vec<_>>().join("\n"));
+        folder.write("train.txt", (0..200).map(sentence).collect::<Vec<_>>().join("\n"));
         let options = TrainOptions::new(vec![folder.text("train.txt")], 400);
         train(&options, &()).unwrap().save(&folder.path("tokenizer")).unwrap();
         folder
