@@ -26,11 +26,14 @@ pub fn machine(world_size: usize) -> Resources {
 /// Assets that exist only here: models by path, and tokenizers of a given size.
 #[derive(Default)]
 pub struct FakeAssets {
+    /// The model at each path.
     pub models: BTreeMap<PathBuf, ModelSpec>,
+    /// The number of ids of the tokenizer at each path.
     pub tokenizers: BTreeMap<PathBuf, usize>,
 }
 
 impl FakeAssets {
+    /// No model and one tokenizer.
     pub fn with_tokenizer(path: &str, size: usize) -> FakeAssets {
         FakeAssets { tokenizers: BTreeMap::from([(PathBuf::from(path), size)]), ..FakeAssets::default() }
     }

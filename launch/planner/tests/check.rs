@@ -3,6 +3,7 @@
 
 use expect_test::{Expect, expect};
 use std::path::{Path, PathBuf};
+use tangelo_configs::preset::PRESETS;
 use tangelo_configs::resolve::{load_str, resolve};
 use tangelo_configs::{ModelAssets, ModelSpec, Plan, Resources};
 use tangelo_planner::{memory, predict, render_check};
@@ -19,21 +20,18 @@ impl ModelAssets for Tokenizer {
     }
 }
 
+fn machine(world_size: usize, cuda: bool) -> Resources {
+    let current_dir = PathBuf::from("/job");
+    Resources { world_size, local_world_size: world_size, num_cores: 8, cuda, current_dir, home: None }
+}
+
 fn plan(world_size: usize, cuda: bool, flavor: &str, sets: &[&str]) -> Plan {
     let text = format!(
         "[model]\nflavor = '{flavor}'\n[data]\ntokenizer = 't.json'\nsources = [{{ paths = ['corpus/*.txt'] }}]\n\
          [training]\nlocal_batch_size = 2\nseq_len = 256\nsteps = 1000\n"
     );
     let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-    let resources = Resources {
-        world_size,
-        local_world_size: world_size,
-        num_cores: 8,
-        cuda,
-        current_dir: PathBuf::from("/job"),
-        home: None,
-    };
-    resolve(load_str(&text, "job.toml", &sets).unwrap(), &resources, &Tokenizer).unwrap()
+    resolve(load_str(&text, "job.toml", &sets).unwrap(), &machine(world_size, cuda), &Tokenizer).unwrap()
 }
 
 fn check(plan: &Plan, expected: Expect) {
@@ -181,6 +179,26 @@ fn zero_1_shares_states_and_recomputation_keeps_inputs() {
     assert_eq!(full.activations, 512 * 30 * 4 * 576);
     assert_eq!(selective.activations * 2, full.activations + one.activations);
     assert!(full.backward > one.backward && full.total_bytes() < one.total_bytes());
+}
+
+/// The peak of a preset on GPUs, bytes per rank.
+fn preset_peak(name: &str, world_size: usize) -> f64 {
+    let preset = PRESETS.iter().find(|p| p.name == name).unwrap();
+    let config = load_str(preset.toml, name, &[]).unwrap();
+    predict(&resolve(config, &machine(world_size, true), &Tokenizer).unwrap()).total_bytes() as f64
+}
+
+#[test]
+fn presets_fit_where_they_say_they_fit() {
+    // Of a GPU's 80 GB a tenth is left to libtorch, the driver and fragments.
+    let usable = 0.9 * 80e9;
+    for name in ["smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b"] {
+        assert!(preset_peak(name, 1) < usable, "{name}: {:e}", preset_peak(name, 1));
+    }
+    for name in ["llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"] {
+        assert!(preset_peak(name, 8) < usable, "{name}: {:e}", preset_peak(name, 8));
+    }
+    assert!(preset_peak("llama-3.1-70b", 64) > 423e9);
 }
 
 #[test]
