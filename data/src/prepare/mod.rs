@@ -14,6 +14,7 @@ use crate::manifest::{MANIFEST_NAME, Manifest, ORIGIN_NAME, Origin, StoredOption
 use crate::progress::Progress;
 use crate::shard::{ShardRecord, record_name, shard_name};
 use crate::source::{MAX_DOCUMENT_BYTES, ScannedFile, discover, scan};
+use rayon::prelude::*;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -136,7 +137,7 @@ fn finished(folder: &Path) -> Result<Option<Manifest>> {
         return Ok(None);
     }
     let manifest = Manifest::read(folder)?;
-    if manifest.shards.iter().all(|shard| shard.verify(folder, true).is_ok()) {
+    if manifest.shards.par_iter().all(|shard| shard.verify(folder, true).is_ok()) {
         return Ok(Some(manifest));
     }
     let path = folder.join(MANIFEST_NAME);
