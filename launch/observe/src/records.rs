@@ -159,7 +159,7 @@ fn keeps_everything(path: &Path, last_step: u64) -> io::Result<bool> {
     let mut reader = BufReader::new(File::open(path)?);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {
-        if line.pop() != Some(b'\n') || !step_of(&line).is_some_and(|step| step <= last_step) {
+        if line.pop() != Some(b'\n') || step_of(&line).is_none_or(|step| step > last_step) {
             return Ok(false);
         }
         line.clear();

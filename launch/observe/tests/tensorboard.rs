@@ -1,5 +1,7 @@
 //! TensorBoard's own reader must see what was written. Skipped, saying so, where the venv has no TensorBoard.
 
+#![allow(clippy::unwrap_used)] // as in tests: these are their helpers
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tangelo_observe::{Metric, MetricsWriter};
