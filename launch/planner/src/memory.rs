@@ -14,7 +14,7 @@
 //! | head and loss | final norm in, out and their gradients: 4 e D T; a chunk of C tokens: C V (e + 8 + e); the head's chunk gradient e V D |
 //! | backward of a block | gradients alive at once, a recomputed block's own activations, a weight gradient where e = 2 |
 //! | collectives | the largest bucket of gradients twice (sent, received) in fp32 |
-//! | checkpoint copy | 12 P / Z (+ e P on rank 0's share) held by the host while files are written |
+//! | checkpoint copy | 12 P / Z (weights and moments in fp32), held by the host while files are written |
 //!
 //! The peak is what persists plus the largest of what comes and goes: the loss with all activations kept, the backward
 //! of a block with all activations kept, or the collectives after backward.
