@@ -68,6 +68,23 @@ pub fn loader_sources(config: &JobConfig) -> Vec<LoaderSource> {
     sources
 }
 
+/// The loader's sources of a job, each prepared.
+///
+/// # Errors
+/// A job without sources, or with one whose folder is not finished.
+pub fn job_sources(config: &JobConfig) -> Result<Vec<LoaderSource>> {
+    let sources = loader_sources(config);
+    if sources.is_empty() {
+        return Err(no_sources());
+    }
+    sources.iter().try_for_each(|source| Manifest::read(&source.folder).map(|_| ()))?;
+    Ok(sources)
+}
+
+fn no_sources() -> DataError {
+    DataError::Options("the job reads nothing: add [[data.sources]] with paths = [\"...\"]".into())
+}
+
 /// What a rank loads of a job.
 pub fn loader_options(
     config: &JobConfig,
@@ -101,7 +118,7 @@ pub fn loader_options(
 pub fn prepare_job(config: &JobConfig, progress: &dyn Progress) -> Result<PreparedJob> {
     let data = &config.data;
     if data.sources.is_empty() {
-        return Err(DataError::Options("the job reads nothing: add [[data.sources]] with paths = [\"...\"]".into()));
+        return Err(no_sources());
     }
     let root = prepared_folder(config);
     let _lock = FolderLock::acquire(&root, progress)?;

@@ -230,6 +230,7 @@ fn a_job_is_prepared_once_by_whoever_comes_first() {
     config.data.train_tokenizer_vocab = 320;
     config.data.prepared_folder = Some(folder.path("prepared"));
     config.training.seq_len = 64;
+    assert!(tangelo_data::job_sources(&config).unwrap_err().to_string().contains("no manifest.json"));
     // Two launchers at once.
     let jobs: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| prepare_job(&config, &()).unwrap())).collect();
@@ -243,6 +244,7 @@ fn a_job_is_prepared_once_by_whoever_comes_first() {
     assert_eq!(options.sources[1].folder, folder.path("prepared/notes"));
     let loader = tangelo_data::Loader::open(options).unwrap();
     assert_eq!(loader.batch_at(0).unwrap().num_tokens(), 4 * 64);
+    assert_eq!(tangelo_data::job_sources(&config).unwrap().len(), 2);
     // A prepared folder is used as it is.
     let mut again = config.clone();
     again.data.sources = vec![source("prepared/stories", None)];
