@@ -68,10 +68,10 @@ pub fn check_same_run(plan: &Plan) -> Result<(), LaunchError> {
         return Ok(());
     }
     Err(LaunchError::Usage(format!(
-        "{} holds checkpoints of a run with other settings:\n{}\nTo go on with that run, use its settings (tangelo run \
+        "{} holds checkpoints of a run with other settings:\n  {}\nTo go on with that run, use its settings (tangelo run \
          {}); to start another one, give it its own folder (--set job.dump_folder=...)",
         folder.display(),
-        changes.join("\n"),
+        changes.join("\n  "),
         path.display()
     )))
 }
@@ -81,7 +81,7 @@ fn has_checkpoint(folder: &Path) -> bool {
     entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("step-"))
 }
 
-/// Lines `  key: before -> now` of what may not change.
+/// Lines `key: before -> now` of what may not change.
 fn fixed_changes(before: &toml::Table, now: &toml::Table) -> Vec<String> {
     let (before, now) = (flat(before), flat(now));
     let mut keys: Vec<&String> = before.keys().chain(now.keys()).collect();
@@ -89,7 +89,7 @@ fn fixed_changes(before: &toml::Table, now: &toml::Table) -> Vec<String> {
     keys.dedup();
     let value = |map: &BTreeMap<String, String>, key: &str| map.get(key).cloned().unwrap_or_else(|| "(not set)".into());
     let changed = keys.into_iter().filter(|key| is_fixed(key) && before.get(*key) != now.get(*key));
-    changed.map(|key| format!("  {key}: {} -> {}", value(&before, key), value(&now, key))).collect()
+    changed.map(|key| format!("{key}: {} -> {}", value(&before, key), value(&now, key))).collect()
 }
 
 fn is_fixed(key: &str) -> bool {
@@ -126,11 +126,11 @@ mod tests {
             "[model]\nhidden_size = 64\nflavor = 'a'\n[training]\nsteps = 5\nseq_len = 8\n[debug]\nseed = 1\n[data]\nprepared_folder = 'x'",
             "[model]\nhidden_size = 96\nsliding_window = 4\n[training]\nsteps = 9\nseq_len = 16\n[debug]\nseed = 2\n[optimizer]\nlr = 1.0\n[data]\nsources = [{ paths = ['b'] }]",
             expect![[r#"
-                  data.sources: (not set) -> [{ paths = ["b"] }]
-                  debug.seed: 1 -> 2
-                  model.hidden_size: 64 -> 96
-                  model.sliding_window: (not set) -> 4
-                  training.seq_len: 8 -> 16"#]],
+                data.sources: (not set) -> [{ paths = ["b"] }]
+                debug.seed: 1 -> 2
+                model.hidden_size: 64 -> 96
+                model.sliding_window: (not set) -> 4
+                training.seq_len: 8 -> 16"#]],
         );
         check("[training]\nsteps = 5", "[training]\nsteps = 7\n[metrics]\nlog_freq = 3", expect![[""]]);
     }

@@ -91,6 +91,13 @@ impl Job {
         (0..ranks).map(pid).collect()
     }
 
+    /// Waits until ranks `0..ranks` linger, with their traps set.
+    pub fn await_lingering(&self, ranks: usize) -> Vec<i32> {
+        let ready = |rank| self.path(&format!("pids.ready.{rank}"));
+        (0..ranks).for_each(|rank| wait_until("ranks linger", || ready(rank).exists()));
+        self.await_ranks(ranks)
+    }
+
     /// Ids of every process that the stand-ins noted.
     pub fn all_pids(&self) -> Vec<i32> {
         let files = std::fs::read_dir(self.path("pids")).unwrap().flatten();

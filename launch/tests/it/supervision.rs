@@ -76,7 +76,7 @@ fn a_rank_that_ignores_sigterm_is_killed_with_all_it_started() {
 #[test]
 fn whom_everybody_waited_for_is_named() {
     let job = Job::new();
-    let waits = "await $PIDS/1.0; fail peer 5 9 'no answer from rank 1 for 100 s'";
+    let waits = "await $PIDS.ready.1; fail peer 5 9 'no answer from rank 1 for 100 s'";
     let said = job.run(2, &["--grace-seconds", "0.2"], &[("FAKE_0", waits), ("FAKE_1", "trap '' TERM; linger")]);
     assert_eq!(said.code, Some(5), "{said:?}");
     assert!(said.stderr.contains("rank 1 failed first after step 9: it hung"), "{said:?}");
@@ -96,7 +96,7 @@ fn signals_are_passed_on_and_the_code_says_which() {
     for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129)] {
         let job = Job::new();
         let child = job.spawn(job.command(2, &[]).env("FAKE", OBEDIENT));
-        let pids = job.await_ranks(2);
+        let pids = job.await_lingering(2);
         kill(child.id(), signal);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{output:?}");
@@ -111,7 +111,7 @@ fn a_run_that_finished_in_spite_of_the_signal_is_a_success() {
     let job = Job::new();
     let finishes = r#"trap 'progress "{\"event\":\"done\",\"step\":20,\"steps\":20}"; exit 0' TERM; linger"#;
     let child = job.spawn(job.command(1, &[]).env("FAKE", finishes));
-    job.await_ranks(1);
+    job.await_lingering(1);
     kill(child.id(), Signal::SIGTERM);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -121,7 +121,7 @@ fn a_run_that_finished_in_spite_of_the_signal_is_a_success() {
 fn a_second_signal_kills() {
     let job = Job::new();
     let child = job.spawn(job.command(2, &[]).env("FAKE", "trap 'touch $HERE/told' INT TERM; linger"));
-    let pids = job.await_ranks(2);
+    let pids = job.await_lingering(2);
     kill(child.id(), Signal::SIGINT);
     wait_until("ranks are told", || job.path("told").exists());
     assert!(pids.iter().all(|pid| is_alive(*pid)), "the first signal only asks");
@@ -150,7 +150,7 @@ fn a_hangup_that_nohup_ignores_stays_ignored() {
 fn a_killed_launcher_leaves_no_rank() {
     let job = Job::new();
     let mut child = job.spawn(job.command(2, &[]).env("FAKE", "linger"));
-    let pids = job.await_ranks(2);
+    let pids = job.await_lingering(2);
     child.kill().unwrap();
     child.wait().unwrap();
     wait_until("ranks end after their launcher", || !pids.iter().any(|pid| is_alive(*pid)));
@@ -244,7 +244,7 @@ fn a_run_folder_belongs_to_one_run() {
     }
 
     let child = job.spawn(job.command(1, &["--set", "debug.seed=5"]).env("FAKE", OBEDIENT));
-    wait_until("the first run holds the folder", || job.read("events.jsonl").lines().count() == 7);
+    job.await_lingering(1);
     let said = job.run(1, &["--set", "debug.seed=5"], &[]);
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("in use by another tangelo run"), "{said:?}");

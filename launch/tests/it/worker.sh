@@ -13,8 +13,8 @@ fail() {
     exit "$2"
 }
 
-# linger: does nothing for as long as the launcher lives
-linger() { while kill -0 "$TANGELO_SUPERVISOR_PID" 2> /dev/null; do sleep 0.05; done; exit 77; }
+# linger: does nothing for as long as the launcher lives; from now on traps are set
+linger() { touch "$PIDS.ready.$RANK"; while kill -0 "$TANGELO_SUPERVISOR_PID" 2> /dev/null; do sleep 0.05; done; exit 77; }
 
 # await FILE: until it is there
 await() { while [ ! -e "$1" ]; do sleep 0.02; done; }
