@@ -48,9 +48,10 @@ fn exit_codes_are_those_of_the_first_failure() {
 #[test]
 fn a_killed_rank_is_the_culprit_though_another_speaks_first() {
     let job = Job::new();
-    let lost = "await $PIDS/1.0; sleep 0.2; fail peer 5 4 'connection closed by rank 1'";
+    // Rank 0 has spoken and ended, and rank 1 has been sent SIGTERM, before rank 1 is gone.
+    let lost = "await $HERE/armed; fail peer 5 4 'connection closed by rank 1'";
     let step = r#"progress '{"event":"step","step":4,"steps":20,"loss":1.5}';"#;
-    let killed = "await $PIDS/0.0; sleep 0.2; kill -9 $$";
+    let killed = "trap '' TERM; touch $HERE/armed; sleep 0.4; kill -9 $$";
     let said = job.run(2, &[], &[("FAKE_0", &format!("{step} {lost}")), ("FAKE_1", killed)]);
     assert_eq!(said.code, Some(1), "{said:?}");
     assert!(said.stderr.contains("rank 1 failed first after step 4: it was ended by SIGKILL (9)"), "{said:?}");
