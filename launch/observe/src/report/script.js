@@ -29,9 +29,9 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
       tip.append(row);
     }
     figure.append(tip);
-    const left = event.clientX - figure.getBoundingClientRect().left;
+    const outer = figure.getBoundingClientRect(), left = event.clientX - outer.left;
     tip.style.left = `${Math.min(left + 14, figure.clientWidth - tip.offsetWidth - 6)}px`;
-    tip.style.top = `${svg.offsetTop + 14}px`;
+    tip.style.top = `${box.top - outer.top + 14}px`;
     cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
     const at = number("left") + (last > first ? (step - first) / (last - first) : 0.5) * inner;
     for (const [name, value] of [["x1", at], ["x2", at], ["y1", page.top], ["y2", number("height") - number("bottom")]])
