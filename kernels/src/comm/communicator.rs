@@ -76,6 +76,12 @@ pub struct Communicator {
     failed: RefCell<Option<CommErrorKind>>,
 }
 
+impl std::fmt::Debug for Communicator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Communicator").field("rank", &self.rank()).field("ranks", &self.ranks()).finish_non_exhaustive()
+    }
+}
+
 impl Communicator {
     /// A group of one: every call is a copy or nothing.
     pub fn single() -> Communicator {
