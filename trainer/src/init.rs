@@ -57,7 +57,7 @@ pub fn from_source(model: &Model, source: &dyn TensorSource) -> Result<()> {
                 let end = (start + step).min(rows);
                 let part = &mut buffer[..(end - start) * row_len];
                 source.read_f32(&span.meta, start..end, part).map_err(TrainError::Data)?;
-                let target = value.narrow(0, start as i64, (end - start) as i64);
+                let mut target = value.narrow(0, start as i64, (end - start) as i64);
                 tch::no_grad(|| target.copy_(&Tensor::from_slice(part).view_as(&target)));
             }
         }
