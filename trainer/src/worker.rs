@@ -33,7 +33,6 @@ pub struct LossStats {
 }
 
 /// The model, the optimizer and the groups of one rank.
-#[derive(Debug)]
 pub struct TrainWorker {
     model: Model,
     executor: BlockExecutor,

@@ -51,7 +51,7 @@ fn on_device<T: Send + 'static, R: Send + 'static>(
     job: impl FnOnce(T) -> Result<R> + Send + 'static,
 ) -> Result<R> {
     let thread = DeviceThread::spawn("device", || Ok::<(), TrainError>(()))?;
-    thread.call(move |()| job(input))
+    thread.call(move |_| job(input))
 }
 
 fn train(config: &Path, sets: &[&str], step: &Arc<AtomicU64>) -> Result<()> {

@@ -51,7 +51,6 @@ pub struct OwnedState {
 }
 
 /// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with states cut over a ZeRO scope.
-#[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
     max_norm: f64,

@@ -34,7 +34,7 @@ impl Checkpointing {
         let folder = folder(plan);
         let (mut chosen, mut answer) = (None, String::from("none"));
         if info.rank == 0 {
-            match look(plan, recorder) {
+            match look(plan, info, recorder) {
                 Ok(found) => {
                     answer = found.as_ref().map_or("none".into(), |c| format!("step {}", c.step()));
                     chosen = found;
@@ -134,9 +134,10 @@ fn folder(plan: &Plan) -> PathBuf {
 }
 
 /// Rank 0: the checkpoint asked for or the newest usable one; damaged ones are named.
-fn look(plan: &Plan, recorder: &mut Recorder) -> Result<Option<Checkpoint>> {
-    let asked = plan.config.checkpoint.load_step;
-    let found = find_usable(&folder(plan), u64::try_from(asked).ok()).map_err(|e| TrainError::Data(e.to_string()))?;
+fn look(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Option<Checkpoint>> {
+    // A step asked for is where the job begins; a restart goes on from the newest.
+    let asked = u64::try_from(plan.config.checkpoint.load_step).ok().filter(|_| info.restart_count == 0);
+    let found = find_usable(&folder(plan), asked).map_err(|e| TrainError::Data(e.to_string()))?;
     for warning in &found.warnings {
         recorder.warn(warning.step, &warning.to_string());
     }

@@ -1,7 +1,7 @@
 //! Evaluation on held-out documents, and samples of what the model writes.
 
 use super::recorder::Recorder;
-use super::setup::{data_error, loader_options};
+use super::setup::{self, data_error, loader_options};
 use crate::checkpoint::TrainState;
 use crate::error::Result;
 use crate::process::RankInfo;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use tangelo_configs::Plan;
 use tangelo_core::LossSpec;
 use tangelo_data::{Loader, Split};
-use tangelo_formats::tokenizer::{self, TokenizerAssets};
+use tangelo_formats::tokenizer::TokenizerAssets;
 
 /// The held-out data and when to look at it.
 pub struct Evaluation {
@@ -40,16 +40,16 @@ impl Evaluation {
     pub fn new(plan: &Plan, info: &RankInfo) -> Result<Evaluation> {
         let v = &plan.config.validation;
         let active = if v.enable {
-            let loader = Loader::open(loader_options(plan, info.rank, Split::Validation)).map_err(data_error)?;
-            let all = (loader.len() / plan.global_batch_size as u64).max(1);
+            let loader = Loader::open(loader_options(plan, info.rank, Split::Validation)?).map_err(data_error)?;
+            let all = loader.num_samples().div_ceil(plan.global_batch_size as u64).max(1);
             let num_batches = u64::try_from(v.steps).map_or(all, |n| n.min(all));
             Some(HeldOut { loader, num_batches, global_batch_size: plan.global_batch_size as u64 })
         } else {
             None
         };
         let wanted = info.rank == 0 && v.enable && v.sample_tokens > 0 && !v.prompts.is_empty();
-        let samples = plan.config.data.tokenizer.as_ref().filter(|_| wanted).map(|path| -> Result<Samples> {
-            let tokenizer = tokenizer::load(path).map_err(|e| crate::TrainError::Data(e.to_string()))?;
+        let samples = wanted.then(|| -> Result<Samples> {
+            let tokenizer = setup::job_tokenizer(plan)?;
             Ok(Samples { tokenizer, prompts: v.prompts.clone(), num_tokens: v.sample_tokens })
         });
         let last_step = plan.config.training.steps as u64;

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::optim::StepStats;
 use crate::process::RankInfo;
 use crate::worker::{sum_over_ranks, LossStats, TrainWorker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tangelo_configs::Plan;
 use tangelo_core::env;
 use tangelo_kernels::device;
@@ -195,7 +195,8 @@ impl Recorder {
         let peak = self.peak(worker)?;
         let w = std::mem::take(&mut self.window);
         let per_step = |d: Duration| d.as_secs_f64() / f64::from(w.steps.max(1));
-        let tokens_per_second = w.tokens as f64 / w.wall.as_secs_f64().max(1e-9);
+        let training = w.wall.saturating_sub(w.checkpoint);
+        let tokens_per_second = w.tokens as f64 / training.as_secs_f64().max(1e-9);
         let mfu = |flops: f64| flops * tokens_per_second / peak;
         let (causal, full) = (mfu(self.flops.causal), mfu(self.flops.full));
         self.speed = Speed {

@@ -10,12 +10,17 @@ use crate::verb::export;
 use crate::worker::TrainWorker;
 use crate::{init, persist};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tangelo_configs::Plan;
-use tangelo_data::{Loader, LoaderOptions, LoaderSource, Prefetcher, Split};
-use tangelo_kernels::comm::{gloo, Communicator};
+use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split};
+use tangelo_formats::tokenizer::{self, TokenizerAssets};
+use tangelo_kernels::comm::{connect as connect_ranks, gloo, Communicator};
 use tangelo_kernels::device;
 use tch::Device;
+
+/// Batches made ready while the current one is trained on.
+const PREFETCHED_BATCHES: usize = 2;
 
 /// Everything the loop needs.
 pub struct Setup {
@@ -36,7 +41,7 @@ impl Batches {
     /// The next one.
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Result<tangelo_core::Batch> {
-        self.0.next().map_err(data_error)
+        self.0.next_batch().map_err(data_error)
     }
 }
 
@@ -44,7 +49,8 @@ impl Batches {
 pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Setup> {
     let device = open_model::choose_device(plan.config.training.device, info.local_rank)?;
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
-    let loader = Loader::open(loader_options(plan, info.rank, Split::Train)).map_err(data_error)?;
+    let loader = Loader::open(loader_options(plan, info.rank, Split::Train)?).map_err(data_error)?;
+    keep_tokenizer(plan, info)?;
     recorder.phase("meeting the other ranks");
     let data = connect(plan, info, device)?;
     recorder.phase("building the model");
@@ -57,24 +63,16 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     };
     let checkpoints = Checkpointing::start(plan, info, &worker, found.as_ref().map(Checkpoint::step))?;
     recorder.begin(&state, &worker)?;
-    let batches = Batches(Prefetcher::start(loader, state.global_sample_index, plan.global_batch_size as u64));
+    let batches = Prefetcher::new(Arc::new(loader), state.global_sample_index, PREFETCHED_BATCHES).map_err(data_error)?;
+    let batches = Batches(batches);
     Ok(Setup { worker, state, batches, checkpoints })
 }
 
 /// What this rank's loader reads.
-pub fn loader_options(plan: &Plan, rank: usize, split: Split) -> LoaderOptions {
-    let data = &plan.config.data;
-    LoaderOptions {
-        sources: LoaderSource::of_job(&plan.config),
-        split,
-        seq_len: plan.config.training.seq_len,
-        packing: data.packing,
-        document_mask: data.document_mask,
-        seed: plan.config.debug.seed,
-        global_batch_size: plan.global_batch_size,
-        data_rank: rank,
-        data_size: plan.data_parallel_size,
-    }
+pub fn loader_options(plan: &Plan, rank: usize, split: Split) -> Result<LoaderOptions> {
+    let (rows, ranks) = (plan.global_batch_size, plan.data_parallel_size);
+    tangelo_data::job_sources(&plan.config).map_err(data_error)?;
+    Ok(tangelo_data::loader_options(&plan.config, split, rows, rank, ranks))
 }
 
 fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator> {
@@ -92,7 +90,7 @@ fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator>
         timeout: Duration::from_secs(plan.config.comm.train_timeout_seconds),
         interface: None,
     };
-    Ok(gloo::connect(&meeting)?)
+    Ok(connect_ranks(&meeting, device)?)
 }
 
 /// Goes on from a checkpoint of this run.
@@ -176,6 +174,25 @@ fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::pat
         }
     }
     Ok(())
+}
+
+/// The tokenizer that the job's data was prepared with.
+pub fn job_tokenizer(plan: &Plan) -> Result<TokenizerAssets> {
+    let data = &plan.config.data;
+    let trained = data.prepared_folder.as_ref().filter(|_| data.train_tokenizer_vocab > 0);
+    let place = trained.or(data.tokenizer.as_ref()).or(plan.config.model.hf_assets_path.as_ref());
+    let place = place.ok_or_else(|| TrainError::Config("the job names no tokenizer: set data.tokenizer".into()))?;
+    tokenizer::load(place).map_err(|e| TrainError::Data(e.to_string()))
+}
+
+/// Rank 0 keeps the tokenizer in the run folder, so that a run can be moved and still be used.
+fn keep_tokenizer(plan: &Plan, info: &RankInfo) -> Result<()> {
+    let path = plan.config.job.dump_folder.join("tokenizer.json");
+    if info.rank != 0 || path.exists() {
+        return Ok(());
+    }
+    let kept = job_tokenizer(plan)?.save(&plan.config.job.dump_folder);
+    kept.map_err(|e| TrainError::Data(e.to_string()))
 }
 
 /// The newest checkpoint as a Hugging Face folder, `export` in the run folder.
