@@ -9,7 +9,8 @@ namespace tangelo {
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (x.scalar_type() != at::kFloat || !x.is_cpu()) return at::linear(x, weight, bias);
   auto rows = rows_of(x).contiguous();
-  auto out = bias ? bias->expand({rows.size(0), weight.size(0)}).contiguous()
+  // A copy in any case: of one row, expand().contiguous() would be the bias itself, and the product is added to it.
+  auto out = bias ? bias->expand({rows.size(0), weight.size(0)}).clone(at::MemoryFormat::Contiguous)
                   : at::empty({rows.size(0), weight.size(0)}, x.options());
   product(out, rows, weight.t(), bias.has_value());
   auto shape = x.sizes().vec();
