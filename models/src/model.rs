@@ -185,13 +185,7 @@ impl Model {
             let angles = self.angles(&pack.positions);
             let mut x = self.embed(&pack.tokens);
             for (layer, cache) in state.layers.iter_mut().enumerate() {
-                x = self.blocks[layer].forward(
-                    &self.block_weights[layer],
-                    &x,
-                    &pack,
-                    angles.of(layer),
-                    Some(cache),
-                );
+                x = self.blocks[layer].forward(&self.block_weights[layer], &x, &pack, angles.of(layer), Some(cache));
             }
             state.num_tokens += tokens.len();
             let last = self.final_norm(&x.narrow(0, tokens.len() as i64 - 1, 1));

@@ -41,7 +41,8 @@ impl Fault {
     }
 
     fn parse(text: &str) -> Result<Fault> {
-        let bad = || TrainError::Config(format!("{}={text:?}: expected kind@step[:rank], such as kill@5:1", env::FAULT));
+        let bad =
+            || TrainError::Config(format!("{}={text:?}: expected kind@step[:rank], such as kill@5:1", env::FAULT));
         let (kind, place) = text.split_once('@').ok_or_else(bad)?;
         let (step, rank) = place.split_once(':').unwrap_or((place, "0"));
         let kind = match kind {

@@ -4,8 +4,8 @@
 
 use crate::error::{Result, TrainError};
 use std::ops::Range;
-use tangelo_core::hash::hash_bytes;
 use tangelo_core::ParamMeta;
+use tangelo_core::hash::hash_bytes;
 use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
 

@@ -10,7 +10,9 @@ use tch::{Device, Tensor};
 pub fn weight_column(loss: &LossSpec) -> Result<(Column, f64)> {
     match loss.components.as_slice() {
         [LossComponent::CrossEntropy { weight, coefficient }] => Ok((*weight, *coefficient)),
-        other => Err(TrainError::Config(format!("the loss has {} components; this version trains exactly 1", other.len()))),
+        other => {
+            Err(TrainError::Config(format!("the loss has {} components; this version trains exactly 1", other.len())))
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Models by path: a Hugging Face folder, a GGUF file, a run folder, a checkpoint folder.
 
-use crate::checkpoint::{find_usable, Checkpoint, Verify};
+use crate::checkpoint::{Checkpoint, Verify, find_usable};
 use crate::error::{Result, TrainError};
 use crate::init::{self, TensorSource};
 use crate::worker::kind_of;
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use tangelo_configs::job::{ComputeType, DeviceChoice};
 use tangelo_configs::requests::ModelRequest;
 use tangelo_configs::{JobConfig, ModelSpec};
-use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_formats::Weights;
+use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_models::Model;
 use tch::Device;
 
@@ -89,7 +89,10 @@ fn run_tokenizer(checkpoint: &Checkpoint) -> Result<PathBuf> {
     let config: Option<JobConfig> = toml::from_str(&checkpoint.manifest().config_toml).ok();
     let named = config.and_then(|c| c.data.tokenizer.or(c.model.hf_assets_path));
     beside.or(named).ok_or_else(|| {
-        TrainError::Data(format!("{}: no tokenizer.json in the run folder and none in its config", checkpoint.path().display()))
+        TrainError::Data(format!(
+            "{}: no tokenizer.json in the run folder and none in its config",
+            checkpoint.path().display()
+        ))
     })
 }
 
@@ -119,7 +122,7 @@ pub fn open(request: &ModelRequest) -> Result<Opened> {
 
 /// The device that the configuration asks for.
 pub fn choose_device(choice: DeviceChoice, local_rank: usize) -> Result<Device> {
-    use tangelo_kernels::device::{choose, DeviceChoice as Choice};
+    use tangelo_kernels::device::{DeviceChoice as Choice, choose};
     let choice = match choice {
         DeviceChoice::Auto => Choice::Auto,
         DeviceChoice::Cpu => Choice::Cpu,

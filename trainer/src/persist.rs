@@ -1,10 +1,10 @@
 //! A worker's state into checkpoints and out of them.
 //!
-//! Every box that a rank owns is copied out of the model into one arena, then the step goes on; where several ranks own
-//! the same box, [`plan_writes`] says who writes it. Reading goes through boxes too, so that a checkpoint of any layout
+//! Every box that a rank owns is copied out of the model into one arena, on a CPU while the next forward and backward
+//! run; where several ranks own the same box, [`plan_writes`] says who writes it. Reading goes through boxes too, so that a checkpoint of any layout
 //! loads into any other.
 
-use crate::checkpoint::{plan_writes, Checkpoint, CheckpointError, Saver, StateKind, TrainState};
+use crate::checkpoint::{Checkpoint, CheckpointError, Saver, StateKind, TrainState, plan_writes};
 use crate::error::{Result, TrainError};
 use crate::init::TensorSource;
 use crate::optim::OwnedState;
@@ -24,6 +24,11 @@ pub struct WritePlan {
 }
 
 impl WritePlan {
+    /// Elements that this rank writes in a full checkpoint.
+    pub fn num_elements(&self, worker: &TrainWorker) -> usize {
+        self.full.iter().map(|&(_, index)| worker.optimizer().states()[index].range.flat.len()).sum()
+    }
+
     /// What `worker` writes among all ranks of the plan.
     pub fn new(plan: &Plan, worker: &TrainWorker) -> WritePlan {
         let for_kinds = |kinds: &[StateKind]| assign(plan, worker, kinds);
@@ -59,7 +64,18 @@ fn tensor_of(state: &OwnedState, kind: StateKind) -> &Tensor {
     }
 }
 
-/// Copies what this rank writes out of the model and hands it to `saver`; how long that took or waited.
+/// A box of state that the saver thread is to copy.
+struct Source {
+    kind: StateKind,
+    meta: ParamMeta,
+    indices: IndexBox,
+    tensor: Tensor,
+}
+
+/// Hands what this rank writes to `saver`; how long training stood still for it.
+///
+/// On a CPU the saver thread copies while the next forward and backward run: nothing may change the state until
+/// [`Saver::fence`] has returned. From a GPU it is copied here.
 pub fn save(
     worker: &TrainWorker,
     writes: &WritePlan,
@@ -68,20 +84,28 @@ pub fn save(
     weights_only: bool,
 ) -> std::result::Result<Duration, CheckpointError> {
     let start = std::time::Instant::now();
-    let mut snapshot = saver.begin(state);
-    for &(kind, index) in if weights_only { &writes.weights_only } else { &writes.full } {
-        let owned = &worker.optimizer().states()[index];
-        let meta = meta_of(worker, owned);
-        let indices = worker.zero().box_of(meta, worker.rank());
-        let host = tensor_of(owned, kind).to_device(Device::Cpu);
-        let copied: std::result::Result<(), std::convert::Infallible> = snapshot.push(kind, meta, &indices, |out| {
-            host.copy_data(out, out.len());
-            Ok(())
-        });
-        let Ok(()) = copied;
-    }
-    saver.save(snapshot)?;
+    let list = if weights_only { &writes.weights_only } else { &writes.full };
+    let sources: Vec<Source> = list.iter().map(|&(kind, index)| source(worker, kind, index)).collect();
+    let snapshot = saver.begin(state);
+    saver.save_lazily(snapshot, move |snapshot| {
+        for Source { kind, meta, indices, tensor } in &sources {
+            let copied: std::result::Result<(), std::convert::Infallible> =
+                snapshot.push(*kind, meta, indices, |out| {
+                    tensor.copy_data(out, out.len());
+                    Ok(())
+                });
+            let Ok(()) = copied;
+        }
+    })?;
     Ok(start.elapsed())
+}
+
+fn source(worker: &TrainWorker, kind: StateKind, index: usize) -> Source {
+    let owned = &worker.optimizer().states()[index];
+    let meta = meta_of(worker, owned).clone();
+    let indices = worker.zero().box_of(&meta, worker.rank());
+    // A shared view on a CPU, a copy from a GPU.
+    Source { kind, meta, indices, tensor: tensor_of(owned, kind).to_device(Device::Cpu) }
 }
 
 /// Fills weights and, unless `weights_only`, optimizer states from a checkpoint of any layout.
@@ -119,4 +143,3 @@ impl TensorSource for tangelo_formats::Weights {
         tangelo_formats::Weights::read_f32(self, &meta.name, rows, out).map_err(|e| e.to_string())
     }
 }
-

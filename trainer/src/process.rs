@@ -6,8 +6,8 @@
 use crate::error::{Result, TrainError};
 use serde_json::json;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tangelo_core::env;
 
@@ -40,15 +40,24 @@ impl RankInfo {
         let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
         let number = |name: &str, default: usize| -> Result<usize> {
             let Some(text) = var(name) else { return Ok(default) };
-            text.parse().map_err(|_| TrainError::Config(format!("{name}={text:?} is not a number; unset it or let `tangelo run` or torchrun set it")))
+            text.parse().map_err(|_| {
+                TrainError::Config(format!(
+                    "{name}={text:?} is not a number; unset it or let `tangelo run` or torchrun set it"
+                ))
+            })
         };
         let world_size = number(env::WORLD_SIZE, 1)?;
         let rank = number(env::RANK, 0)?;
         if rank >= world_size {
-            return Err(TrainError::Config(format!("RANK={rank} but WORLD_SIZE={world_size}: ranks run from 0 to {}", world_size.saturating_sub(1))));
+            return Err(TrainError::Config(format!(
+                "RANK={rank} but WORLD_SIZE={world_size}: ranks run from 0 to {}",
+                world_size.saturating_sub(1)
+            )));
         }
         if world_size > 1 && var(env::MASTER_PORT).is_none() {
-            return Err(TrainError::Config(format!("WORLD_SIZE={world_size} but MASTER_PORT is not set: start ranks with `tangelo run` or torchrun")));
+            return Err(TrainError::Config(format!(
+                "WORLD_SIZE={world_size} but MASTER_PORT is not set: start ranks with `tangelo run` or torchrun"
+            )));
         }
         Ok(RankInfo {
             rank,
@@ -106,7 +115,7 @@ pub fn report_error(rank: usize, step: u64, error: &TrainError) {
     let Some(path) = std::env::var_os(env::ERROR_FILE).map(PathBuf::from) else { return };
     let unix_time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
     let record = json!({
-        "rank": rank, "step": step, "kind": error.kind(), "message": error.to_string(), "unix_time_ms": unix_time_ms,
+        "rank": rank, "step": (step > 0).then_some(step), "kind": error.kind(), "message": error.to_string(), "unix_time_ms": unix_time_ms,
     });
     if let Err(e) = std::fs::write(&path, record.to_string()) {
         eprintln!("warning: cannot write {}: {e}", path.display());

@@ -53,6 +53,12 @@ pub fn gpu_memory(device: Device) -> Option<GpuMemoryUse> {
     Some(GpuMemoryUse { allocated_bytes, peak_allocated_bytes, reserved_bytes })
 }
 
+/// Host memory that can still be had without swapping, bytes; `None` where the kernel does not say.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    Some(status_bytes(&text, "MemAvailable:")).filter(|&bytes| bytes > 0)
+}
+
 fn status_bytes(status: &str, key: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(key));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());

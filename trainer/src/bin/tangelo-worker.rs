@@ -5,13 +5,13 @@
 
 use std::path::Path;
 use std::process::exit;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use tangelo_configs::resolve::{self, Resources};
+use std::sync::atomic::{AtomicU64, Ordering};
 use tangelo_configs::Plan;
+use tangelo_configs::resolve::{self, Resources};
 use tangelo_kernels::device::DeviceThread;
 use tangelo_trainer::error::{Result, TrainError};
-use tangelo_trainer::process::{die_with_supervisor, report_error, RankInfo, StopFlag};
+use tangelo_trainer::process::{RankInfo, StopFlag, die_with_supervisor, report_error};
 use tangelo_trainer::{recipe, verb};
 
 const USAGE: &str = "usage: tangelo-worker train CONFIG.toml [--set table.key=value ...]
@@ -58,12 +58,24 @@ fn train(config: &Path, sets: &[&str], step: &Arc<AtomicU64>) -> Result<()> {
     let info = RankInfo::from_env()?;
     let stop = StopFlag::install()?;
     let plan = load_plan(config, sets, &info)?;
-    let step = step.clone();
-    let outcome = on_device((plan, info), move |(plan, info)| recipe::pretrain::run(&plan, &info, &stop, &step))?;
+    let (own_plan, own_step) = (plan.clone(), step.clone());
+    let outcome = on_device(info, move |info| recipe::pretrain::run(&own_plan, &info, &stop, &own_step));
+    let outcome = outcome.map_err(|e| explain(e, &plan, step.load(Ordering::Relaxed)))?;
     if outcome.stopped {
         eprintln!("stopped by a signal after step {}; start the same command again to go on", outcome.step);
     }
     Ok(())
+}
+
+/// Out of memory in the first step, which needs as much as any: adds what was predicted.
+fn explain(error: TrainError, plan: &Plan, step: u64) -> TrainError {
+    match error {
+        TrainError::Device(message) if step <= 1 => {
+            let predicted = tangelo_planner::memory::predict(plan).render(plan);
+            TrainError::Device(format!("{message}\npredicted memory per rank:\n{predicted}"))
+        }
+        other => other,
+    }
 }
 
 fn load_plan(config: &Path, sets: &[&str], info: &RankInfo) -> Result<Plan> {

@@ -50,11 +50,20 @@ fn header(step: u64, rank: usize, entries: &[RankEntry]) -> Result<Vec<u8>, safe
         [("format", super::manifest::FORMAT.to_owned()), ("step", step.to_string()), ("rank", rank.to_string())];
     let about: HashMap<String, String> = about.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
     let tensors: Vec<(String, TensorInfo)> = tensors.collect();
-    let mut json = serde_json::to_vec(&Metadata::new(Some(about), tensors)?)?;
+    let mut json = sorted(serde_json::to_value(Metadata::new(Some(about), tensors)?)?)?;
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut json);
     Ok(bytes)
+}
+
+/// JSON with the free-form metadata in order of its keys, so that equal state gives equal files.
+fn sorted(mut header: serde_json::Value) -> Result<Vec<u8>, serde_json::Error> {
+    if let Some(about) = header.get_mut("__metadata__") {
+        let ordered: std::collections::BTreeMap<String, String> = serde_json::from_value(about.take())?;
+        *about = serde_json::to_value(ordered)?;
+    }
+    serde_json::to_vec(&header)
 }
 
 /// Writes a rank's file at `path`, fsynced. `proceed(bytes written so far)` is asked before each chunk; its error ends

@@ -4,7 +4,7 @@
 //! Reducing is then one reduce-scatter, gathering weights one all-gather, each with uneven counts.
 
 use crate::error::Result;
-use crate::shards::{total_len, ZeroScope};
+use crate::shards::{ZeroScope, total_len};
 use std::ops::Range;
 use tangelo_kernels::comm::Communicator;
 use tangelo_models::Model;
@@ -58,7 +58,9 @@ impl Bucket {
     pub fn reduce(&self, model: &Model, data: &Communicator, scope: &Communicator) -> Result<()> {
         let owner = scope.rank();
         let buffer = Tensor::zeros([self.len() as i64], (Kind::Float, model.device()));
-        self.each(0..self.pieces.len(), |piece, at| narrow(&buffer, &at).copy_(&narrow(grad(model, piece), &piece.flat)));
+        self.each(0..self.pieces.len(), |piece, at| {
+            narrow(&buffer, &at).copy_(&narrow(grad(model, piece), &piece.flat))
+        });
         let owned = if scope.size() == data.size() && scope.size() > 1 {
             let owned = Tensor::zeros([self.counts[owner] as i64], (Kind::Float, model.device()));
             data.reduce_scatter(&owned, &buffer, &self.counts)?;
@@ -109,7 +111,9 @@ fn merge(pieces: &mut Vec<Piece>) {
     let mut merged: Vec<Piece> = Vec::with_capacity(pieces.len());
     for piece in pieces.drain(..) {
         match merged.last_mut() {
-            Some(last) if last.unit == piece.unit && last.flat.end == piece.flat.start => last.flat.end = piece.flat.end,
+            Some(last) if last.unit == piece.unit && last.flat.end == piece.flat.start => {
+                last.flat.end = piece.flat.end
+            }
             _ => merged.push(piece),
         }
     }

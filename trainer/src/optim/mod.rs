@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::shards::{OwnedRange, ZeroScope};
 use bucket::Bucket;
 use std::time::{Duration, Instant};
-use tangelo_configs::job::Optimizer as OptimizerConfig;
 use tangelo_configs::ModelSpec;
+use tangelo_configs::job::Optimizer as OptimizerConfig;
 use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::op;
 use tangelo_models::Model;
@@ -124,7 +124,8 @@ impl Optimizer {
     pub fn grad_norm(&self, model: &Model) -> Result<f64> {
         let local: Vec<f64> = self.states.iter().flat_map(|s| square_sums(model, s)).collect();
         let all = self.gather_chunks(&local)?;
-        let mut next: Vec<usize> = self.chunk_counts.iter().scan(0, |at, &n| Some(std::mem::replace(at, *at + n))).collect();
+        let mut next: Vec<usize> =
+            self.chunk_counts.iter().scan(0, |at, &n| Some(std::mem::replace(at, *at + n))).collect();
         let mut total = 0.0;
         for &(member, count) in &self.chunk_order {
             total += all[next[member]..next[member] + count].iter().sum::<f64>();

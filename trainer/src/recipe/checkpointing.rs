@@ -2,18 +2,18 @@
 
 use super::recorder::Recorder;
 use crate::checkpoint::{
-    find_usable, step_folder_name, Checkpoint, Retention, SaveEvent, SaveStage, Saver, SaverOptions, TrainState, Verify,
+    Checkpoint, Retention, SaveEvent, SaveStage, Saver, SaverOptions, TrainState, Verify, find_usable, step_folder_name,
 };
 use crate::error::{Result, TrainError};
-use crate::faults::{kill_self, Fault, FaultKind};
+use crate::faults::{Fault, FaultKind, kill_self};
 use crate::persist::{self, WritePlan};
 use crate::process::RankInfo;
 use crate::worker::TrainWorker;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tangelo_configs::job::AsyncMode;
 use tangelo_configs::Plan;
+use tangelo_configs::job::AsyncMode;
 use tangelo_kernels::comm::Communicator;
 
 /// A run's saving; nothing is saved where `checkpoint.enable` is false.
@@ -27,7 +27,12 @@ pub struct Checkpointing {
 
 impl Checkpointing {
     /// The checkpoint that every rank is to go on from: rank 0 looks, the others are told.
-    pub fn find(plan: &Plan, info: &RankInfo, comm: &Communicator, recorder: &mut Recorder) -> Result<Option<Checkpoint>> {
+    pub fn find(
+        plan: &Plan,
+        info: &RankInfo,
+        comm: &Communicator,
+        recorder: &mut Recorder,
+    ) -> Result<Option<Checkpoint>> {
         if !plan.config.checkpoint.enable {
             return Ok(None);
         }
@@ -57,7 +62,12 @@ impl Checkpointing {
     }
 
     /// Starts saving after the choice of what to resume from.
-    pub fn start(plan: &Plan, info: &RankInfo, worker: &TrainWorker, resumed_from: Option<u64>) -> Result<Checkpointing> {
+    pub fn start(
+        plan: &Plan,
+        info: &RankInfo,
+        worker: &TrainWorker,
+        resumed_from: Option<u64>,
+    ) -> Result<Checkpointing> {
         let config = &plan.config.checkpoint;
         let attempt = tell(worker.data(), &attempt_name())?;
         let active = if config.enable {
@@ -75,8 +85,10 @@ impl Checkpointing {
                 model: plan.model.clone(),
                 observer: fault.and_then(kill_in_save),
             };
-            let saver = Saver::start(options).map_err(|e| TrainError::Device(e.to_string()))?;
-            Some((saver, WritePlan::new(plan, worker)))
+            let mut saver = Saver::start(options).map_err(|e| TrainError::Device(e.to_string()))?;
+            let writes = WritePlan::new(plan, worker);
+            saver.reserve(writes.num_elements(worker));
+            Some((saver, writes))
         } else {
             None
         };
@@ -93,6 +105,13 @@ impl Checkpointing {
     pub fn due(&self, step: u64, steps: u64, stopped: bool) -> bool {
         let at_interval = self.interval > 0 && step.is_multiple_of(self.interval);
         self.active.is_some() && step != self.saved && (at_interval || step == steps || stopped)
+    }
+
+    /// Belongs before every update: waits until the last save has copied the state, which it mostly has.
+    pub fn fence(&mut self, recorder: &mut Recorder) {
+        if let Some((saver, _)) = &mut self.active {
+            recorder.stalled(saver.fence());
+        }
     }
 
     /// Saves; training goes on as soon as the state is copied. A save that failed is reported and the run goes on.

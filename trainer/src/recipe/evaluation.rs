@@ -62,7 +62,13 @@ impl Evaluation {
     }
 
     /// Evaluates on every rank; rank 0 also samples.
-    pub fn run(&mut self, worker: &TrainWorker, state: &TrainState, loss: &LossSpec, recorder: &mut Recorder) -> Result<()> {
+    pub fn run(
+        &mut self,
+        worker: &TrainWorker,
+        state: &TrainState,
+        loss: &LossSpec,
+        recorder: &mut Recorder,
+    ) -> Result<()> {
         let Some(held_out) = &self.active else { return Ok(()) };
         let start = Instant::now();
         let batches = (0..held_out.num_batches)

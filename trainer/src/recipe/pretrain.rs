@@ -9,9 +9,9 @@ use crate::error::{Result, TrainError};
 use crate::faults::{Fault, FaultKind};
 use crate::process::{RankInfo, StopFlag};
 use crate::worker::TrainWorker;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use tangelo_configs::Plan;
 use tangelo_core::LossSpec;
 
@@ -31,7 +31,7 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
     let mut evaluation = Evaluation::new(plan, info)?;
     let fault = Fault::from_env(info.rank, info.restart_count)?;
     let (loss, schedule, steps) = (LossSpec::next_token(), plan.schedule(), plan.config.training.steps as u64);
-    let mut stopped = false;
+    let (mut stopped, first_step) = (false, state.step + 1);
 
     while state.step < steps && !stopped {
         state.step += 1;
@@ -43,6 +43,7 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
         let waited = start.elapsed();
         let loss_stats = worker.forward_backward(&batch, &loss, stop.is_set())?;
         plant_nan(fault.as_ref(), &worker, state.step);
+        checkpoints.fence(&mut recorder);
         state.learning_rate = schedule.lr(state.step as usize);
         let step_stats = worker.optim_step(state.learning_rate, &loss_stats)?;
         // ---- below here nothing is on the hot path ----------------------------------------------------------------
@@ -51,6 +52,9 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
         recorder.step(&worker, &state, start.elapsed(), waited, &loss_stats, &step_stats)?;
         if evaluation.due(state.step) {
             evaluation.run(&worker, &state, &loss, &mut recorder)?;
+        }
+        if state.step == first_step {
+            worker.data().set_timeout(Duration::from_secs(plan.config.comm.train_timeout_seconds));
         }
         if checkpoints.due(state.step, steps, stopped) {
             checkpoints.save(&worker, &state, &mut recorder)?;

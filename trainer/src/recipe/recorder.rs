@@ -6,7 +6,7 @@ use crate::checkpoint::TrainState;
 use crate::error::Result;
 use crate::optim::StepStats;
 use crate::process::RankInfo;
-use crate::worker::{sum_over_ranks, LossStats, TrainWorker};
+use crate::worker::{LossStats, TrainWorker, sum_over_ranks};
 use std::time::Duration;
 use tangelo_configs::Plan;
 use tangelo_core::env;
@@ -88,14 +88,16 @@ impl Recorder {
             return Ok(());
         }
         let run = &self.plan.config.job.dump_folder;
-        let tensorboard = self.plan.config.metrics.enable_tensorboard.then_some(&self.plan.config.metrics.save_tb_folder);
+        let tensorboard =
+            self.plan.config.metrics.enable_tensorboard.then_some(&self.plan.config.metrics.save_tb_folder);
         let mut sinks = Sinks {
             metrics: MetricsWriter::open(run, tensorboard.map(|p| p.as_path()), state.step),
             events: EventLog::open(run),
             samples: SampleLog::open(run, state.step),
         };
         if state.step > 0 {
-            let message = format!("went on from the checkpoint of step {} on {} ranks", state.step, worker.data().size());
+            let message =
+                format!("went on from the checkpoint of step {} on {} ranks", state.step, worker.data().size());
             sinks.events.append(EventKind::Resume, Some(state.step), message);
         }
         self.sinks = Some(sinks);
@@ -226,6 +228,10 @@ impl Recorder {
         if let Some(sinks) = &mut self.sinks {
             sinks.metrics.record(state.step, &values);
         }
+        if self.is_first && !self.progress.is_open() {
+            // Nobody draws a bar for us: torchrun or srun started the ranks.
+            println!("step {}/{}  loss {:.4}  {tokens_per_second:.0} tokens/s", state.step, self.steps, loss.loss);
+        }
         Ok(())
     }
 
@@ -244,11 +250,8 @@ impl Recorder {
 
     /// An evaluation is done.
     pub fn evaluated(&mut self, step: u64, loss: f64, time: Duration) {
-        let values = [
-            (Metric::EvalLoss, loss),
-            (Metric::EvalPerplexity, loss.exp()),
-            (Metric::EvalSeconds, time.as_secs_f64()),
-        ];
+        let values =
+            [(Metric::EvalLoss, loss), (Metric::EvalPerplexity, loss.exp()), (Metric::EvalSeconds, time.as_secs_f64())];
         if let Some(sinks) = &mut self.sinks {
             sinks.metrics.record(step, &values);
         }

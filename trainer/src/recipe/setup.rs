@@ -2,10 +2,10 @@
 
 use super::checkpointing::Checkpointing;
 use super::recorder::Recorder;
-use crate::checkpoint::{find_usable, Checkpoint, TrainState};
+use crate::checkpoint::{Checkpoint, TrainState, find_usable};
 use crate::error::{Result, TrainError};
 use crate::open_model::{self, Source};
-use crate::process::{threads_for, RankInfo};
+use crate::process::{RankInfo, threads_for};
 use crate::verb::export;
 use crate::worker::TrainWorker;
 use crate::{init, persist};
@@ -15,7 +15,7 @@ use std::time::Duration;
 use tangelo_configs::Plan;
 use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split};
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
-use tangelo_kernels::comm::{connect as connect_ranks, gloo, Communicator};
+use tangelo_kernels::comm::{Communicator, connect as connect_ranks, gloo};
 use tangelo_kernels::device;
 use tch::Device;
 
@@ -49,6 +49,7 @@ impl Batches {
 pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Setup> {
     let device = open_model::choose_device(plan.config.training.device, info.local_rank)?;
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
+    check_memory(plan, info, device)?;
     let loader = Loader::open(loader_options(plan, info.rank, Split::Train)?).map_err(data_error)?;
     keep_tokenizer(plan, info)?;
     recorder.phase("meeting the other ranks");
@@ -63,9 +64,34 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     };
     let checkpoints = Checkpointing::start(plan, info, &worker, found.as_ref().map(Checkpoint::step))?;
     recorder.begin(&state, &worker)?;
-    let batches = Prefetcher::new(Arc::new(loader), state.global_sample_index, PREFETCHED_BATCHES).map_err(data_error)?;
+    let batches =
+        Prefetcher::new(Arc::new(loader), state.global_sample_index, PREFETCHED_BATCHES).map_err(data_error)?;
     let batches = Batches(batches);
     Ok(Setup { worker, state, batches, checkpoints })
+}
+
+/// Fails at once where the ranks of this node cannot fit: an out-of-memory kill names nobody and explains nothing.
+fn check_memory(plan: &Plan, info: &RankInfo, device: Device) -> Result<()> {
+    let predicted = tangelo_planner::memory::predict(plan);
+    let needed = predicted.total_bytes() * info.local_world_size as u64;
+    match device::available_memory() {
+        Some(available) if !device.is_cuda() && info.local_rank == 0 && needed > available => {
+            Err(TrainError::Device(format!(
+                "{} ranks on this node are predicted to need {:.1} GiB, {:.1} GiB are available. Lower \
+                 training.local_batch_size or training.seq_len, set activation_checkpoint.mode = \"full\", or use \
+                 fewer ranks per node. Per rank:\n{}",
+                info.local_world_size,
+                gib(needed),
+                gib(available),
+                predicted.render(plan)
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
 }
 
 /// What this rank's loader reads.
@@ -87,7 +113,8 @@ fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator>
         host_store: info.rank == 0 && !info.agent_store,
         prefix: format!("{}/{}", info.run_id, info.restart_count),
         init_timeout: Duration::from_secs(plan.config.comm.init_timeout_seconds),
-        timeout: Duration::from_secs(plan.config.comm.train_timeout_seconds),
+        // The first step is slow (memory is touched for the first time); the loop shortens this after it.
+        timeout: Duration::from_secs(plan.config.comm.init_timeout_seconds),
         interface: None,
     };
     Ok(connect_ranks(&meeting, device)?)
@@ -141,7 +168,11 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
         Source::Checkpoint(checkpoint) => {
             let weights_only = plan.config.checkpoint.initial_load_model_only;
             persist::restore(worker, checkpoint, weights_only)?;
-            Ok(if weights_only { fresh } else { TrainState { loader_fingerprint: fresh.loader_fingerprint, ..checkpoint.state().clone() } })
+            Ok(if weights_only {
+                fresh
+            } else {
+                TrainState { loader_fingerprint: fresh.loader_fingerprint, ..checkpoint.state().clone() }
+            })
         }
         Source::Pretrained(weights) => {
             check_shapes(plan, weights.spec(), &path)?;

@@ -9,8 +9,8 @@ use crate::error::{Result, TrainError};
 use crate::open_model;
 use serde_json::json;
 use tangelo_configs::requests::EvalRequest;
-use tangelo_data::source::{discover, OpenFile, MAX_DOCUMENT_BYTES};
 use tangelo_data::DataError;
+use tangelo_data::source::{MAX_DOCUMENT_BYTES, OpenFile, discover};
 
 /// Windows are no longer than this unless asked for: attention is quadratic in it.
 const DEFAULT_SEQ_LEN: usize = 2048;
@@ -68,7 +68,9 @@ pub fn run(request: &EvalRequest) -> Result<()> {
 
 /// Windows of at most `seq_len + 1` ids: `seq_len` inputs and as many targets; neighbours share one id.
 fn windows(ids: &[u32], seq_len: usize) -> impl Iterator<Item = &[u32]> {
-    (0..ids.len().saturating_sub(1)).step_by(seq_len).map(move |start| &ids[start..(start + seq_len + 1).min(ids.len())])
+    (0..ids.len().saturating_sub(1))
+        .step_by(seq_len)
+        .map(move |start| &ids[start..(start + seq_len + 1).min(ids.len())])
 }
 
 fn report(totals: &Totals, as_json: bool) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use crate::error::{Result, TrainError};
 use crate::open_model;
-use crate::sample::{logprob, Sampler};
+use crate::sample::{Sampler, logprob};
 use serde_json::json;
 use std::io::Write;
 use tangelo_configs::requests::GenerateRequest;
@@ -133,7 +133,8 @@ fn print_json(model: &Model, tokenizer: Option<&TokenizerAssets>, prompt: &[u32]
         Ok(())
     })?;
     let ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
-    let text = tokenizer.map(|t| t.tokenizer.decode(&ids, true).map_err(|e| TrainError::Data(e.to_string()))).transpose()?;
+    let text =
+        tokenizer.map(|t| t.tokenizer.decode(&ids, true).map_err(|e| TrainError::Data(e.to_string()))).transpose()?;
     let logprobs: Vec<f64> = tokens.iter().map(|t| t.logprob).collect();
     let answer = json!({
         "prompt_ids": prompt, "ids": ids, "logprobs": logprobs, "text": text, "finish_reason": finish_reason.as_str(),
