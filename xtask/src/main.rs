@@ -6,6 +6,7 @@
 
 mod bench;
 mod corpus;
+mod gpu_bundle;
 mod loss_compare;
 mod pins;
 mod quickstart;
@@ -45,6 +46,8 @@ enum Command {
     LossCompare(loss_compare::Options),
     /// Kill a run again and again; its end must have the bits of an undisturbed one's.
     Soak(soak::Options),
+    /// Pack stripped release binaries and a start script for a machine with a GPU and no Rust.
+    GpuBundle,
     /// Write the text that `quickstart` trains on: one JSON line per file.
     Corpus {
         /// Folder or file to take text from; the crates in cargo's registry where absent.
@@ -77,6 +80,10 @@ fn run() -> Result<()> {
         }
         Command::Quickstart(options) => quickstart::run(&repo, &options),
         Command::Test(options) => test::run(&repo, &options),
+        Command::GpuBundle => {
+            setup::libtorch(&repo)?;
+            gpu_bundle::bundle(&repo)
+        }
         Command::Bench(options) => bench::run(&repo, &options),
         Command::LossCompare(options) => loss_compare::run(&repo, &options),
         Command::Soak(options) => soak::run(&repo, &options),

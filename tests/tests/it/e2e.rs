@@ -140,8 +140,13 @@ fn five_kills_at_random_moments_change_nothing() {
 #[test]
 fn a_killed_launcher_leaves_no_worker() {
     let job = Job::new(support::fresh_seed());
-    let mut child = job.spawn("orphans", 2, &["--set", "training.steps=100000"]);
-    wait_until("workers start", 60, || children(child.id()).len() == 2);
+    let mut child =
+        job.spawn("orphans", 2, &["--set", "training.steps=100000", "--set", "lr_scheduler.total_steps=100000"]);
+    wait_until("workers start", 60, || {
+        let log = || std::fs::read_to_string(job.path("orphans.log")).unwrap();
+        assert!(!ended(&mut child), "the launcher ended before its workers started:\n{}", log());
+        children(child.id()).len() == 2
+    });
     let workers = children(child.id());
     std::thread::sleep(Duration::from_secs(1));
     kill(child.id());

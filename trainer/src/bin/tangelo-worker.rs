@@ -16,6 +16,7 @@ use tangelo_trainer::{recipe, verb};
 
 const USAGE: &str = "usage: tangelo-worker train CONFIG.toml [--set table.key=value ...]
        tangelo-worker generate|score|eval|export REQUEST.json-text
+       tangelo-worker gpu-check
 This program is started by `tangelo`; see `tangelo --help`.";
 
 fn main() {
@@ -36,6 +37,7 @@ fn dispatch(arguments: &[String], step: &Arc<AtomicU64>) -> Result<()> {
         ["generate", request] => on_device(parse(request)?, |r| verb::generate::run(&r)),
         ["score", request] => on_device(parse(request)?, |r| verb::score::run(&r)),
         ["eval", request] => on_device(parse(request)?, |r| verb::eval::run(&r)),
+        ["gpu-check"] => on_device((), |()| verb::gpu_check::run()),
         ["export", request] => on_device(parse(request)?, |r| verb::export::run(&r)),
         _ => Err(TrainError::Config(USAGE.into())),
     }

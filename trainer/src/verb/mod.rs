@@ -3,6 +3,7 @@
 pub mod eval;
 pub mod export;
 pub mod generate;
+pub mod gpu_check;
 pub mod score;
 
 use crate::error::{Result, TrainError};
