@@ -23,7 +23,7 @@ struct Question {
 #[derive(Debug, Serialize)]
 struct Answer {
     ids: Vec<u32>,
-    /// log p(ids[i] | ids[..i]); the first has none.
+    /// `log p(ids[i] | ids[..i])`; the first has none.
     logprobs: Vec<Option<f64>>,
     /// Mean of -logprobs; none for a single token.
     loss: Option<f64>,
@@ -62,7 +62,7 @@ fn answer(opened: &Opened, line: &str) -> Result<Answer> {
     Ok(Answer { ids, logprobs, loss })
 }
 
-/// log p(ids[i] | ids[..i]) for i from 1 on.
+/// `log p(ids[i] | ids[..i])` for i from 1 on.
 pub fn logprobs(model: &Model, ids: &[u32]) -> Vec<f64> {
     if ids.len() < 2 {
         return Vec::new();
