@@ -45,7 +45,7 @@ enum Stage {
 
 impl Stage {
     const ALL: &[Stage] =
-        &[Stage::Setup, Stage::Peers, Stage::Fmt, Stage::Clippy, Stage::Doc, Stage::Build, Stage::Test, Stage::Doctest];
+        &[Stage::Setup, Stage::Peers, Stage::Fmt, Stage::Clippy, Stage::Doc, Stage::Build, Stage::Doctest, Stage::Test];
 
     fn name(self) -> &'static str {
         match self {
@@ -180,7 +180,8 @@ fn table(lines: &[Line], total: Duration) -> String {
         text += &format!("{:<10} {:<10} {}\n", line.stage.name(), result, shell::seconds(line.time));
     }
     let passed = lines.iter().filter(|l| l.outcome == Outcome::Passed).count();
-    text + &format!("{passed} of {} stages passed in {}", lines.len(), shell::seconds(total))
+    text += &format!("{passed} of {} stages passed in {}\n", lines.len(), shell::seconds(total));
+    text + &format!("stages: {passed} passed, {} failed", lines.len() - passed)
 }
 
 #[cfg(test)]
@@ -207,6 +208,6 @@ mod tests {
         let lines = [line(Stage::Fmt, Outcome::Passed), line(Stage::Doc, Outcome::Failed), not_run(Stage::Test)];
         let text = table(&lines, Duration::from_secs(130));
         assert!(text.contains("fmt        ok         1 min 05 s"), "{text}");
-        assert!(text.contains("1 of 3 stages passed in 2 min 10 s"), "{text}");
+        assert!(text.ends_with("1 of 3 stages passed in 2 min 10 s\nstages: 1 passed, 2 failed"), "{text}");
     }
 }

@@ -48,6 +48,9 @@ impl Batches {
 /// Builds everything, in the order in which errors are cheapest.
 pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Setup> {
     let device = open_model::choose_device(plan.config.training.device, info.local_rank)?;
+    if device.is_cuda() && plan.config.debug.deterministic {
+        recorder.warn(0, "debug.deterministic has no effect on a GPU yet: two runs may differ in their last bits");
+    }
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
     check_memory(plan, info, device)?;
     let loader = Loader::open(loader_options(plan, info.rank, Split::Train)?).map_err(data_error)?;
