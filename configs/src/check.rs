@@ -218,6 +218,11 @@ fn saving(found: &mut Found, c: &JobConfig) {
     let s = &c.checkpoint;
     found.at_least("checkpoint.interval", s.interval, 1);
     found.require(!s.folder.as_os_str().is_empty(), || "`checkpoint.folder` is empty".into());
+    found.require(s.enable || !s.last_save_in_hf, || {
+        "`checkpoint.last_save_in_hf` exports the last checkpoint, but `checkpoint.enable` = false saves none; set it \
+         to true"
+            .into()
+    });
     found.require(s.load_step >= -1, || {
         format!("`checkpoint.load_step` = {}; it is a step, or -1 for the newest", s.load_step)
     });

@@ -66,12 +66,14 @@ impl TrainError {
 
     /// What a panic on the device thread means: libtorch's out-of-memory is the machine's, the rest is ours.
     pub fn from_panic(message: String) -> TrainError {
-        let lower = message.to_lowercase();
-        if lower.contains("out of memory") || lower.contains("can't allocate memory") {
-            return TrainError::Device(message);
-        }
-        TrainError::Internal(message)
+        if is_out_of_memory(&message) { TrainError::Device(message) } else { TrainError::Internal(message) }
     }
+}
+
+/// Whether libtorch says that memory ran out.
+pub fn is_out_of_memory(message: &str) -> bool {
+    let lower = message.to_lowercase();
+    lower.contains("out of memory") || lower.contains("can't allocate memory")
 }
 
 /// Results on a rank.

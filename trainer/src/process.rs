@@ -65,7 +65,8 @@ impl RankInfo {
             world_size,
             local_world_size: number(env::LOCAL_WORLD_SIZE, world_size)?,
             master_addr: var(env::MASTER_ADDR).unwrap_or_else(|| "127.0.0.1".into()),
-            master_port: number(env::MASTER_PORT, 0)? as u16,
+            master_port: u16::try_from(number(env::MASTER_PORT, 0)?)
+                .map_err(|_| TrainError::Config(format!("{} is no port: ports end at 65535", env::MASTER_PORT)))?,
             agent_store: var(env::AGENT_STORE).is_some_and(|v| v.eq_ignore_ascii_case("true") || v == "1"),
             restart_count: number(env::RESTART_COUNT, 0)?,
             run_id: var(env::RUN_ID).unwrap_or_else(|| "tangelo".into()),
@@ -122,7 +123,7 @@ pub fn report_error(rank: usize, step: u64, error: &TrainError) {
     }
 }
 
-/// Restricts this process to its share of the node's cores; returns the number of threads to use.
+/// The number of threads to use: this process's share of the node's cores where none is configured.
 pub fn threads_for(configured: usize, local_world_size: usize) -> usize {
     if configured > 0 {
         return configured;

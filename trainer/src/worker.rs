@@ -185,7 +185,7 @@ pub fn sum_over_ranks(comm: &Communicator, values: &[f64]) -> Result<Vec<f64>> {
     if comm.size() == 1 {
         return Ok(values.to_vec());
     }
-    let all = comm.all_gather(&Tensor::from_slice(values))?;
+    let all = comm.all_gather(&Tensor::from_slice(values).to_device(comm.device()))?.to_device(Device::Cpu);
     let all = Vec::<f64>::try_from(all.reshape([-1])).expect("an f64 tensor");
     Ok((0..values.len()).map(|i| all.iter().skip(i).step_by(values.len()).sum()).collect())
 }

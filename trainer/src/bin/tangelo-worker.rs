@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tangelo_configs::Plan;
 use tangelo_configs::resolve::{self, Resources};
 use tangelo_kernels::device::DeviceThread;
-use tangelo_trainer::error::{Result, TrainError};
+use tangelo_trainer::error::{Result, TrainError, is_out_of_memory};
 use tangelo_trainer::process::{RankInfo, StopFlag, die_with_supervisor, report_error};
 use tangelo_trainer::{recipe, verb};
 
@@ -62,17 +62,17 @@ fn train(config: &Path, sets: &[&str], step: &Arc<AtomicU64>) -> Result<()> {
     let plan = load_plan(config, sets, &info)?;
     let (own_plan, own_step) = (plan.clone(), step.clone());
     let outcome = on_device(info, move |info| recipe::pretrain::run(&own_plan, &info, &stop, &own_step));
-    let outcome = outcome.map_err(|e| explain(e, &plan, step.load(Ordering::Relaxed)))?;
+    let outcome = outcome.map_err(|e| explain(e, &plan))?;
     if outcome.stopped {
         eprintln!("stopped by a signal after step {}; start the same command again to go on", outcome.step);
     }
     Ok(())
 }
 
-/// Out of memory in the first step, which needs as much as any: adds what was predicted.
-fn explain(error: TrainError, plan: &Plan, step: u64) -> TrainError {
+/// Out of memory: adds what was predicted.
+fn explain(error: TrainError, plan: &Plan) -> TrainError {
     match error {
-        TrainError::Device(message) if step <= 1 => {
+        TrainError::Device(message) if is_out_of_memory(&message) => {
             let predicted = tangelo_planner::memory::predict(plan).render(plan);
             TrainError::Device(format!("{message}\npredicted memory per rank:\n{predicted}"))
         }

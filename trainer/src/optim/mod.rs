@@ -139,9 +139,10 @@ impl Optimizer {
             return Ok(local.to_vec());
         }
         let total: usize = self.chunk_counts.iter().sum();
-        let out = Tensor::zeros([total as i64], (Kind::Double, tch::Device::Cpu));
-        self.scope.all_gather_into(&out, &Tensor::from_slice(local), &self.chunk_counts)?;
-        Ok(Vec::<f64>::try_from(out).expect("a one-dimensional f64 tensor"))
+        let device = self.scope.device();
+        let out = Tensor::zeros([total as i64], (Kind::Double, device));
+        self.scope.all_gather_into(&out, &Tensor::from_slice(local).to_device(device), &self.chunk_counts)?;
+        Ok(Vec::<f64>::try_from(out.to_device(tch::Device::Cpu)).expect("a one-dimensional f64 tensor"))
     }
 
     /// Reduce, clip, check, update, gather. `step` counts from 1. Gradients are zero afterwards.

@@ -2,7 +2,8 @@
 
 use super::recorder::Recorder;
 use crate::checkpoint::{
-    Checkpoint, Retention, SaveEvent, SaveStage, Saver, SaverOptions, TrainState, Verify, find_usable, step_folder_name,
+    Checkpoint, Retention, SaveEvent, SaveReport, SaveStage, Saver, SaverOptions, TrainState, Verify, find_usable,
+    step_folder_name,
 };
 use crate::error::{Result, TrainError};
 use crate::faults::{Fault, FaultKind, kill_self};
@@ -22,7 +23,10 @@ pub struct Checkpointing {
     interval: u64,
     last_weights_only: bool,
     last_step: u64,
+    /// The last step whose save was started.
     saved: u64,
+    /// The last step whose save ended well.
+    written: u64,
 }
 
 impl Checkpointing {
@@ -98,6 +102,7 @@ impl Checkpointing {
             last_weights_only: config.last_save_model_only,
             last_step: plan.config.training.steps as u64,
             saved: resumed_from.unwrap_or(0),
+            written: resumed_from.unwrap_or(0),
         })
     }
 
@@ -110,7 +115,7 @@ impl Checkpointing {
     /// Belongs before every update: waits until the last save has copied the state, which it mostly has.
     pub fn fence(&mut self, recorder: &mut Recorder) {
         if let Some((saver, _)) = &mut self.active {
-            recorder.stalled(saver.fence());
+            recorder.fenced(saver.fence());
         }
     }
 
@@ -131,7 +136,7 @@ impl Checkpointing {
         let Some((saver, _)) = &mut self.active else { return Ok(()) };
         loop {
             match saver.poll() {
-                Ok(Some(report)) => recorder.saved(report.step, report.seconds),
+                Ok(Some(report)) => self.written = tell_saved(&report, recorder),
                 Ok(None) => return Ok(()),
                 Err(e) => recorder.warn(self.saved, &format!("a checkpoint was not saved: {e}")),
             }
@@ -142,10 +147,26 @@ impl Checkpointing {
     pub fn finish(&mut self, recorder: &mut Recorder) -> Result<()> {
         let Some((saver, _)) = &mut self.active else { return Ok(()) };
         for report in saver.finish().map_err(|e| TrainError::Device(e.to_string()))? {
-            recorder.saved(report.step, report.seconds);
+            self.written = tell_saved(&report, recorder);
+        }
+        if self.written != self.saved {
+            return Err(TrainError::Device(format!(
+                "the checkpoint of step {} was not saved; the newest one is of step {}. Make room or mend the folder, \
+                 then start the same command again",
+                self.saved, self.written
+            )));
         }
         Ok(())
     }
+}
+
+/// Records a save that ended well; its step.
+fn tell_saved(report: &SaveReport, recorder: &mut Recorder) -> u64 {
+    if let Some(e) = &report.prune_error {
+        recorder.warn(report.step, &format!("an older checkpoint was not deleted: {e}"));
+    }
+    recorder.saved(report.step, report.seconds);
+    report.step
 }
 
 fn folder(plan: &Plan) -> PathBuf {

@@ -8,7 +8,7 @@ use crate::process::RankInfo;
 use crate::sample::Sampler;
 use crate::verb::{self, generate};
 use crate::worker::TrainWorker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tangelo_configs::Plan;
 use tangelo_core::LossSpec;
 use tangelo_data::{Loader, Split};
@@ -21,6 +21,8 @@ pub struct Evaluation {
     active: Option<HeldOut>,
     /// Rank 0 only, where samples are wanted.
     samples: Option<Samples>,
+    /// Every rank, where samples are wanted: deadlines of a step and of waiting for the samples.
+    deadlines: Option<[Duration; 2]>,
 }
 
 struct HeldOut {
@@ -47,13 +49,21 @@ impl Evaluation {
         } else {
             None
         };
-        let wanted = info.rank == 0 && v.enable && v.sample_tokens > 0 && !v.prompts.is_empty();
-        let samples = wanted.then(|| -> Result<Samples> {
+        let wanted = v.enable && v.sample_tokens > 0 && !v.prompts.is_empty();
+        let comm = &plan.config.comm;
+        let deadlines = [comm.train_timeout_seconds, comm.init_timeout_seconds.max(3600)].map(Duration::from_secs);
+        let samples = (wanted && info.rank == 0).then(|| -> Result<Samples> {
             let tokenizer = setup::job_tokenizer(plan)?;
             Ok(Samples { tokenizer, prompts: v.prompts.clone(), num_tokens: v.sample_tokens })
         });
         let last_step = plan.config.training.steps as u64;
-        Ok(Evaluation { freq: v.freq.max(1) as u64, last_step, active, samples: samples.transpose()? })
+        Ok(Evaluation {
+            freq: v.freq.max(1) as u64,
+            last_step,
+            active,
+            samples: samples.transpose()?,
+            deadlines: wanted.then_some(deadlines),
+        })
     }
 
     /// Whether to evaluate after `step`.
@@ -75,9 +85,16 @@ impl Evaluation {
             .map(|i| held_out.loader.batch_at(i * held_out.global_batch_size).map_err(data_error));
         let mean = worker.evaluate(batches, loss)?;
         recorder.evaluated(state.step, mean, start.elapsed());
+        let Some([short, long]) = self.deadlines else { return Ok(()) };
         if let Some(samples) = &self.samples {
-            samples.write(worker, state.step, recorder)?;
+            if let Err(e) = samples.write(worker, state.step, recorder) {
+                recorder.warn(state.step, &format!("no samples: {e}"));
+            }
         }
+        // Rank 0 may write for longer than a rank may wait in a step: the others wait for it here.
+        worker.data().set_timeout(long);
+        worker.data().barrier()?;
+        worker.data().set_timeout(short);
         Ok(())
     }
 }

@@ -48,8 +48,9 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
         let step_stats = worker.optim_step(state.learning_rate, &loss_stats)?;
         // ---- below here nothing is on the hot path ----------------------------------------------------------------
         stopped = loss_stats.stop;
-        advance(plan, &mut state, &worker, loss_stats.tokens, step_stats.skipped)?;
+        advance(plan, &mut state, &worker, loss_stats.tokens, step_stats.skipped);
         recorder.step(&worker, &state, start.elapsed(), waited, &loss_stats, &step_stats)?;
+        check_skipped(plan, &state, step_stats.skipped)?;
         if evaluation.due(state.step) {
             evaluation.run(&worker, &state, &loss, &mut recorder)?;
         }
@@ -64,20 +65,24 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
     Ok(Outcome { step: state.step, stopped })
 }
 
-/// Counters after a step; fails where too many steps in a row were skipped.
-fn advance(plan: &Plan, state: &mut TrainState, worker: &TrainWorker, tokens: u64, skipped: bool) -> Result<()> {
-    let first = state.global_sample_index;
+/// Counters after a step.
+fn advance(plan: &Plan, state: &mut TrainState, worker: &TrainWorker, tokens: u64, skipped: bool) {
     state.global_sample_index += plan.global_batch_size as u64;
     state.tokens_seen += tokens;
     state.num_updates = worker.num_updates();
     state.consecutive_skipped_steps = if skipped { state.consecutive_skipped_steps + 1 } else { 0 };
     state.skipped_steps += u64::from(skipped);
+}
+
+/// Fails where more steps were skipped than allowed, naming the samples of the last.
+fn check_skipped(plan: &Plan, state: &TrainState, skipped: bool) -> Result<()> {
+    let first = state.global_sample_index - plan.global_batch_size as u64;
     let allowed = plan.config.training.max_skipped as u64;
     if skipped && state.skipped_steps > allowed {
         return Err(TrainError::Internal(format!(
             "step {}: loss or gradient is not finite, the {}th step skipped (training.max_skipped = {allowed}); the \
-             batch holds samples {first} to {}. Look at them with `tangelo data inspect --sample`, lower optimizer.lr, \
-             or start from an earlier checkpoint with checkpoint.load_step",
+             batch holds samples {first} to {}. Lower optimizer.lr, or start from an earlier checkpoint with \
+             checkpoint.load_step",
             state.step,
             state.skipped_steps,
             state.global_sample_index - 1

@@ -136,6 +136,11 @@ impl Recorder {
         self.window.wall += time;
     }
 
+    /// As [`Recorder::stalled`], within a step, whose time holds it already.
+    pub fn fenced(&mut self, time: Duration) {
+        self.window.checkpoint += time;
+    }
+
     /// The run is over.
     pub fn done(&mut self, step: u64, steps: u64) {
         self.event(EventKind::Done, step, &format!("ended after step {step} of {steps}"));
@@ -193,7 +198,9 @@ impl Recorder {
     }
 
     fn record(&mut self, worker: &TrainWorker, state: &TrainState, loss: &LossStats, stats: &StepStats) -> Result<()> {
-        let memory = max_over_ranks(worker, device::memory().peak_resident_bytes as f64)?;
+        let own = device::gpu_memory(worker.model().device())
+            .map_or_else(|| device::memory().peak_resident_bytes, |gpu| gpu.peak_allocated_bytes);
+        let memory = max_over_ranks(worker, own as f64)?;
         let peak = self.peak(worker)?;
         let w = std::mem::take(&mut self.window);
         let per_step = |d: Duration| d.as_secs_f64() / f64::from(w.steps.max(1));
