@@ -86,10 +86,10 @@ impl Evaluation {
         let mean = worker.evaluate(batches, loss)?;
         recorder.evaluated(state.step, mean, start.elapsed());
         let Some([short, long]) = self.deadlines else { return Ok(()) };
-        if let Some(samples) = &self.samples {
-            if let Err(e) = samples.write(worker, state.step, recorder) {
-                recorder.warn(state.step, &format!("no samples: {e}"));
-            }
+        if let Some(samples) = &self.samples
+            && let Err(e) = samples.write(worker, state.step, recorder)
+        {
+            recorder.warn(state.step, &format!("no samples: {e}"));
         }
         // Rank 0 may write for longer than a rank may wait in a step: the others wait for it here.
         worker.data().set_timeout(long);
