@@ -147,7 +147,8 @@ impl<'a> Bench<'a> {
         format!(
             "[job]\ndump_folder = {}\n[model]\nflavor = \"{flavor}\"\n[data]\nsources = [{{ paths = [{}] }}]\n\
              tokenizer = {}\nprepared_folder = {}\ndocument_mask = false\n[training]\nseq_len = 512\n\
-             local_batch_size = 2\nnum_threads = 2\ndevice = \"cpu\"\n[optimizer]\nlr = 1e-4\n[checkpoint]\n\
+             local_batch_size = 2\nnum_threads = 2\ndevice = \"cpu\"\n[optimizer]\nlr = 1e-4\n\
+             [lr_scheduler]\nwarmup_steps = 0\n[checkpoint]\n\
              enable = false\n[metrics]\nlog_freq = 1\nenable_tensorboard = false\n",
             path(self.folder.join("run")),
             path(self.corpus()),
