@@ -31,7 +31,7 @@ pub struct MicroBatch {
 }
 
 /// Tokens of logits that exist at once: V = 128K in fp32 is then 128 MB.
-pub const LOSS_CHUNK_TOKENS: i64 = 256;
+pub const LOSS_CHUNK_TOKENS: i64 = tangelo_planner::memory::LOSS_CHUNK_TOKENS as i64;
 
 /// What a pass over one micro-batch gives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

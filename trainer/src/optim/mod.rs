@@ -15,10 +15,8 @@ use tangelo_configs::job::Optimizer as OptimizerConfig;
 use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::op;
 use tangelo_models::Model;
+use tangelo_planner::memory::BUCKET_ELEMENTS;
 use tch::{Kind, Tensor};
-
-/// Elements per bucket of gradients that travel together: 64 MB in fp32.
-const BUCKET_ELEMENTS: usize = 16 << 20;
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
