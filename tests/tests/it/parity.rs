@@ -11,10 +11,18 @@ use tangelo_trainer::executor::{BlockExecutor, MicroBatch};
 use tch::{Device, Kind, Tensor};
 
 /// Two correct fp32 implementations differ from the truth by different roundings of the same size; one that is off by
-/// more than this factor has lost precision somewhere.
-const MAX_LOGIT_ERROR_RATIO: f64 = 2.0;
+/// more than this factor has lost precision somewhere. By how much one run is off is luck, on either side: the largest
+/// logit error of one and the same function spreads over a factor of three with the order of its hidden units (ours
+/// over transformers', of one run each, 130 draws: 0.3 to 3.4, geometric mean 0.97). So transformers' error is the
+/// largest over several such orders, and the mean over all models has a limit of its own.
+const MAX_ERROR_RATIO: f64 = 2.0;
+/// Of the geometric mean, over all models, of our logit error over transformers' mean one. 130 draws have a mean of 1
+/// and a factor of 1.6 as standard deviation; so ten have one of 1.16, and 1.6 is three of those.
+const MAX_MEAN_ERROR_RATIO: f64 = 1.6;
 /// fp32 gradients of models this small are some 1e-6 off (transformers' own are 1e-6 to 4e-6); a missing or doubled
-/// term is off by far more.
+/// term is off by far more. A draw whose softmax is all but saturated leaves q and k a gradient of differences of
+/// nearly equal numbers, which no fp32 computation has to 1e-5: there transformers' own error, 6e-5 in one draw of
+/// some hundred, is the measure, by the same factor as for logits.
 const MAX_GRADIENT_ERROR: f64 = 1e-5;
 /// The mean of some 50 losses near 7, each with a few roundings of 1e-7 relative.
 const MAX_LOSS_ERROR: f64 = 1e-5;
@@ -69,13 +77,16 @@ fn relative_error(found: &Tensor, truth: &Tensor) -> f64 {
     (difference / truth.norm()).double_value(&[])
 }
 
-fn check_logits(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
+/// Returns our largest error over the geometric mean of transformers' largest errors.
+fn check_logits(model: &Model, golden: &Golden, faults: &mut Vec<String>) -> f64 {
     let ours = max_error(&model.logits(&packed(golden).pack), &golden["logits.f64"]);
-    let theirs = max_error(&golden["logits.f32"], &golden["logits.f64"]);
-    println!("  logits: error {ours:.2e}, transformers' {theirs:.2e}");
-    if ours > MAX_LOGIT_ERROR_RATIO * theirs {
+    let errors = &golden["logit_errors.f32"];
+    let (theirs, mean) = (errors.max().double_value(&[]), errors.log().mean(Kind::Double).exp().double_value(&[]));
+    println!("  logits: error {ours:.2e}, transformers' {mean:.2e} on average, at most {theirs:.2e}");
+    if ours > MAX_ERROR_RATIO * theirs {
         faults.push(format!("logits off by {ours:.2e}, transformers' by {theirs:.2e}"));
     }
+    ours / mean
 }
 
 /// Loss and every gradient, with nothing recomputed and with every second block recomputed.
@@ -97,8 +108,9 @@ fn check_gradients(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
             let grad = model.weight(name).and_then(|w| w.grad().map(Tensor::shallow_clone));
             let error = grad.map_or(f64::INFINITY, |grad| relative_error(&grad, truth));
             worst = worst.max(error);
-            if error > MAX_GRADIENT_ERROR {
-                faults.push(format!("{what}: gradient of {name} off by {error:.1e}"));
+            let theirs = relative_error(&golden[&format!("grad.f32.{name}")], truth);
+            if error > MAX_GRADIENT_ERROR.max(MAX_ERROR_RATIO * theirs) {
+                faults.push(format!("{what}: gradient of {name} off by {error:.1e}, transformers' by {theirs:.1e}"));
             }
         }
         println!("  {what}: loss {loss:.6}, worst gradient error {worst:.1e}");
@@ -139,16 +151,21 @@ fn random_models_of_every_family_equal_transformers() {
     support::run_script(&python, "golden.py", &["make", out, &seed.to_string()]);
     let cases = cases(folder.path());
     assert!(cases.len() >= 10, "{cases:?}");
-    let mut faults = Vec::new();
+    let (mut faults, mut log_ratios) = (Vec::new(), Vec::new());
     for case in cases {
         println!("{case}");
         let model = load(&folder.path().join(&case).join("model"), true);
         let golden = golden(&folder.path().join(&case).join("golden.safetensors"));
         let mut found = Vec::new();
-        check_logits(&model, &golden, &mut found);
+        log_ratios.push(check_logits(&model, &golden, &mut found).ln());
         check_gradients(&model, &golden, &mut found);
         check_greedy(&model, &golden, &mut found);
         faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
+    }
+    let ratio = (log_ratios.iter().sum::<f64>() / log_ratios.len() as f64).exp();
+    println!("logit errors are {ratio:.2} of transformers'");
+    if ratio > MAX_MEAN_ERROR_RATIO {
+        faults.push(format!("all models: logits are off {ratio:.2} times as much as transformers'"));
     }
     assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
     check_export(&python, folder.path());
