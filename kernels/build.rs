@@ -22,6 +22,8 @@ fn main() {
         );
     };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
+    // libtorch's own OpenMP: the same soname, found by the rpath.
+    println!("cargo::rustc-link-lib=dylib=gomp");
 
     let mut shim = compiler();
     shim.include(libtorch.join("include"))
@@ -48,6 +50,7 @@ fn compiler() -> cc::Build {
         .std("c++17")
         .opt_level(3)
         .debug(false)
+        .flag("-fopenmp")
         .flag_if_supported("-fno-math-errno")
         .flag_if_supported("-fno-trapping-math")
         .flag_if_supported("-ffp-contract=fast")

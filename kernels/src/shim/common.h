@@ -16,6 +16,11 @@
 
 #include "cpu/kernels.h"
 
+// at::parallel_for is a template: compiled without OpenMP it runs everything on one thread and says nothing.
+#ifndef INTRA_OP_PARALLEL
+#error "compile the shim with -fopenmp: without it, at::parallel_for runs on one thread"
+#endif
+
 namespace tangelo {
 
 using at::Tensor;
