@@ -8,7 +8,9 @@ mod measure;
 mod thread;
 
 pub use choose::{DeviceChoice, choose, driver_present, open_cuda, set_threads};
-pub use measure::{GpuMemoryUse, MemoryUse, available_memory, gpu_memory, measured_matmul_peak_flops, memory};
+pub use measure::{
+    GpuMemoryUse, MemoryUse, available_memory, gpu_memory, keep_freed_memory, measured_matmul_peak_flops, memory,
+};
 pub use thread::{DeviceThread, Pending};
 
 /// What can go wrong with a rank's device.

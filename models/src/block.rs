@@ -119,8 +119,9 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Tensor {
         let mixed = self.mix(w, &self.norm(x, &w.input_norm), pack, angles, cache);
-        let x = x + mixed;
-        let hidden = op::swiglu(&w.gate_up.forward(&self.norm(&x, &w.post_norm)));
+        let post_norm = &w.post_norm;
+        let (normed, x) = op::add_rms_norm(x, &mixed, &post_norm.value, self.rms_norm_eps, post_norm.grad());
+        let hidden = op::swiglu(&w.gate_up.forward(&normed));
         x + w.down.forward(&hidden)
     }
 

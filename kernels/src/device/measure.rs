@@ -32,6 +32,19 @@ pub struct GpuMemoryUse {
     pub reserved_bytes: u64,
 }
 
+/// Lets this process keep the memory that it frees, for its next step. To be called before there are other threads.
+///
+/// A training step frees and allocates the same large tensors again and again; by default glibc returns each to the
+/// kernel, which then fills every page with zeros for the next one (measured: 9 % of a step). From one arena that is
+/// never trimmed they come back at once, and from one step to the next the peak stays what it is.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (option, value) in [(libc::M_MMAP_MAX, 0), (libc::M_ARENA_MAX, 1), (libc::M_TRIM_THRESHOLD, -1)] {
+        // SAFETY: sets a number in glibc's allocator; where it refuses, allocation is slower and otherwise the same.
+        unsafe { libc::mallopt(option, value) };
+    }
+}
+
 /// Main memory of this process now and at its peak.
 pub fn memory() -> MemoryUse {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

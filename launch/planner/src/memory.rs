@@ -25,7 +25,7 @@ use tangelo_configs::{BlockSpec, MixerSpec, Plan};
 use tangelo_core::DType;
 
 /// Tokens whose logits exist at once; the trainer's choice.
-pub const LOSS_CHUNK_TOKENS: usize = 256;
+pub const LOSS_CHUNK_TOKENS: usize = 512;
 
 /// Elements after which a bucket of gradients is closed; the trainer's choice.
 pub const BUCKET_ELEMENTS: usize = 16 << 20;

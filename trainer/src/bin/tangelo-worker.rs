@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tangelo_configs::Plan;
 use tangelo_configs::resolve::{self, Resources};
-use tangelo_kernels::device::DeviceThread;
+use tangelo_kernels::device::{DeviceThread, keep_freed_memory};
 use tangelo_trainer::error::{Result, TrainError, is_out_of_memory};
 use tangelo_trainer::process::{RankInfo, StopFlag, die_with_supervisor, report_error};
 use tangelo_trainer::{recipe, verb};
@@ -21,6 +21,7 @@ This program is started by `tangelo`; see `tangelo --help`.";
 
 fn main() {
     die_with_supervisor();
+    keep_freed_memory();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let step = Arc::new(AtomicU64::new(0));
     if let Err(e) = dispatch(&arguments, &step) {
