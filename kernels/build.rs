@@ -6,9 +6,13 @@
 use std::path::{Path, PathBuf};
 
 /// What the ISA-specific files need on x86-64; elsewhere only `isa_generic.cc` is compiled.
-const ISA_FLAGS: [(&str, &[&str]); 2] = [
+const ISA_FLAGS: [(&str, &[&str]); 3] = [
     ("src/shim/cpu/isa_avx2.cc", &["-mavx2", "-mfma"]),
     ("src/shim/cpu/isa_avx512.cc", &["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]),
+    (
+        "src/shim/cpu/isa_avx512_bf16.cc",
+        &["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
+    ),
 ];
 
 fn main() {

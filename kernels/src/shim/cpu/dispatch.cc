@@ -16,6 +16,8 @@ const Kernels* best() {
   const char* asked = std::getenv("TANGELO_CPU_KERNELS");
   if (asked != nullptr && std::strcmp(asked, "generic") == 0) return &generic_kernels;
   if (asked != nullptr && std::strcmp(asked, "avx2") == 0 && avx2) return &avx2_kernels;
+  if (asked != nullptr && std::strcmp(asked, "avx512") == 0 && avx512) return &avx512_kernels;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels;
   if (avx512) return &avx512_kernels;
   if (avx2) return &avx2_kernels;
 #endif

@@ -74,13 +74,14 @@ struct Kernels {
   bool (*all_finite_b16)(const uint16_t* from, int64_t length);
 };
 
-// The table for the processor this runs on; chosen once. TANGELO_CPU_KERNELS=generic|avx2|avx512 asks for one.
+// The table for the processor this runs on; chosen once. TANGELO_CPU_KERNELS=generic|avx2|avx512|avx512_bf16 asks for one.
 const Kernels& kernels();
 
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 }  // namespace tangelo::cpu
