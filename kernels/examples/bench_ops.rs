@@ -235,13 +235,4 @@ fn bench_update() {
             let _ = black_box(buffers[3].norm());
         }),
     );
-    report(
-        "all_finite",
-        fastest(|| {
-            black_box(op::all_finite(&buffers[3]));
-        }),
-        fastest(|| {
-            black_box(op::reduce::reference::all_finite(&buffers[3]));
-        }),
-    );
 }

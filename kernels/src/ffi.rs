@@ -37,12 +37,7 @@ unsafe extern "C" {
         bias_grad: TensorRef,
         out: *mut TensorOut,
     ) -> Message;
-    pub(crate) fn tangelo_embedding(
-        ids: TensorRef,
-        table: TensorRef,
-        main_grad: TensorRef,
-        out: *mut TensorOut,
-    ) -> Message;
+    pub(crate) fn tangelo_embedding_backward(ids: TensorRef, grad: TensorRef, main_grad: TensorRef) -> Message;
     pub(crate) fn tangelo_rms_norm(
         x: TensorRef,
         weight: TensorRef,
@@ -123,7 +118,6 @@ unsafe extern "C" {
         arguments: *const AdamWArguments,
     ) -> Message;
     pub(crate) fn tangelo_chunk_square_sums(flat: TensorRef, chunk: i64, sums: *mut f64) -> Message;
-    pub(crate) fn tangelo_all_finite(tensor: TensorRef, finite: *mut bool) -> Message;
     fn tangelo_cpu_kernels_name() -> *const c_char;
 }
 

@@ -130,15 +130,15 @@ impl Model {
         BlockAngles { tables: tables.into_iter().map(|(_, a)| a).collect(), index }
     }
 
-    /// Tokens `[T]` to hidden states `[T, D]`. With gradients on, the table's gradient accumulates in backward.
+    /// Tokens `[T]` to hidden states `[T, D]`, without a graph: see [`Model::embed_backward`].
     pub fn embed(&self, tokens: &Tensor) -> Tensor {
-        op::embedding(tokens, &self.embedding.value, self.embedding.grad())
+        op::embedding(tokens, &self.embedding.value)
     }
 
     /// Adds to the table's gradient what flowed back to the embedding's output, `[T, D]`.
     pub fn embed_backward(&self, tokens: &Tensor, grad: &Tensor) {
         if let Some(main_grad) = self.embedding.grad() {
-            let _ = main_grad.shallow_clone().index_add_(0, tokens, &grad.to_kind(main_grad.kind()));
+            op::embedding_backward(tokens, grad, main_grad);
         }
     }
 

@@ -3,13 +3,13 @@
 //! ```text
 //!  tokens -> embed -> x0 -> [block 0] -> x1 -> ... -> [block L-1] -> xL -> [norm, head, loss]
 //!                     each block is its own small graph on a detached input:
-//!  forward :  gather weights -> local graph on x_i -> keep (x_i, x_{i+1}) -> free
+//!  forward :  local graph on x_i -> keep (x_i, x_{i+1})
 //!  backward:  g = dLoss/dxL;  for i = L-1..0: backward(x_{i+1}, g) -> g = x_i.grad -> drop the graph
 //! ```
 //!
 //! Which graphs are kept is a choice per block: a block marked for recomputation keeps its input only and is run again
-//! in backward. No hooks: gathering sharded weights, pipeline sends and recomputation all have their place in the two
-//! plain loops below. World size 1 takes the same path.
+//! in backward. No hooks: recomputation has its place in the two plain loops below, and so will gathering and freeing
+//! sharded weights, and pipeline sends. World size 1 takes the same path.
 //!
 //! Invariant: gradients of weights accumulate in the fp32 buffers of [`tangelo_models::UnitWeights`]; no weight has a
 //! `.grad`.
@@ -30,7 +30,7 @@ pub struct MicroBatch {
     pub weights: Tensor,
 }
 
-/// Tokens of logits that exist at once: V = 128K in fp32 is then 128 MB.
+/// Tokens of logits that exist at once: V = 128K in fp32 is then 256 MB.
 pub const LOSS_CHUNK_TOKENS: i64 = tangelo_planner::memory::LOSS_CHUNK_TOKENS as i64;
 
 /// What a pass over one micro-batch gives.
@@ -117,11 +117,5 @@ impl BlockExecutor {
     pub fn evaluate(&self, model: &Model, batch: &MicroBatch) -> f64 {
         let (hidden, head) = (model.hidden(&batch.pack), &model.head().weight.value);
         op::cross_entropy_loss(&hidden, head, &batch.targets, &batch.weights, LOSS_CHUNK_TOKENS).double_value(&[])
-    }
-
-    /// log p(target) of every token, `[T]`, f32; no gradients.
-    pub fn token_logprobs(&self, model: &Model, pack: &PackContext, targets: &Tensor) -> Tensor {
-        let hidden = model.hidden(pack);
-        tch::no_grad(|| op::token_logprobs(&hidden, &model.head().weight.value, targets, LOSS_CHUNK_TOKENS))
     }
 }

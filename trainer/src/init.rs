@@ -45,9 +45,10 @@ pub fn from_seed(model: &Model, seed: u64) {
 /// Elements read at once: 64 MB of fp32.
 const READ_ELEMENTS: usize = 16 << 20;
 
-/// Fills a model from a source, a few rows at a time.
-pub fn from_source(model: &Model, source: &dyn TensorSource) -> Result<()> {
-    for unit in model.units() {
+/// Fills a model from a source, a few rows at a time. `also` is given the same values in fp32: the unit, where they lie
+/// in its flat buffer, and the values.
+pub fn from_source(model: &Model, source: &dyn TensorSource, also: &mut dyn FnMut(usize, usize, &[f32])) -> Result<()> {
+    for (index, unit) in model.units().iter().enumerate() {
         for span in unit.spans() {
             let value = unit.weight(&span.meta.name).value;
             let (rows, row_len) = (span.meta.shape[0], span.row_len());
@@ -59,6 +60,7 @@ pub fn from_source(model: &Model, source: &dyn TensorSource) -> Result<()> {
                 source.read_f32(&span.meta, start..end, part).map_err(TrainError::Data)?;
                 let mut target = value.narrow(0, start as i64, (end - start) as i64);
                 tch::no_grad(|| target.copy_(&Tensor::from_slice(part).view_as(&target)));
+                also(index, span.offset + start * row_len, part);
             }
         }
     }

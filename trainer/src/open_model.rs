@@ -115,7 +115,7 @@ pub fn open(request: &ModelRequest) -> Result<Opened> {
     let threads = crate::process::threads_for(request.num_threads, 1);
     tangelo_kernels::device::set_threads(threads);
     let model = Model::zeros(source.spec(), kind_of(dtype), device, false);
-    init::from_source(&model, source.tensors())?;
+    init::from_source(&model, source.tensors(), &mut |_, _, _| {})?;
     let tokenizer = source.tokenizer(&request.model);
     Ok(Opened { model, tokenizer })
 }

@@ -107,6 +107,19 @@ impl TrainWorker {
         }
     }
 
+    /// Gives the master copies `values`, which lie at `start` in the flat buffer of `unit`: what this rank owns of them.
+    /// The model's own weights may be narrower and do not hold them exactly.
+    pub fn adopt_values(&self, unit: usize, start: usize, values: &[f32]) {
+        for state in self.optimizer.states().iter().filter(|state| state.unit == unit) {
+            let owned = &state.range.flat;
+            let (from, to) = (owned.start.max(start), owned.end.min(start + values.len()));
+            if from < to {
+                let mut master = state.master.narrow(0, (from - owned.start) as i64, (to - from) as i64);
+                tch::no_grad(|| master.copy_(&Tensor::from_slice(&values[from - start..to - start])));
+            }
+        }
+    }
+
     /// After optimizer states were written: makes the model's weights equal to the master copies on every rank.
     pub fn adopt_state(&mut self, num_updates: u64) -> Result<()> {
         self.num_updates = num_updates;

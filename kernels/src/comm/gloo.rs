@@ -16,7 +16,7 @@
 //! | thread | waits for | unblocked by | bounded by |
 //! |---|---|---|---|
 //! | device thread | a message | the peer; its death (connection closed); abort | the call's deadline |
-//! | failing rank | the blame of the rank it lost | the store | `BLAME_WAIT` |
+//! | failing rank | a thread that asks the store for the blame of the rank it lost | the store | `BLAME_WAIT` |
 #![allow(unsafe_code)]
 
 use super::backend::{AbortHandle, Backend, Call, Failure, Header, SubGroup, Transfer};
@@ -264,27 +264,38 @@ impl Mesh {
                 _ => self.rank,
             };
             // Only helps others: where the store is gone they say what they saw themselves.
-            _ = self.store.set(&self.blame_key(self.rank), format!("{culprit}\n{}", failure.kind).as_bytes());
+            let (store, key) = (self.store.clone(), self.blame_key(self.rank));
+            let text = format!("{culprit}\n{}", failure.kind);
+            _ = within(BLAME_WAIT / 2, move || store.set(&key, text.as_bytes()));
         }
         failure
     }
 
     /// What a lost rank wrote before it left, as this rank's own failure.
     fn follow(&self, rank: usize, patience: Duration) -> Option<Failure> {
-        let (key, begin) = (self.blame_key(rank), Instant::now());
-        let text = loop {
-            match self.store.get(&key).ok()? {
-                Some(text) => break text,
+        let (store, key, begin) = (self.store.clone(), self.blame_key(rank), Instant::now());
+        let read = move || loop {
+            match store.get(&key).ok()? {
+                Some(text) => return Some(text),
                 None if begin.elapsed() >= patience => return None,
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
         };
-        let text = String::from_utf8_lossy(&text).into_owned();
+        let text = String::from_utf8_lossy(&within(patience * 2, read)??).into_owned();
         let (culprit, detail) = text.split_once('\n')?;
         let culprit = culprit.parse().ok()?;
         let detail = if culprit == rank { detail.to_owned() } else { format!("rank {rank} left: {detail}") };
         Some(CommErrorKind::PeerLost { rank: Some(culprit), detail }.into())
     }
+}
+
+/// The answer of the store, if it comes in time. A server that is stopped keeps its connections and answers nothing, and
+/// a client of TCPStore waits for it without a deadline: such a wait is left behind on a thread of its own.
+fn within<R: Send + 'static>(patience: Duration, ask: impl FnOnce() -> R + Send + 'static) -> Option<R> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let asking = std::thread::Builder::new().name("store".into()).spawn(move || tell.send(ask()));
+    asking.ok()?;
+    told.recv_timeout(patience).ok()
 }
 
 /// A message under way. Borrows the bytes it reads or writes.

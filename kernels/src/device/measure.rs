@@ -66,10 +66,29 @@ pub fn gpu_memory(device: Device) -> Option<GpuMemoryUse> {
     Some(GpuMemoryUse { allocated_bytes, peak_allocated_bytes, reserved_bytes })
 }
 
-/// Host memory that can still be had without swapping, bytes; `None` where the kernel does not say.
+/// Host memory that can still be had without swapping, bytes: the machine's, or what this process's control group (a
+/// container's or a Slurm job's) has left of its limit, where that is less. `None` where the kernel does not say.
 pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    Some(status_bytes(&text, "MemAvailable:")).filter(|&bytes| bytes > 0)
+    let machine = Some(status_bytes(&text, "MemAvailable:")).filter(|&bytes| bytes > 0)?;
+    Some(control_group_memory().map_or(machine, |group| group.min(machine)))
+}
+
+/// What the control group (v2) and those above it leave, where one of them has a limit.
+fn control_group_memory() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let own = std::path::Path::new("/sys/fs/cgroup").join(path);
+    let number = |folder: &std::path::Path, file: &str| -> Option<u64> {
+        std::fs::read_to_string(folder.join(file)).ok()?.trim().parse().ok()
+    };
+    let left = |folder: &std::path::Path| {
+        // Pages of files count as used, and go when memory is short.
+        let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+        let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse().ok()).unwrap_or(0);
+        Some(number(folder, "memory.max")?.saturating_sub(number(folder, "memory.current")?.saturating_sub(cached)))
+    };
+    own.ancestors().filter(|folder| folder.starts_with("/sys/fs/cgroup")).filter_map(left).min()
 }
 
 fn status_bytes(status: &str, key: &str) -> u64 {

@@ -53,8 +53,7 @@ cpu::AttentionShape shape_of(const Geometry& g, int64_t num_queries, int64_t num
           std::min(window, num_keys)};
 }
 
-// `lse` [H, T] may be undefined. The queries are the last `q.size(0) - ...` tokens of the last document only when there
-// is a single document; otherwise all of them.
+// `lse` [H, T] may be undefined. Of a single document the queries may be the last tokens only.
 Tensor forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& bounds, double scale,
                   int64_t window, Tensor& lse) {
   const Geometry g = {q.size(1), k.size(1), q.size(2)};

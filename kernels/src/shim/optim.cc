@@ -1,5 +1,4 @@
 // AdamW and reductions over flat buffers on the CPU.
-#include <atomic>
 #include <cmath>
 
 #include "common.h"
@@ -69,22 +68,6 @@ char* tangelo_chunk_square_sums(const at::Tensor* flat, int64_t chunk, double* s
         sums[i] = tangelo::cpu::kernels().square_sum(data + i * chunk, std::min(chunk, length - i * chunk));
       }
     });
-  });
-}
-
-char* tangelo_all_finite(const at::Tensor* tensor, bool* finite) {
-  return tangelo::guarded([&] {
-    std::atomic<bool> all{true};
-    const auto& kernels = tangelo::cpu::kernels();
-    const bool is_float = tensor->scalar_type() == at::kFloat;
-    const void* data = tensor->const_data_ptr();
-    at::parallel_for(0, tensor->numel(), tangelo::GRAIN, [&](int64_t begin, int64_t end) {
-      const bool good =
-          is_float ? kernels.all_finite_f32(static_cast<const float*>(data) + begin, end - begin)
-                   : kernels.all_finite_b16(static_cast<const uint16_t*>(data) + begin, end - begin);
-      if (!good) all = false;
-    });
-    *finite = all;
   });
 }
 

@@ -96,38 +96,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 // ---- embedding -----------------------------------------------------------------------------------------------
 
-struct Embedding : Function<Embedding> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& anchor, const Tensor& ids, const Tensor& table,
-                        const Tensor& main_grad) {
-    ctx->save_for_backward({ids});
-    ctx->saved_data["main_grad"] = main_grad;
-    return at::embedding(table, ids);
+void embedding_backward(const Tensor& ids, const Tensor& dy_any, Tensor& main_grad) {
+  auto dy = rows_of(dy_any).contiguous();
+  auto rows = ids.flatten().contiguous();
+  TORCH_CHECK(rows.scalar_type() == at::kLong, "embedding: ids of type ", ids.scalar_type(), ", expected int64");
+  TORCH_CHECK(rows.numel() == dy.size(0) && main_grad.dim() == 2 && main_grad.size(1) == dy.size(1) &&
+                  main_grad.is_contiguous(),
+              "embedding: ids of shape ", ids.sizes(), " and gradients of shape ", dy_any.sizes(),
+              " do not fit a main gradient of shape ", main_grad.sizes());
+  if (!has_kernels(dy) || main_grad.scalar_type() != at::kFloat) {
+    main_grad.index_add_(0, rows, dy.to(main_grad.scalar_type()));
+    return;
   }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    at::NoGradGuard no_grad;
-    auto ids = ctx->get_saved_variables()[0];
-    auto main = ctx->saved_data["main_grad"].toTensor();
-    auto dy = rows_of(grads[0]).contiguous();
-    auto rows = ids.flatten().contiguous();
-    if (has_kernels(dy)) {
-      // On one thread: rows repeat, and their order must not depend on how many threads there are.
-      kernels_for(dy).add_rows(dy.const_data_ptr(), rows.const_data_ptr<int64_t>(), rows.numel(), dy.size(1),
-                               main.data_ptr<float>());
-    } else {
-      main.index_add_(0, rows, dy.to(main.scalar_type()));
-    }
-    return {Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
-
-Tensor embedding(const Tensor& ids, const Tensor& table, const std::optional<Tensor>& main_grad) {
-  TORCH_CHECK(table.dim() == 2, "embedding: table of shape ", table.sizes(), ", expected [V, D]");
-  TORCH_CHECK(ids.scalar_type() == at::kLong, "embedding: ids of type ", ids.scalar_type(), ", expected int64");
-  check_weight("embedding", table);
-  check_main_grad("embedding", table, main_grad);
-  if (!at::GradMode::is_enabled() || !main_grad) return at::embedding(table, ids);
-  return Embedding::apply(anchor_for(table), ids, table, *main_grad);
+  // On one thread: rows repeat, and their order must not depend on how many threads there are.
+  kernels_for(dy).add_rows(dy.const_data_ptr(), rows.const_data_ptr<int64_t>(), rows.numel(), dy.size(1),
+                           main_grad.data_ptr<float>());
 }
 
 }  // namespace tangelo
@@ -144,9 +127,12 @@ char* tangelo_linear(const at::Tensor* x, const at::Tensor* weight, const at::Te
       [&] { *out = give(tangelo::linear(*x, *weight, maybe(bias), maybe(weight_grad), maybe(bias_grad))); });
 }
 
-char* tangelo_embedding(const at::Tensor* ids, const at::Tensor* table, const at::Tensor* main_grad,
-                        at::Tensor** out) {
-  return guarded([&] { *out = give(tangelo::embedding(*ids, *table, maybe(main_grad))); });
+// main_grad [V, D] += dy [.., D], each row at its id.
+char* tangelo_embedding_backward(const at::Tensor* ids, const at::Tensor* dy, at::Tensor* main_grad) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    tangelo::embedding_backward(*ids, *dy, *main_grad);
+  });
 }
 
 }  // extern "C"

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-fn start_working(size: usize, timeout: Duration) -> Ranks {
-    let ranks = Ranks::start("work", size, timeout, false);
+fn start_working(size: usize, timeout: Duration, host_store: bool) -> Ranks {
+    let ranks = Ranks::start("work", size, timeout, host_store);
     let begin = Instant::now();
     while ranks.store.add("working", 0).unwrap() < size as i64 {
         assert!(begin.elapsed() < PATIENCE, "the ranks do not get to work");
@@ -24,7 +24,7 @@ fn signal(ranks: &Ranks, rank: usize, signal: Signal) {
 #[test]
 fn a_killed_rank_is_named_within_seconds() {
     for victim in [0, 2] {
-        let mut ranks = start_working(3, PATIENCE);
+        let mut ranks = start_working(3, PATIENCE, false);
         let begin = Instant::now();
         signal(&ranks, victim, Signal::SIGKILL);
         for rank in (0..3).filter(|&rank| rank != victim) {
@@ -41,7 +41,7 @@ fn a_killed_rank_is_named_within_seconds() {
 #[test]
 fn a_stopped_rank_runs_the_others_into_the_deadline() {
     let timeout = Duration::from_secs(4);
-    let mut ranks = start_working(3, timeout);
+    let mut ranks = start_working(3, timeout, false);
     let begin = Instant::now();
     signal(&ranks, 1, Signal::SIGSTOP);
     for rank in [0, 2] {
@@ -52,6 +52,21 @@ fn a_stopped_rank_runs_the_others_into_the_deadline() {
     }
     assert!(begin.elapsed() >= timeout && begin.elapsed() < PATIENCE / 3, "{:?}", begin.elapsed());
     signal(&ranks, 1, Signal::SIGKILL);
+}
+
+#[test]
+fn a_stopped_rank_0_that_serves_the_store_holds_nobody_up() {
+    let timeout = Duration::from_secs(4);
+    let mut ranks = start_working(3, timeout, true);
+    let begin = Instant::now();
+    signal(&ranks, 0, Signal::SIGSTOP);
+    for rank in [1, 2] {
+        ranks.join(rank, PATIENCE);
+        let text = ranks.text(rank);
+        assert!(text.contains("timed out after") || text.contains("lost rank"), "rank {rank}: {text}");
+    }
+    assert!(begin.elapsed() >= timeout && begin.elapsed() < PATIENCE / 3, "{:?}", begin.elapsed());
+    signal(&ranks, 0, Signal::SIGKILL);
 }
 
 #[test]

@@ -20,7 +20,7 @@ const TIMEOUT_MS: &str = "TANGELO_TEST_TIMEOUT_MS";
 pub struct Ranks {
     pub children: Vec<Child>,
     pub folder: tempfile::TempDir,
-    /// Serves the ranks, as torchrun's agent would.
+    /// Serves the ranks, as torchrun's agent would, or is a client of rank 0's.
     pub store: Store,
 }
 
@@ -52,7 +52,12 @@ impl Ranks {
                 .spawn()
                 .unwrap()
         };
-        Ranks { children: (0..size).map(start).collect(), folder, store }
+        let children = (0..size).map(start).collect();
+        let store = match host_store {
+            true => Store::open(&StoreOptions { port, serve: false, ..options }).unwrap(),
+            false => store,
+        };
+        Ranks { children, folder, store }
     }
 
     /// Waits for a rank to end well.

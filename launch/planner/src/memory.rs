@@ -122,8 +122,10 @@ fn loss_bytes(plan: &Plan, tokens: u64, e: u64) -> u64 {
     let (v, d) = (plan.model.vocab_size as u64, plan.model.hidden_size as u64);
     // Input, output and a gradient of each; the inverse root.
     let norm = times(tokens, 4 * e * d + 4);
-    // Logits, log-probabilities and probabilities in fp32, their gradient.
-    let chunk = tokens.min(LOSS_CHUNK_TOKENS as u64) * v * (e + 4 + 4 + e);
+    // On a CPU one buffer is logits, then their gradient. On a GPU: logits, log-probabilities and probabilities in
+    // fp32, and the gradient.
+    let per_logit = if plan.config.training.device == DeviceChoice::Cpu { e } else { e + 4 + 4 + e };
+    let chunk = tokens.min(LOSS_CHUNK_TOKENS as u64) * v * per_logit;
     norm + chunk + if e == 4 { 0 } else { e * v * d }
 }
 

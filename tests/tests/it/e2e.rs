@@ -70,6 +70,20 @@ fn layouts_agree() {
 }
 
 #[test]
+fn a_run_goes_on_with_another_number_of_ranks() {
+    let job = Job::new(support::fresh_seed());
+    let undisturbed = job.run("undisturbed", 2, &[]).losses();
+    job.run("parts", 3, &["--set", "training.steps=6"]);
+    job.run("parts", 1, &["--set", "training.steps=13"]);
+    let parts = job.run("parts", 2, &[]).losses();
+    assert_eq!(parts.len(), undisturbed.len());
+    for ((step, found), (_, expected)) in parts.into_iter().zip(undisturbed) {
+        // As between layouts: sums in another order.
+        assert!((found - expected).abs() < 1e-5, "step {step}: {found} against {expected}");
+    }
+}
+
+#[test]
 fn a_killed_rank_is_named_and_the_restarted_run_ends_the_same() {
     let job = Job::new(support::fresh_seed());
     let whole = job.run("whole", 2, &[]);
@@ -116,25 +130,31 @@ fn ended(child: &mut Child) -> bool {
 fn five_kills_at_random_moments_change_nothing() {
     let seed = support::fresh_seed();
     let job = Job::new(seed);
-    let saving = ["--set", "checkpoint.interval=1"];
+    // Long enough that no kill comes too late.
+    let steps = 150;
+    let settings = [format!("training.steps={steps}"), format!("lr_scheduler.total_steps={steps}")];
+    let saving = ["--set", &settings[0], "--set", &settings[1], "--set", "checkpoint.interval=1"];
     let whole = job.run("whole", 2, &saving);
     let mut child =
         job.spawn("killed", 2, &[&saving[..], &["--max-restarts", "20", "--restart-backoff-ms", "50"]].concat());
     let mut state = seed | 1;
-    for _ in 0..5 {
+    let mut kills = 0;
+    while kills < 5 {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         wait_until("workers start", 60, || ended(&mut child) || children(child.id()).len() == 2);
+        assert!(!ended(&mut child), "the run ended after {kills} kills: it needs more steps");
         std::thread::sleep(Duration::from_millis(300 + (state >> 33) % 1500));
         let workers: Vec<u32> = children(child.id()).into_iter().collect();
         if let Some(&worker) = workers.get((state >> 40) as usize % workers.len().max(1)) {
             kill(worker);
+            kills += 1;
             wait_until("the worker ends", 10, || parent_of(worker) != Some(child.id()));
         }
     }
     wait_until("the run ends", 180, || ended(&mut child));
     let log = std::fs::read_to_string(job.path("killed.log")).unwrap();
     assert!(child.wait().unwrap().success(), "{log}");
-    assert_same_files(&job.finished("killed").checkpoint(STEPS), &whole.checkpoint(STEPS), "killed and undisturbed");
+    assert_same_files(&job.finished("killed").checkpoint(steps), &whole.checkpoint(steps), "killed and undisturbed");
 }
 
 #[test]

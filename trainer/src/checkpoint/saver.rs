@@ -151,8 +151,11 @@ impl Saver {
 
     /// Waits until the state given to [`Saver::save_lazily`] has been copied; how long that took. Free where it has.
     pub fn fence(&mut self) -> Duration {
+        if !std::mem::take(&mut self.copying) {
+            return Duration::ZERO;
+        }
         let started = Instant::now();
-        if std::mem::take(&mut self.copying) && self.copied.recv().is_err() {
+        if self.copied.recv().is_err() {
             self.died();
         }
         started.elapsed()

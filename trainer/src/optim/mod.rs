@@ -119,9 +119,12 @@ impl Optimizer {
     }
 
     /// The global norm of the reduced gradient: f64 over fixed chunks in global order.
-    pub fn grad_norm(&self, model: &Model) -> Result<f64> {
+    /// Also returns the time of its collective.
+    pub fn grad_norm(&self, model: &Model) -> Result<(f64, Duration)> {
         let local: Vec<f64> = self.states.iter().flat_map(|s| square_sums(model, s)).collect();
+        let start = Instant::now();
         let all = self.gather_chunks(&local)?;
+        let gathering = start.elapsed();
         let mut next: Vec<usize> =
             self.chunk_counts.iter().scan(0, |at, &n| Some(std::mem::replace(at, *at + n))).collect();
         let mut total = 0.0;
@@ -129,7 +132,7 @@ impl Optimizer {
             total += all[next[member]..next[member] + count].iter().sum::<f64>();
             next[member] += count;
         }
-        Ok(total.sqrt())
+        Ok((total.sqrt(), gathering))
     }
 
     fn gather_chunks(&self, local: &[f64]) -> Result<Vec<f64>> {
@@ -147,13 +150,14 @@ impl Optimizer {
     pub fn step(&mut self, model: &Model, step: u64, lr: f64, loss_is_finite: bool) -> Result<StepStats> {
         let mut communication = self.reduce(model)?;
         let start = Instant::now();
-        let grad_norm = self.grad_norm(model)?;
+        let (grad_norm, gathering) = self.grad_norm(model)?;
         let skipped = !(grad_norm.is_finite() && loss_is_finite);
         if !skipped {
             self.update(model, step, lr, self.clip_scale(grad_norm));
         }
         zero_gradients(model);
-        let update = start.elapsed();
+        let update = start.elapsed() - gathering;
+        communication += gathering;
         if !skipped && self.scope.size() > 1 {
             let start = Instant::now();
             for bucket in &self.buckets {

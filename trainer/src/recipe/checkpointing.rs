@@ -27,6 +27,8 @@ pub struct Checkpointing {
     saved: u64,
     /// The last step whose save ended well.
     written: u64,
+    /// Deadlines of a step's collectives, and of waiting until every rank has handed over its state.
+    deadlines: [Duration; 2],
 }
 
 impl Checkpointing {
@@ -96,8 +98,12 @@ impl Checkpointing {
         } else {
             None
         };
+        let comm = &plan.config.comm;
+        // Rank 0 may wait for the other ranks' files of the save before and, where saving is synchronous, of this one.
+        let waiting = 2 * comm.init_timeout_seconds + comm.train_timeout_seconds;
         Ok(Checkpointing {
             active,
+            deadlines: [comm.train_timeout_seconds, waiting].map(Duration::from_secs),
             interval: config.interval as u64,
             last_weights_only: config.last_save_model_only,
             last_step: plan.config.training.steps as u64,
@@ -120,12 +126,21 @@ impl Checkpointing {
     }
 
     /// Saves; training goes on as soon as the state is copied. A save that failed is reported and the run goes on.
+    ///
+    /// Ranks wait here for one another: one whose save before is slow must not look lost to the others, who would go on
+    /// to the next step's collectives.
     pub fn save(&mut self, worker: &TrainWorker, state: &TrainState, recorder: &mut Recorder) -> Result<()> {
         let Some((saver, writes)) = &mut self.active else { return Ok(()) };
         let weights_only = self.last_weights_only && state.step == self.last_step;
         match persist::save(worker, writes, saver, state.clone(), weights_only) {
             Ok(stalled) => recorder.stalled(stalled),
             Err(e) => recorder.warn(state.step, &format!("a checkpoint was not saved: {e}")),
+        }
+        if worker.data().size() > 1 {
+            let [step, waiting] = self.deadlines;
+            worker.data().set_timeout(waiting);
+            worker.data().barrier()?;
+            worker.data().set_timeout(step);
         }
         self.saved = state.step;
         self.report(recorder)

@@ -47,7 +47,7 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
         state.learning_rate = schedule.lr(state.step as usize);
         let step_stats = worker.optim_step(state.learning_rate, &loss_stats)?;
         // ---- below here nothing is on the hot path ----------------------------------------------------------------
-        stopped = loss_stats.stop;
+        stopped = loss_stats.stop && state.step < steps;
         advance(plan, &mut state, &worker, loss_stats.tokens, step_stats.skipped);
         recorder.step(&worker, &state, start.elapsed(), waited, &loss_stats, &step_stats)?;
         check_skipped(plan, &state, step_stats.skipped)?;
@@ -102,7 +102,7 @@ fn finish(
     checkpoints.finish(recorder)?;
     if info.rank == 0 && !stopped && plan.config.checkpoint.last_save_in_hf {
         recorder.phase("exporting");
-        setup::export_last(plan, state.step)?;
+        setup::export_last(plan, state.step, recorder)?;
     }
     recorder.done(state.step, plan.config.training.steps as u64);
     Ok(())

@@ -54,15 +54,17 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
     check_memory(plan, info, device)?;
     let loader = Loader::open(loader_options(plan, info.rank, Split::Train)?).map_err(data_error)?;
-    keep_tokenizer(plan, info)?;
     recorder.phase("meeting the other ranks");
     let data = connect(plan, info, device)?;
     recorder.phase("building the model");
     let mut worker = TrainWorker::new(plan, info.rank, data, device)?;
     let found = Checkpointing::find(plan, info, worker.data(), recorder)?;
+    if info.rank == 0 {
+        keep_tokenizer(plan, found.is_some())?;
+    }
     let fingerprint = loader.fingerprint();
     let state = match &found {
-        Some(checkpoint) => resume(plan, &mut worker, checkpoint, &fingerprint)?,
+        Some(checkpoint) => resume(plan, &mut worker, checkpoint, &fingerprint, recorder)?,
         None => start(plan, &mut worker, fingerprint, recorder)?,
     };
     let checkpoints = Checkpointing::start(plan, info, &worker, found.as_ref().map(Checkpoint::step))?;
@@ -124,8 +126,19 @@ fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator>
 }
 
 /// Goes on from a checkpoint of this run.
-fn resume(plan: &Plan, worker: &mut TrainWorker, from: &Checkpoint, fingerprint: &str) -> Result<TrainState> {
+fn resume(
+    plan: &Plan,
+    worker: &mut TrainWorker,
+    from: &Checkpoint,
+    fingerprint: &str,
+    recorder: &mut Recorder,
+) -> Result<TrainState> {
     let state = from.state().clone();
+    if state.step >= plan.config.training.steps as u64 {
+        // Nothing is left to train: the weights are there to be exported, moments may not be.
+        persist::restore(worker, from, true)?;
+        return Ok(state);
+    }
     if state.loader_fingerprint != fingerprint {
         return Err(TrainError::Data(format!(
             "{} was trained on other data (fingerprint {}, now {fingerprint}): the order of samples would silently \
@@ -138,9 +151,19 @@ fn resume(plan: &Plan, worker: &mut TrainWorker, from: &Checkpoint, fingerprint:
     }
     let expected = plan.schedule().lr(state.step as usize);
     if state.step > 0 && state.learning_rate != expected {
-        eprintln!(
-            "warning: the schedule changed: step {} had a learning rate of {:e}, now {expected:e}",
-            state.step, state.learning_rate
+        let rates = format!("step {} had a learning rate of {:e}, now {expected:e}", state.step, state.learning_rate);
+        recorder.warn(state.step, &format!("the schedule changed: {rates}"));
+    }
+    let (now, seen) = (plan.global_batch_size as u64, state.global_sample_index);
+    if seen != state.step * now {
+        let before = seen as f64 / state.step.max(1) as f64;
+        recorder.warn(
+            state.step,
+            &format!(
+                "the global batch changed: {before} samples per step until step {}, now {now} (by default it grows with \
+                 the number of ranks). Set training.global_batch_size to go on as before",
+                state.step
+            ),
         );
     }
     persist::restore(worker, from, false)?;
@@ -179,8 +202,9 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
         }
         Source::Pretrained(weights) => {
             check_shapes(plan, weights.spec(), &path)?;
-            init::from_source(worker.model(), source.tensors())?;
-            worker.adopt_weights();
+            init::from_source(worker.model(), source.tensors(), &mut |unit, at, values| {
+                worker.adopt_values(unit, at, values);
+            })?;
             Ok(fresh)
         }
     }
@@ -219,10 +243,11 @@ pub fn job_tokenizer(plan: &Plan) -> Result<TokenizerAssets> {
     tokenizer::load(place).map_err(|e| TrainError::Data(e.to_string()))
 }
 
-/// Rank 0 keeps the tokenizer in the run folder, so that a run can be moved and still be used.
-fn keep_tokenizer(plan: &Plan, info: &RankInfo) -> Result<()> {
+/// Keeps the tokenizer in the run folder, so that a run can be moved and still be used. One that is there already is
+/// this run's only where the run goes on.
+fn keep_tokenizer(plan: &Plan, resumes: bool) -> Result<()> {
     let path = plan.config.job.dump_folder.join("tokenizer.json");
-    if info.rank != 0 || path.exists() {
+    if resumes && path.exists() {
         return Ok(());
     }
     let kept = job_tokenizer(plan)?.save(&plan.config.job.dump_folder);
@@ -230,7 +255,7 @@ fn keep_tokenizer(plan: &Plan, info: &RankInfo) -> Result<()> {
 }
 
 /// The newest checkpoint as a Hugging Face folder, `export` in the run folder.
-pub fn export_last(plan: &Plan, step: u64) -> Result<()> {
+pub fn export_last(plan: &Plan, step: u64, recorder: &mut Recorder) -> Result<()> {
     let run = &plan.config.job.dump_folder;
     let folder = run.join(&plan.config.checkpoint.folder);
     let found = find_usable(&folder, Some(step)).map_err(|e| TrainError::Data(e.to_string()))?;
@@ -238,7 +263,13 @@ pub fn export_last(plan: &Plan, step: u64) -> Result<()> {
         return Err(TrainError::Data(format!("{} holds no checkpoint of step {step} to export", folder.display())));
     };
     let source = Source::Checkpoint(checkpoint);
-    let tokenizer = source.tokenizer(run).ok();
+    let tokenizer = match source.tokenizer(run) {
+        Ok(tokenizer) => Some(tokenizer),
+        Err(e) => {
+            recorder.warn(step, &format!("the exported model has no tokenizer: {e}"));
+            None
+        }
+    };
     let output = run.join("export");
     if output.exists() {
         std::fs::remove_dir_all(&output).map_err(|e| TrainError::Device(format!("{}: {e}", output.display())))?;

@@ -1,8 +1,6 @@
-//! The reductions in plain operations.
+//! The reduction in plain operations.
 
 use tch::{Kind, Tensor};
-
-use crate::op::accumulate_kind;
 
 /// See [`super::chunk_square_sums`].
 pub fn chunk_square_sums(flat: &Tensor, chunk_len: usize) -> Vec<f64> {
@@ -14,20 +12,4 @@ pub fn chunk_square_sums(flat: &Tensor, chunk_len: usize) -> Vec<f64> {
             chunk.square().sum(Kind::Double).double_value(&[])
         })
         .collect()
-}
-
-/// See [`super::all_finite`].
-pub fn all_finite(tensor: &Tensor) -> bool {
-    tensor.isfinite().all().int64_value(&[]) != 0
-}
-
-/// See [`super::sum_in_rank_order`].
-pub fn sum_in_rank_order(parts: &[Tensor]) -> Tensor {
-    let (first, rest) = parts.split_first().expect("sum_in_rank_order needs at least one part");
-    let kind = accumulate_kind(first);
-    let mut sum = first.to_dtype(kind, false, true);
-    for part in rest {
-        sum += part.to_kind(kind);
-    }
-    sum
 }

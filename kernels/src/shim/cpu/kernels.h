@@ -30,8 +30,8 @@ struct Typed {
   void (*swiglu)(const void* gate_up, void* out, int64_t begin, int64_t end, int64_t width);
   void (*swiglu_backward)(const void* gate_up, const void* dy, void* dgate_up, int64_t begin, int64_t end,
                           int64_t width);
-  // Negative log-likelihood of `target` under one row of logits; with `scale` not zero the row becomes
-  // (softmax - one hot) * scale. `scratch` has room for the row in fp32, or is null when scale is zero.
+  // Negative log-likelihood of `target` under one row of logits; with a `scratch` (room for the row in fp32) the row
+  // becomes (softmax - one hot) * scale.
   double (*cross_entropy_row)(void* logits, int64_t width, int64_t target, float scale, float* scratch);
   // Rows `ids` of `grad` added to fp32 rows.
   void (*add_rows)(const void* grad, const int64_t* ids, int64_t count, int64_t width, float* table);
@@ -70,8 +70,6 @@ struct Kernels {
   void (*dot_products)(const float* x, const float* w, const float* bias, float* out, int64_t rows, int64_t inputs,
                        int64_t outputs, int64_t begin, int64_t end);
   double (*square_sum)(const float* from, int64_t length);
-  bool (*all_finite_f32)(const float* from, int64_t length);
-  bool (*all_finite_b16)(const uint16_t* from, int64_t length);
 };
 
 // The table for the processor this runs on; chosen once. TANGELO_CPU_KERNELS=generic|avx2|avx512|avx512_bf16 asks for one.
