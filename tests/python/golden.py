@@ -3,7 +3,7 @@
   golden.py make OUT SEED          one folder per case in CASES: a random small model, its logits, loss and gradients
   golden.py same OUT                for every case: OUT/CASE/export must give the logits of OUT/CASE/model, bit for bit
   golden.py logits MODEL IDS OUT   logits of a saved model on one sequence, float32
-  golden.py gguf FILE OUT PROMPT.. greedy continuations and log-probabilities of a GGUF file
+  golden.py gguf FILE OUT PROMPT.. greedy continuations of a GGUF file, its logits, loss and gradients
 
 float64 is the truth here, so it must be float64 throughout: transformers computes rotary angles, RMS norms and the
 loss in float32 whatever the model's type, so the float64 run replaces those three by plain formulas in the model's
@@ -144,10 +144,28 @@ def permuted(model, generator):
 
 def rounding_errors(model, documents, truth, generator):
     """What transformers is off by in fp32 (largest difference of a logit), once for every of NUM_ORDERS orders."""
-    runs = [permuted(model, generator) for _ in range(NUM_ORDERS)]
-    with torch.no_grad():
-        logits = [torch.cat([m(ids[None]).logits[0] for ids in documents]) for m in runs]
-    return torch.stack([(l.double() - truth).abs().max() for l in logits])
+    errors = []
+    for _ in range(NUM_ORDERS):
+        run = permuted(model, generator)
+        with torch.no_grad():
+            logits = torch.cat([run(ids[None]).logits[0] for ids in documents])
+        errors.append((logits.double() - truth).abs().max())
+    return torch.stack(errors)
+
+
+def answers_on(model, documents, generator):
+    """What tests compare: documents, logits and loss in float64, gradients (float64's, rounded to float32), and by how
+    much transformers in float32 is off: its logits at most, each gradient norm-relative."""
+    _, _, grads32 = run(model, documents)
+    model.zero_grad()
+    logits, loss, grads64 = run(to_float64(copy.deepcopy(model)), documents)
+    tensors = {"ids": torch.cat(documents), "lengths": torch.tensor([len(ids) for ids in documents])}
+    tensors |= {"logits.f64": logits, "loss.f64": loss.reshape(1)}
+    for name, truth in grads64.items():
+        error = (grads32[name].double() - truth).norm() / truth.norm()
+        tensors |= {f"grad.{name}": truth.float().contiguous(), f"grad_error.{name}": error.reshape(1)}
+    tensors["logit_errors"] = rounding_errors(model, documents, logits, generator)
+    return tensors
 
 
 def greedy(model, prompt, count):
@@ -179,14 +197,8 @@ def make(out, seed):
         documents = [torch.randint(config.vocab_size, (n,), generator=generator) for n in lengths]
         prompt = torch.randint(config.vocab_size, (rng.randrange(1, 12),), generator=generator)
         greedy_ids, _ = greedy(model, prompt, NUM_GREEDY)
-        tensors = {"ids": torch.cat(documents), "lengths": torch.tensor(lengths)}
-        tensors |= {"prompt": prompt, "greedy": torch.tensor(greedy_ids)}
-        for kind, m in [("f32", model), ("f64", to_float64(copy.deepcopy(model)))]:
-            logits, loss, grads = run(m, documents)
-            tensors |= {f"logits.{kind}": logits, f"loss.{kind}": loss.reshape(1)}
-            tensors |= {f"grad.{kind}.{n}": g.contiguous() for n, g in grads.items()}
-        tensors["logit_errors.f32"] = rounding_errors(model, documents, tensors["logits.f64"], generator)
-        save_file(tensors, folder / "golden.safetensors")
+        tensors = {"prompt": prompt, "greedy": torch.tensor(greedy_ids)}
+        save_file(tensors | answers_on(model, documents, generator), folder / "golden.safetensors")
     (Path(out) / "cases.json").write_text(json.dumps([name for name, _, _ in CASES]))
 
 
@@ -215,15 +227,13 @@ def gguf(file, out, prompts):
     folder, name = str(Path(file).parent), Path(file).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
-    answers = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids[0]
-        new, logprobs = greedy(model, ids, NUM_GREEDY)
-        with torch.no_grad():
-            rows = model(ids[None]).logits[0].float().log_softmax(-1)
-        scores = [None] + rows[:-1].gather(1, ids[1:, None])[:, 0].tolist()
-        answers.append(dict(prompt=prompt, ids=ids.tolist(), scores=scores, greedy=new, logprobs=logprobs))
-    Path(out).write_text(json.dumps(answers))
+    documents = [tokenizer(prompt, return_tensors="pt").input_ids[0] for prompt in prompts]
+    answers = [
+        dict(prompt=prompt, ids=ids.tolist(), greedy=greedy(model, ids, NUM_GREEDY)[0])
+        for prompt, ids in zip(prompts, documents)
+    ]
+    (Path(out) / "answers.json").write_text(json.dumps(answers))
+    save_file(answers_on(model, documents, torch.Generator().manual_seed(0)), Path(out) / "golden.safetensors")
 
 
 def main():

@@ -22,7 +22,7 @@ const MAX_MEAN_ERROR_RATIO: f64 = 1.6;
 /// fp32 gradients of models this small are some 1e-6 off (transformers' own are 1e-6 to 4e-6); a missing or doubled
 /// term is off by far more. A draw whose softmax is all but saturated leaves q and k a gradient of differences of
 /// nearly equal numbers, which no fp32 computation has to 1e-5: there transformers' own error, 6e-5 in one draw of
-/// some hundred, is the measure, by the same factor as for logits.
+/// some hundred, is the measure, by the same factor as for logits; so in some of SmolLM2's layers (2e-4 on thirty tokens, both).
 const MAX_GRADIENT_ERROR: f64 = 1e-5;
 /// The mean of some 50 losses near 7, each with a few roundings of 1e-7 relative.
 const MAX_LOSS_ERROR: f64 = 1e-5;
@@ -80,7 +80,7 @@ fn relative_error(found: &Tensor, truth: &Tensor) -> f64 {
 /// Returns our largest error over the geometric mean of transformers' largest errors.
 fn check_logits(model: &Model, golden: &Golden, faults: &mut Vec<String>) -> f64 {
     let ours = max_error(&model.logits(&packed(golden).pack), &golden["logits.f64"]);
-    let errors = &golden["logit_errors.f32"];
+    let errors = &golden["logit_errors"];
     let (theirs, mean) = (errors.max().double_value(&[]), errors.log().mean(Kind::Double).exp().double_value(&[]));
     println!("  logits: error {ours:.2e}, transformers' {mean:.2e} on average, at most {theirs:.2e}");
     if ours > MAX_ERROR_RATIO * theirs {
@@ -104,11 +104,11 @@ fn check_gradients(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
         }
         let mut worst = 0f64;
         for (key, truth) in golden {
-            let Some(name) = key.strip_prefix("grad.f64.") else { continue };
+            let Some(name) = key.strip_prefix("grad.") else { continue };
             let grad = model.weight(name).and_then(|w| w.grad().map(Tensor::shallow_clone));
             let error = grad.map_or(f64::INFINITY, |grad| relative_error(&grad, truth));
             worst = worst.max(error);
-            let theirs = relative_error(&golden[&format!("grad.f32.{name}")], truth);
+            let theirs = golden[&format!("grad_error.{name}")].double_value(&[0]);
             if error > MAX_GRADIENT_ERROR.max(MAX_ERROR_RATIO * theirs) {
                 faults.push(format!("{what}: gradient of {name} off by {error:.1e}, transformers' by {theirs:.1e}"));
             }
@@ -190,7 +190,6 @@ fn cases(folder: &Path) -> Vec<String> {
 struct Answer {
     prompt: String,
     ids: Vec<u32>,
-    scores: Vec<Option<f64>>,
     greedy: Vec<u32>,
 }
 
@@ -198,25 +197,25 @@ struct Answer {
 fn a_real_quantised_model_equals_transformers() {
     let (Some(python), Some(file)) = (support::python(), support::smollm2()) else { return };
     let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("answers.json");
+    // Between them some thirty tokens: enough that no gradient is all rounding.
     let prompts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a"];
-    let arguments = [&["gguf", file.to_str().unwrap(), out.to_str().unwrap()], &prompts[..]].concat();
+    let arguments = [&["gguf", file.to_str().unwrap(), folder.path().to_str().unwrap()], &prompts[..]].concat();
     support::run_script(&python, "golden.py", &arguments);
-    let answers: Vec<Answer> = serde_json::from_str(&std::fs::read_to_string(out).unwrap()).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("answers.json")).unwrap();
+    let answers: Vec<Answer> = serde_json::from_str(&text).unwrap();
     assert_eq!(answers.len(), prompts.len());
-    let (model, tokenizer) = (load(&file, false), tokenizer::load(&file).unwrap().tokenizer);
-    for answer in answers {
+    let (model, tokenizer) = (load(&file, true), tokenizer::load(&file).unwrap().tokenizer);
+    let mut faults = Vec::new();
+    let golden = golden(&folder.path().join("golden.safetensors"));
+    check_logits(&model, &golden, &mut faults);
+    check_gradients(&model, &golden, &mut faults);
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    for answer in &answers {
         let ids = tokenizer.encode(answer.prompt.as_str(), true).unwrap();
         assert_eq!(ids.get_ids(), answer.ids, "{:?} is tokenised in another way", answer.prompt);
-        let logprobs = model.logits(&PackContext::single(&answer.ids, Device::Cpu)).log_softmax(-1, Kind::Double);
-        for (i, expected) in answer.scores.iter().enumerate().skip(1) {
-            let found = logprobs.double_value(&[i as i64 - 1, i64::from(answer.ids[i])]);
-            // Logits near 20 after 30 layers in fp32, in another order of sums on each side.
-            assert!((found - expected.unwrap()).abs() < 1e-3, "token {i}: {found}, expected {expected:?}");
-        }
         let found = greedy(&model, &answer.ids, answer.greedy.len(), true);
         assert_eq!(found, answer.greedy, "{:?}", answer.prompt);
     }
-    let prompt: Vec<u32> = tokenizer.encode(prompts[0], true).unwrap().get_ids().to_vec();
-    assert_eq!(greedy(&model, &prompt, 16, false), greedy(&model, &prompt, 16, true), "cached and uncached differ");
+    let Answer { ids, greedy: expected, .. } = &answers[0];
+    assert_eq!(greedy(&model, ids, expected.len(), false), *expected, "cached and uncached differ");
 }
