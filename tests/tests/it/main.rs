@@ -5,6 +5,7 @@
 
 mod e2e;
 mod job;
+mod layouts;
 mod parity;
 mod support;
 mod tidy;
