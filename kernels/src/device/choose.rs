@@ -40,6 +40,25 @@ pub fn choose(choice: DeviceChoice, local_rank: usize) -> Result<Device, DeviceE
     )))
 }
 
+/// Makes operations on a GPU repeat their bits from run to run, where libtorch has such a form of them. To be called
+/// before the first of them, for cuBLAS reads its workspace's shape when it starts.
+pub fn use_deterministic_operations() -> Result<(), DeviceError> {
+    unsafe extern "C" {
+        fn tangelo_use_deterministic_operations() -> *mut std::ffi::c_char;
+        fn tangelo_free(message: *mut std::ffi::c_char);
+    }
+    // SAFETY: answers null or a text that it gave away.
+    let message = unsafe { tangelo_use_deterministic_operations() };
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: as above.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    // SAFETY: as above; freed once.
+    unsafe { tangelo_free(message) };
+    Err(DeviceError::Unavailable(format!("deterministic operations: {text}")))
+}
+
 /// Whether this machine has a CUDA driver.
 pub fn driver_present() -> bool {
     open(c"libcuda.so.1", libc::RTLD_NOW).is_ok()

@@ -1,8 +1,17 @@
-// What libtorch's allocator for a GPU holds. Used by device/measure.rs alone.
+// libtorch's state for GPUs that tch does not reach. Used by device/ alone.
 
 #include "common.h"
 
 #include <c10/core/CachingDeviceAllocator.h>
+
+// Operations that have a deterministic form use it; one that has none warns once and runs all the same.
+extern "C" char* tangelo_use_deterministic_operations() {
+  return tangelo::guarded([] {
+    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
+    at::globalContext().setDeterministicCuDNN(true);
+    at::globalContext().setBenchmarkCuDNN(false);
+  });
+}
 
 extern "C" char* tangelo_gpu_memory(int32_t index, int64_t* out) {
   return tangelo::guarded([&] {
