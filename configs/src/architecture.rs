@@ -12,7 +12,10 @@ use tangelo_core::DType;
 pub(crate) fn resolve(config: &mut JobConfig, assets: &dyn ModelAssets) -> Result<ModelSpec, ConfigError> {
     let base = Base::of(&config.model, assets)?;
     let mut keys = over(&config.model, &base.keys)?;
-    let tokenizer = tokenizer(config, assets)?;
+    let tokenizer = match absent_tokenizer(config, &keys, assets) {
+        true => Tokenizer::default(),
+        false => tokenizer(config, assets)?,
+    };
     if keys.vocab_size.is_none() {
         keys.vocab_size = Some(tokenizer.vocab_size.next_multiple_of(VOCAB_MULTIPLE));
     }
@@ -62,9 +65,18 @@ impl Base {
     }
 }
 
+#[derive(Default)]
 struct Tokenizer {
     vocab_size: usize,
     special: SpecialTokens,
+}
+
+/// Whether to resolve without the tokenizer: it is not there, the caller may do without, and the vocabulary is known.
+fn absent_tokenizer(config: &JobConfig, keys: &Model, assets: &dyn ModelAssets) -> bool {
+    let is_absent = |path: &Path| assets.may_lack(path);
+    config.data.train_tokenizer_vocab == 0
+        && keys.vocab_size.is_some()
+        && config.data.tokenizer.as_deref().is_some_and(is_absent)
 }
 
 /// What the job's tokenizer says. One that is yet to be trained has the size asked for and ends documents with id 0.
@@ -92,11 +104,12 @@ fn check_vocabulary(spec: &ModelSpec, tokenizer: usize, config: &JobConfig) -> R
     if spec.vocab_size >= tokenizer {
         return Ok(());
     }
-    let path = config.data.tokenizer.as_deref().unwrap_or(Path::new("")).display();
+    let path = config.data.tokenizer_path().unwrap_or_default();
     Err(ConfigError::Values(vec![format!(
-        "`model.vocab_size` = {} is less than the {tokenizer} ids of the tokenizer {path}: ids {} and above would have \
-         no embedding; set it to {} or more, or take another tokenizer",
+        "`model.vocab_size` = {} is less than the {tokenizer} ids of the tokenizer {}: ids {} and above would have no \
+         embedding; set it to {} or more, or take another tokenizer",
         spec.vocab_size,
+        path.display(),
         spec.vocab_size,
         tokenizer.next_multiple_of(VOCAB_MULTIPLE)
     )]))

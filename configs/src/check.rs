@@ -171,18 +171,18 @@ fn data(found: &mut Found, c: &JobConfig) {
         "`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = [\"corpus/*.txt\"]".into()
     });
     for (index, source) in d.sources.iter().enumerate() {
-        let label = source.name.clone().unwrap_or_else(|| index.to_string());
-        found.require(!source.paths.is_empty(), || format!("`data.sources` {label}: `paths` is empty"));
+        let key = format!("data.sources.{index}");
+        found.require(!source.paths.is_empty(), || format!("`{key}.paths` is empty: name files, folders or globs"));
         if let Some(weight) = source.weight {
             found.require(weight.is_finite() && weight > 0.0, || {
-                format!("`data.sources` {label}: `weight` = {weight}; it must be above 0 (or remove the source)")
+                format!("`{key}.weight` = {weight}; it must be above 0 (or remove the source)")
             });
         }
     }
     let name = |s: &DataSource| s.name.clone().unwrap_or_default();
     for (index, source) in d.sources.iter().enumerate().filter(|(_, s)| s.name.is_some()) {
         found.require(!d.sources[..index].iter().any(|other| name(other) == name(source)), || {
-            format!("`data.sources`: two are named \"{}\"; give each its own `name`", name(source))
+            format!("`data.sources.{index}.name`: two sources are named \"{}\"; give each its own", name(source))
         });
     }
     let weighted = d.sources.iter().filter(|s| s.weight.is_some()).count();
@@ -249,6 +249,13 @@ fn validation(found: &mut Found, c: &JobConfig) {
     });
     found.require(v.sample_tokens == 0 || !v.prompts.is_empty(), || {
         format!("`validation.sample_tokens` = {}, but `validation.prompts` is empty", v.sample_tokens)
+    });
+    found.require(v.sample_tokens == 0 || v.enable, || {
+        format!(
+            "`validation.sample_tokens` = {}, but `validation.enable` = false: samples are written after evaluations; \
+             set it to true",
+            v.sample_tokens
+        )
     });
 }
 

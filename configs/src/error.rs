@@ -24,7 +24,7 @@ pub enum ConfigError {
     /// Text that is not a configuration: bad syntax, unknown keys, wrong types.
     #[error("{}", list(.0))]
     Text(Vec<TextError>),
-    /// Values that make no sense alone or together; every one that was found.
+    /// Values that make no sense alone or together; every one that was found, with the place of the key at fault.
     #[error("{}", list(.0))]
     Values(Vec<String>),
     /// Model assets (config.json, GGUF, tokenizer) cannot be used.
@@ -52,12 +52,19 @@ pub enum ConfigError {
 /// One thing wrong at one place in a TOML text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TextError {
-    /// Where the text comes from.
-    pub origin: Origin,
-    /// Line and column of the place, from 1, where known.
-    pub position: Option<(usize, usize)>,
+    /// Where.
+    pub place: Place,
     /// What is wrong, and what would be right.
     pub message: String,
+}
+
+/// A place in a TOML text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// Where the text comes from.
+    pub origin: Origin,
+    /// Line and column, from 1, where known.
+    pub position: Option<(usize, usize)>,
 }
 
 /// Where TOML text comes from.
@@ -69,7 +76,7 @@ pub enum Origin {
     Set(String),
 }
 
-impl fmt::Display for TextError {
+impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.origin {
             Origin::File(path) => write!(f, "{}", path.display())?,
@@ -78,7 +85,13 @@ impl fmt::Display for TextError {
         if let Some((line, column)) = self.position {
             write!(f, ":{line}:{column}")?;
         }
-        write!(f, ": {}", self.message)
+        Ok(())
+    }
+}
+
+impl fmt::Display for TextError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.message)
     }
 }
 

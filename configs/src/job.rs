@@ -4,9 +4,13 @@
 //! denies unknown keys and has a default for every key, so that the resolved file shows them all.
 
 use crate::model::{Family, RopeScaling};
+use crate::places::Places;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+
+/// The column with the text, unless told otherwise.
+pub const DEFAULT_TEXT_COLUMN: &str = "text";
 
 /// A whole job.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -41,6 +45,9 @@ pub struct JobConfig {
     pub comm: Comm,
     /// Reproducibility.
     pub debug: Debug,
+    /// Where the values come from, for errors; empty in a resolved job.
+    #[serde(skip)]
+    pub(crate) places: Places,
 }
 
 /// `[job]`
@@ -139,11 +146,12 @@ pub struct Data {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataSource {
-    /// Names it in metrics and manifests; the path's last part where absent.
+    /// Names it in metrics and its folder of shards; the path's last part where absent. Characters other than letters,
+    /// digits, `-`, `_` and `.` become `-`.
     pub name: Option<String>,
     /// Globs of text files, .jsonl(.gz|.zst), .parquet or .arrow; or one folder made by `tangelo data prepare`.
     pub paths: Vec<String>,
-    /// The column with the text.
+    /// The column with the text; `text` where absent.
     pub text_column: Option<String>,
     /// Share of the sequences that come from here, relative to the other sources'. Default: by its number of sequences.
     pub weight: Option<f64>,
@@ -450,6 +458,16 @@ impl Default for Data {
             validation_fraction: 0.005,
             shard_tokens: 1 << 26,
         }
+    }
+}
+
+impl Data {
+    /// Where the tokenizer lies: in `prepared_folder` where one is trained, else what `tokenizer` names.
+    pub fn tokenizer_path(&self) -> Option<PathBuf> {
+        if self.train_tokenizer_vocab == 0 {
+            return self.tokenizer.clone();
+        }
+        self.prepared_folder.as_ref().map(|folder| folder.join("tokenizer.json"))
     }
 }
 

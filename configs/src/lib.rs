@@ -6,7 +6,8 @@
 //! [`ModelSpec`] is an architecture as data: it lists parameters and counts FLOPs and bytes without libtorch;
 //! [`hf_config`] reads and writes it as Hugging Face's config.json.
 //!
-//! Invariant: only `load` and [`Resources::of_this_machine`](resolve::Resources::of_this_machine) touch the system.
+//! Invariant: only `load`, [`num_gpus`] and
+//! [`Resources::of_this_machine`](resolve::Resources::of_this_machine) touch the system.
 
 mod architecture;
 mod check;
@@ -18,16 +19,17 @@ mod known;
 mod load;
 pub mod model;
 mod nearest;
+mod places;
 pub mod plan;
 pub mod preset;
 pub mod requests;
 pub mod resolve;
 pub mod schema;
 
-pub use error::{ConfigError, Origin, TextError};
+pub use error::{ConfigError, Origin, Place, TextError};
 pub use flavor::flavors;
 pub use job::JobConfig;
 pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use plan::Plan;
-pub use resolve::{ModelAssets, Resources, SpecialTokens};
+pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
 pub use schema::schema;

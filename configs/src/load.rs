@@ -5,9 +5,10 @@
 //! an error names its own file, line and column.
 
 use crate::JobConfig;
-use crate::error::{ConfigError, Origin, TextError};
+use crate::error::{ConfigError, Origin, Place, TextError};
 use crate::known::Known;
 use crate::nearest::nearest;
+use crate::places::Places;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
@@ -19,7 +20,7 @@ use toml::{Table, Value};
 /// # Errors
 /// [`ConfigError::Read`], [`ConfigError::Cycle`], or [`ConfigError::Text`] with every unknown key at once.
 pub fn load(path: &Path, sets: &[String]) -> Result<JobConfig, ConfigError> {
-    let mut merged = Table::new();
+    let mut merged = Layer::default();
     read_into(&mut merged, path, &mut Vec::new())?;
     finish(merged, sets, &Origin::File(path.to_owned()))
 }
@@ -37,15 +38,23 @@ pub fn load_str(text: &str, name: &str, sets: &[String]) -> Result<JobConfig, Co
     finish(layer, sets, &origin)
 }
 
-fn finish(mut merged: Table, sets: &[String], origin: &Origin) -> Result<JobConfig, ConfigError> {
+/// Values, and where each was given.
+#[derive(Default)]
+struct Layer {
+    values: Table,
+    places: Places,
+}
+
+fn finish(mut merged: Layer, sets: &[String], origin: &Origin) -> Result<JobConfig, ConfigError> {
     for set in sets {
         apply_set(&mut merged, set)?;
     }
-    JobConfig::deserialize(merged).map_err(|e| at(origin, None, e.message().to_owned()))
+    let config = JobConfig::deserialize(merged.values).map_err(|e| at(origin, None, e.message().to_owned()))?;
+    Ok(JobConfig { places: merged.places, ..config })
 }
 
 /// Merges what `path` includes, then `path` itself. `chain` is who included it.
-fn read_into(merged: &mut Table, path: &Path, chain: &mut Vec<PathBuf>) -> Result<(), ConfigError> {
+fn read_into(merged: &mut Layer, path: &Path, chain: &mut Vec<PathBuf>) -> Result<(), ConfigError> {
     let failed = |e: std::io::Error| ConfigError::Read { path: path.to_owned(), message: e.to_string() };
     let text = std::fs::read_to_string(path).map_err(failed)?;
     let real = path.canonicalize().map_err(failed)?;
@@ -66,30 +75,32 @@ fn read_into(merged: &mut Table, path: &Path, chain: &mut Vec<PathBuf>) -> Resul
 }
 
 /// Lays `layer` over `merged`, section by section and key by key.
-fn merge(merged: &mut Table, layer: Table) {
-    for (section, value) in layer {
-        match (merged.get_mut(&section), value) {
+fn merge(merged: &mut Layer, layer: Layer) {
+    merged.places.merge(layer.places);
+    let values = &mut merged.values;
+    for (section, value) in layer.values {
+        match (values.get_mut(&section), value) {
             (Some(Value::Table(below)), Value::Table(above)) => below.extend(above),
             (_, value) => {
-                merged.insert(section, value);
+                values.insert(section, value);
             }
         }
     }
-    merged.remove("include");
+    values.remove("include");
 }
 
 /// Parses one layer and checks its keys and types.
-fn check_text(text: &str, origin: &Origin) -> Result<(Table, JobConfig), ConfigError> {
+fn check_text(text: &str, origin: &Origin) -> Result<(Layer, JobConfig), ConfigError> {
     let place = |offset: usize| Some(line_and_column(text, offset));
     let spanned = DeTable::parse(text)
         .map_err(|e| at(origin, e.span().and_then(|s| place(s.start)), e.message().trim().to_owned()))?;
     let known = Known::new();
     let mut unknown = Vec::new();
     find_unknown(spanned.get_ref(), &known, &mut Vec::new(), &mut |offset, message| {
-        unknown.push(TextError { origin: origin.clone(), position: place(offset), message });
+        unknown.push(TextError { place: Place { origin: origin.clone(), position: place(offset) }, message });
     });
     if !unknown.is_empty() {
-        unknown.sort_by_key(|e| e.position);
+        unknown.sort_by_key(|e| e.place.position);
         return Err(ConfigError::Text(unknown));
     }
     let config = toml::from_str::<JobConfig>(text).map_err(|e| {
@@ -97,8 +108,9 @@ fn check_text(text: &str, origin: &Origin) -> Result<(Table, JobConfig), ConfigE
         let key = key_at(spanned.get_ref(), span.start).join(".");
         at(origin, place(span.start), explain(&key, e.message()))
     })?;
-    let layer = toml::from_str::<Table>(text).map_err(|e| at(origin, None, e.message().to_owned()))?;
-    Ok((layer, config))
+    let values = toml::from_str::<Table>(text).map_err(|e| at(origin, None, e.message().to_owned()))?;
+    let places = Places::of(spanned.get_ref(), origin, |offset| line_and_column(text, offset));
+    Ok((Layer { values, places }, config))
 }
 
 /// Reports every key that no section has, deepest tables included.
@@ -143,7 +155,7 @@ fn key_in(value: &DeValue<'_>, offset: usize) -> Vec<String> {
     }
 }
 
-fn apply_set(merged: &mut Table, set: &str) -> Result<(), ConfigError> {
+fn apply_set(merged: &mut Layer, set: &str) -> Result<(), ConfigError> {
     let origin = Origin::Set(set.to_owned());
     let fail = |message: String| at(&origin, None, message);
     let (key, text) =
@@ -162,18 +174,17 @@ fn apply_set(merged: &mut Table, set: &str) -> Result<(), ConfigError> {
     }
     let parsed = toml::from_str::<Table>(&format!("value = {}", text.trim())).ok().and_then(|mut t| t.remove("value"));
     let bare = Value::String(text.to_owned());
-    let first = with_value(merged, &path, parsed.clone().unwrap_or_else(|| bare.clone())).map_err(fail)?;
-    let error = match JobConfig::deserialize(first.clone()) {
-        Ok(_) => {
-            *merged = first;
-            return Ok(());
+    let first = with_value(&merged.values, &path, parsed.clone().unwrap_or_else(|| bare.clone())).map_err(fail)?;
+    merged.values = match JobConfig::deserialize(first.clone()) {
+        Ok(_) => first,
+        Err(error) => {
+            // `--set job.description=7` means the text "7".
+            let second = with_value(&merged.values, &path, bare).map_err(fail)?;
+            JobConfig::deserialize(second.clone()).map_err(|_| fail(explain(&names.join("."), error.message())))?;
+            second
         }
-        Err(error) => explain(&names.join("."), error.message()),
     };
-    // `--set job.description=7` means the text "7".
-    let second = with_value(merged, &path, bare).map_err(fail)?;
-    JobConfig::deserialize(second.clone()).map_err(|_| fail(error))?;
-    *merged = second;
+    merged.places.set(&path.join("."), origin);
     Ok(())
 }
 
@@ -229,5 +240,5 @@ fn line_and_column(text: &str, offset: usize) -> (usize, usize) {
 }
 
 fn at(origin: &Origin, position: Option<(usize, usize)>, message: String) -> ConfigError {
-    ConfigError::Text(vec![TextError { origin: origin.clone(), position, message }])
+    ConfigError::Text(vec![TextError { place: Place { origin: origin.clone(), position }, message }])
 }

@@ -22,7 +22,7 @@ pub enum Family {
 
 /// How rotary frequencies are stretched for longer contexts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(tag = "rope_type", rename_all = "lowercase")]
+#[serde(tag = "rope_type", rename_all = "lowercase", deny_unknown_fields)]
 pub enum RopeScaling {
     /// Every frequency divided by `factor` (Chen et al. 2023, arXiv 2306.15595).
     Linear {

@@ -1,4 +1,4 @@
-//! Whole jobs to start from: the TOML files in `configs/presets`, part of the binary.
+//! Whole jobs to start from: the TOML files in `configs/presets`, one by one, so that tests can walk them.
 
 /// A job's TOML file by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

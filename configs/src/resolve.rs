@@ -7,10 +7,10 @@
 //! (the newest), `validation.steps = -1` (all of the held-out data), and absent `data.sources.weight`s (by size).
 
 use crate::check::{check_values, check_with_model};
-use crate::job::{ComputeType, Data, DataSource, DeviceChoice, JobConfig};
+use crate::job::{ComputeType, DEFAULT_TEXT_COLUMN, Data, DataSource, DeviceChoice, JobConfig};
 use crate::{ConfigError, ModelSpec, Plan, architecture};
 use std::path::{Path, PathBuf};
-use tangelo_core::{Axis, DeviceMesh};
+use tangelo_core::{Axis, DeviceMesh, env};
 
 pub use crate::load::{load, load_str};
 
@@ -32,8 +32,7 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// What this machine offers to `local_world_size` of `world_size` ranks. A GPU counts where the driver shows one
-    /// (`/dev/nvidia0`); libcuda itself is not opened.
+    /// What this machine offers to `local_world_size` of `world_size` ranks.
     ///
     /// # Errors
     /// Where the current directory is gone.
@@ -44,7 +43,7 @@ impl Resources {
             world_size,
             local_world_size,
             num_cores: std::thread::available_parallelism().map_or(1, usize::from),
-            cuda: Path::new("/dev/nvidia0").exists(),
+            cuda: num_gpus() > 0,
             current_dir,
             home: std::env::var_os("HOME").map(PathBuf::from),
         })
@@ -52,10 +51,66 @@ impl Resources {
 
     /// `path` without `~/` and relative parts at its front.
     pub fn absolute(&self, path: &Path) -> PathBuf {
+        let (base, rest) = self.split_base(path);
+        base.join(rest)
+    }
+
+    /// The folder that a path is relative to, and the rest of it.
+    fn split_base<'a>(&'a self, path: &'a Path) -> (&'a Path, &'a Path) {
         match (path.strip_prefix("~"), &self.home) {
-            (Ok(rest), Some(home)) => home.join(rest),
-            _ => self.current_dir.join(path),
+            (Ok(rest), Some(home)) => (home, rest),
+            _ => (&self.current_dir, path),
         }
+    }
+
+    /// The same for a glob: characters of the folder put in front stand for themselves.
+    fn absolute_pattern(&self, pattern: &str) -> String {
+        let (base, rest) = self.split_base(Path::new(pattern));
+        let is_glob = pattern.contains(GLOB_CHARACTERS) && !rest.is_absolute();
+        let base = base.to_string_lossy();
+        let base = if is_glob { escape(&base) } else { base.into_owned() };
+        Path::new(&base).join(rest).to_string_lossy().into_owned()
+    }
+}
+
+/// What makes a path a pattern.
+const GLOB_CHARACTERS: [char; 3] = ['*', '?', '['];
+
+/// Characters that stand for themselves in a pattern, in the glob crate's way of writing.
+const ESCAPES: [(&str, &str); 4] = [("[*]", "*"), ("[?]", "?"), ("[[]", "["), ("[]]", "]")];
+
+/// A path as a pattern that names only that path.
+fn escape(path: &str) -> String {
+    let escaped = |c: char| ESCAPES.iter().find(|(_, plain)| plain.starts_with(c)).map(|(escaped, _)| *escaped);
+    path.chars().map(|c| escaped(c).map_or_else(|| c.to_string(), str::to_owned)).collect()
+}
+
+/// The path that a pattern names, where it names only one.
+fn unescape(pattern: &str) -> Option<String> {
+    let rest = ESCAPES.iter().fold(pattern.to_owned(), |text, (escaped, _)| text.replace(escaped, ""));
+    let plain = || ESCAPES.iter().fold(pattern.to_owned(), |text, (escaped, plain)| text.replace(escaped, plain));
+    (!rest.contains(GLOB_CHARACTERS)).then(plain)
+}
+
+/// GPUs that a process started from here will see: the driver's `/dev/nvidia0`, `/dev/nvidia1`, ..., as far as
+/// `CUDA_VISIBLE_DEVICES` shows them. This alone decides what `auto` means; libcuda is not opened.
+pub fn num_gpus() -> usize {
+    let entries = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    let is_gpu = |name: &str| name.strip_prefix("nvidia").is_some_and(|n| n.parse::<u32>().is_ok());
+    let present = entries.filter(|entry| is_gpu(&entry.file_name().to_string_lossy())).count();
+    visible_gpus(std::env::var(env::CUDA_VISIBLE_DEVICES).ok().as_deref(), present)
+}
+
+/// How many of `present` GPUs the list in `CUDA_VISIBLE_DEVICES` shows: CUDA reads it up to the first entry that names
+/// none. Indices count what is present; other names (`GPU-...`, `MIG-...`) are taken as they come.
+fn visible_gpus(list: Option<&str>, present: usize) -> usize {
+    let names_one = |entry: &&str| match entry.parse::<usize>() {
+        Ok(index) => index < present,
+        Err(_) => entry.starts_with("GPU-") || entry.starts_with("MIG-"),
+    };
+    match list {
+        Some(list) if present > 0 => list.split(',').map(str::trim).take_while(names_one).count(),
+        _ => present,
     }
 }
 
@@ -81,6 +136,13 @@ pub trait ModelAssets {
         let _ = tokenizer;
         Ok(SpecialTokens::default())
     }
+
+    /// Whether the tokenizer at `path` is not there and the caller only looks at the plan: then a job that says its
+    /// vocabulary is resolved without it.
+    fn may_lack(&self, tokenizer: &Path) -> bool {
+        let _ = tokenizer;
+        false
+    }
 }
 
 /// The id that ends a document in a tokenizer trained for `data.train_tokenizer_vocab`: special tokens come first.
@@ -95,7 +157,16 @@ pub const VOCAB_MULTIPLE: usize = 64;
 /// [`ConfigError::Values`] with everything that is wrong at once, or [`ConfigError::Assets`].
 pub fn resolve(config: JobConfig, resources: &Resources, assets: &dyn ModelAssets) -> Result<Plan, ConfigError> {
     let mut config = config;
+    let places = std::mem::take(&mut config.places);
     config.include.clear();
+    resolve_unplaced(config, resources, assets).map_err(|error| places.locate(error))
+}
+
+fn resolve_unplaced(
+    mut config: JobConfig,
+    resources: &Resources,
+    assets: &dyn ModelAssets,
+) -> Result<Plan, ConfigError> {
     resolve_paths(&mut config, resources)?;
     check_values(&config)?;
     let (mesh, degrees) = resolve_parallelism(&mut config, resources.world_size)?;
@@ -142,10 +213,9 @@ fn resolve_data(
 ) -> Result<(), ConfigError> {
     let prepared = data.prepared_folder.take().unwrap_or_else(|| run_folder.join("prepared"));
     let prepared = resources.absolute(&prepared);
+    let trains = data.train_tokenizer_vocab > 0;
     data.tokenizer = match data.tokenizer.take().map(|path| resources.absolute(&path)) {
-        None if data.train_tokenizer_vocab > 0 => Some(prepared.join("tokenizer.json")),
-        None => hf_assets.map(Path::to_owned),
-        Some(path) if data.train_tokenizer_vocab > 0 && path != prepared.join("tokenizer.json") => {
+        Some(path) if trains && path != prepared.join("tokenizer.json") => {
             return Err(ConfigError::Values(vec![format!(
                 "`data.tokenizer` = \"{}\" and `data.train_tokenizer_vocab` = {} exclude each other: use the one or \
                  train the other",
@@ -153,18 +223,24 @@ fn resolve_data(
                 data.train_tokenizer_vocab
             )]));
         }
+        // It is the one in `prepared_folder`, wherever that may be moved to.
+        _ if trains => None,
+        None => hf_assets.map(Path::to_owned),
         given => given,
     };
     data.prepared_folder = Some(prepared);
     let mut names: Vec<String> = Vec::new();
     for source in &mut data.sources {
         for path in &mut source.paths {
-            *path = resources.absolute(Path::new(path)).to_string_lossy().into_owned();
+            *path = resources.absolute_pattern(path);
         }
-        let name = source.name.clone().unwrap_or_else(|| unique(source_name(source), &names));
+        let name = match &source.name {
+            Some(name) => folder_name(name),
+            None => unique(source_name(source), &names),
+        };
         names.push(name.clone());
         source.name = Some(name);
-        source.text_column.get_or_insert_with(|| "text".into());
+        source.text_column.get_or_insert_with(|| DEFAULT_TEXT_COLUMN.into());
     }
     Ok(())
 }
@@ -172,9 +248,15 @@ fn resolve_data(
 /// The last part of the first path that is no pattern, without its extensions.
 fn source_name(source: &DataSource) -> String {
     let first = source.paths.first().map_or("", String::as_str);
-    let plain = first.rsplit('/').find(|part| !part.is_empty() && !part.contains(['*', '?', '[']));
-    let name = plain.map_or("", |part| part.trim_start_matches('.').split('.').next().unwrap_or_default());
-    if name.is_empty() { "source".into() } else { name.into() }
+    let plain = first.rsplit('/').filter(|part| !part.is_empty()).find_map(unescape).unwrap_or_default();
+    folder_name(plain.trim_start_matches('.').split('.').next().unwrap_or_default())
+}
+
+/// A name as that of a folder.
+fn folder_name(name: &str) -> String {
+    let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' };
+    let name: String = name.trim_start_matches('.').chars().map(safe).collect();
+    if name.is_empty() { "source".into() } else { name }
 }
 
 fn unique(name: String, taken: &[String]) -> String {
@@ -253,4 +335,36 @@ fn resolve_batch(config: &mut JobConfig, data_parallel: usize) -> Result<usize, 
         )]));
     }
     Ok(global / per_pass)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_devices_decide_how_many_gpus_there_are() {
+        let cases = [
+            (None, 4, 4),
+            (Some("0,2"), 4, 2),
+            (Some(" 1 "), 2, 1),
+            (Some(""), 4, 0),
+            (Some("-1"), 4, 0),
+            (Some("0,-1,1"), 4, 1),
+            (Some("0,4,1"), 4, 1),
+            (Some("GPU-8932f937,MIG-1234"), 2, 2),
+            (Some("NoDevFiles"), 1, 0),
+            (Some("0"), 0, 0),
+        ];
+        for (list, present, expected) in cases {
+            assert_eq!(visible_gpus(list, present), expected, "{list:?} of {present}");
+        }
+    }
+
+    #[test]
+    fn escaped_paths_name_themselves() {
+        for path in ["/runs[1]", "/a*b?", "/[]x]", "/plain"] {
+            assert_eq!(unescape(&escape(path)).as_deref(), Some(path));
+        }
+        assert_eq!(unescape("notes-[0-9]"), None);
+    }
 }

@@ -30,7 +30,7 @@ env_vars! {
     GROUP_WORLD_SIZE = "GROUP_WORLD_SIZE", "tangelo run, torchrun", "Number of nodes.";
     MASTER_ADDR = "MASTER_ADDR", "tangelo run, torchrun", "Host where the ranks meet.";
     MASTER_PORT = "MASTER_PORT", "tangelo run, torchrun", "Port where the ranks meet.";
-    AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE", "torchrun", "True where the launcher already serves the store at MASTER_ADDR:MASTER_PORT, so rank 0 does not.";
+    AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE", "tangelo run, torchrun", "True where the launcher already serves the store at MASTER_ADDR:MASTER_PORT, so rank 0 does not.";
     RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT", "tangelo run, torchrun", "How often the job was restarted so far.";
     MAX_RESTARTS = "TORCHELASTIC_MAX_RESTARTS", "tangelo run, torchrun", "How often it may be restarted.";
     RUN_ID = "TORCHELASTIC_RUN_ID", "tangelo run, torchrun", "Name of the run, part of every store key.";
@@ -43,11 +43,12 @@ env_vars! {
     SLURM_NNODES = "SLURM_NNODES", "Slurm", "Number of nodes where srun started the ranks.";
     SLURM_TASKS_PER_NODE = "SLURM_TASKS_PER_NODE", "Slurm", "Ranks on each node where srun started them, such as 2(x3),1.";
     SLURM_NODELIST = "SLURM_STEP_NODELIST", "Slurm", "Nodes of the step; the first is MASTER_ADDR where that is not set.";
-    CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES", "user", "GPUs to use; `--nproc-per-node auto` starts one rank for each.";
+    CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES", "user", "GPUs to use; `--nproc-per-node auto` starts one rank for each, and a device of `auto` is the CPU where it names none.";
     ERROR_FILE = "TANGELO_ERROR_FILE", "tangelo run", "File into which a rank writes its last error as JSON before it exits.";
     PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run", "File descriptor on which rank 0 writes progress as JSON lines, for the launcher's bar.";
     SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run", "Process id of the launcher: a worker that finds another parent exits.";
-    FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank]`: kill, error, hang, nan, kill_in_save.";
+    FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank]`: kill, error, panic, hang, nan, kill_in_save.";
+    CPU_KERNELS = "TANGELO_CPU_KERNELS", "user", "generic or avx2: kernels for a lesser CPU than this one; anything else is the best it has.";
     TEST_BINARIES = "TANGELO_TEST_BINARIES", "cargo xtask test", "Folder of the `tangelo` and `tangelo-worker` that tests start; they build them where it is not set.";
     TEST_SEED = "TANGELO_TEST_SEED", "user", "Repeats a test that draws fresh random cases, with the seed it printed.";
     LIBTORCH = "LIBTORCH", "user, set-up", "Folder of a libtorch to use instead of the one that set-up installs.";

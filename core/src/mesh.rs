@@ -112,11 +112,6 @@ impl DeviceMesh {
         Ok(DeviceMesh { degrees: all })
     }
 
-    /// A mesh of one rank.
-    pub fn single() -> DeviceMesh {
-        DeviceMesh { degrees: [1; Axis::ALL.len()] }
-    }
-
     /// Fails unless the mesh has exactly `world_size` ranks.
     pub fn check_world_size(&self, world_size: usize) -> Result<(), MeshError> {
         let product = self.world_size();

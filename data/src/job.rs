@@ -1,14 +1,15 @@
 //! The data of a job: which folders its sources are prepared into, and the loader that reads them.
 //!
 //! The launcher calls [`prepare_job`] once before ranks start; every rank calls [`loader_options`] with the same
-//! configuration and finds the same folders.
+//! configuration and finds the same folders. The configuration is a resolved one: names, columns and folders are taken
+//! from it as they stand.
 
 use crate::encode::TextTokenizer;
 use crate::error::{DataError, Result};
 use crate::files;
 use crate::loader::{LoaderOptions, LoaderSource};
-use crate::lock::FolderLock;
-use crate::manifest::{MANIFEST_NAME, Manifest, TOKENIZER_NAME, check_one_tokenizer, read_json};
+use crate::lock::{FolderLock, POLL};
+use crate::manifest::{Manifest, TOKENIZER_NAME, check_one_tokenizer, is_prepared, read_json};
 use crate::prepare::{PrepareOptions, prepare};
 use crate::progress::Progress;
 use crate::source::{ScannedFile, discover, scan};
@@ -16,6 +17,7 @@ use crate::split::Split;
 use crate::tokenizer::{TrainOptions, train_on};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use tangelo_configs::JobConfig;
 use tangelo_configs::job::DataSource;
 
@@ -36,8 +38,6 @@ pub struct PreparedSource {
 pub struct PreparedJob {
     /// The sources, in the order of the configuration.
     pub sources: Vec<PreparedSource>,
-    /// Where the tokenizer lies: what `data.tokenizer` should be.
-    pub tokenizer: PathBuf,
 }
 
 impl PreparedJob {
@@ -47,54 +47,47 @@ impl PreparedJob {
     }
 }
 
-/// Where sources of `config` are prepared: `data.prepared_folder`, or `prepared` in the run folder.
-pub fn prepared_folder(config: &JobConfig) -> PathBuf {
-    config.data.prepared_folder.clone().unwrap_or_else(|| config.job.dump_folder.join("prepared"))
+/// A value that resolving fills in.
+fn resolved<T>(value: Option<T>, key: &str) -> Result<T> {
+    value.ok_or_else(|| DataError::Internal(format!("`{key}` is absent: the configuration was not resolved")))
 }
 
-/// The loader's sources of a job: a folder of `prepared_folder` each, or the source's own path where that is a
+/// Where the sources of `config` are prepared.
+fn prepared_folder(config: &JobConfig) -> Result<&Path> {
+    resolved(config.data.prepared_folder.as_deref(), "data.prepared_folder")
+}
+
+/// The loader's sources of a job: a folder of `data.prepared_folder` each, or the source's own path where that is a
 /// prepared folder already.
-pub fn loader_sources(config: &JobConfig) -> Vec<LoaderSource> {
-    let root = prepared_folder(config);
-    let mut sources: Vec<LoaderSource> = Vec::new();
-    for source in &config.data.sources {
-        let wanted = folder_name(source);
-        let taken = |name: &str| sources.iter().any(|s| s.name == name);
-        let numbered = (2..).map(|number| format!("{wanted}-{number}"));
-        let name = std::iter::once(wanted.clone()).chain(numbered).find(|name| !taken(name)).unwrap_or_default();
-        let folder = already_prepared(source).unwrap_or_else(|| root.join(&name));
-        sources.push(LoaderSource { name, folder, weight: source.weight });
-    }
-    sources
-}
-
-/// The loader's sources of a job, each prepared.
 ///
 /// # Errors
-/// A job without sources, or with one whose folder is not finished.
-pub fn job_sources(config: &JobConfig) -> Result<Vec<LoaderSource>> {
-    let sources = loader_sources(config);
-    if sources.is_empty() {
-        return Err(no_sources());
+/// A job without sources, or a configuration that was not resolved.
+pub fn loader_sources(config: &JobConfig) -> Result<Vec<LoaderSource>> {
+    if config.data.sources.is_empty() {
+        return Err(DataError::Options("the job reads nothing: add [[data.sources]] with paths = [\"...\"]".into()));
     }
-    sources.iter().try_for_each(|source| Manifest::read(&source.folder).map(|_| ()))?;
-    Ok(sources)
-}
-
-fn no_sources() -> DataError {
-    DataError::Options("the job reads nothing: add [[data.sources]] with paths = [\"...\"]".into())
+    let root = prepared_folder(config)?;
+    let loaded = |source: &DataSource| {
+        let name = resolved(source.name.clone(), "data.sources.name")?;
+        let folder = already_prepared(source).unwrap_or_else(|| root.join(&name));
+        Ok(LoaderSource { name, folder, weight: source.weight })
+    };
+    config.data.sources.iter().map(loaded).collect()
 }
 
 /// What a rank loads of a job.
+///
+/// # Errors
+/// As [`loader_sources`].
 pub fn loader_options(
     config: &JobConfig,
     split: Split,
     global_batch_size: usize,
     data_rank: usize,
     data_size: usize,
-) -> LoaderOptions {
-    LoaderOptions {
-        sources: loader_sources(config),
+) -> Result<LoaderOptions> {
+    Ok(LoaderOptions {
+        sources: loader_sources(config)?,
         split,
         validation_fraction: config.data.validation_fraction,
         seq_len: config.training.seq_len,
@@ -105,7 +98,7 @@ pub fn loader_options(
         data_rank,
         data_size,
         verify: false,
-    }
+    })
 }
 
 /// Trains the tokenizer where the job asks for one, and prepares every source that is not prepared yet.
@@ -116,21 +109,18 @@ pub fn loader_options(
 /// # Errors
 /// No sources; whatever [`prepare`] fails with.
 pub fn prepare_job(config: &JobConfig, progress: &dyn Progress) -> Result<PreparedJob> {
-    let data = &config.data;
-    if data.sources.is_empty() {
-        return Err(no_sources());
-    }
-    let root = prepared_folder(config);
-    let _lock = FolderLock::acquire(&root, progress)?;
-    let tokenizer = if data.train_tokenizer_vocab > 0 { train_once(config, &root, progress)? } else { given(config)? };
+    let (loaded, root) = (loader_sources(config)?, prepared_folder(config)?);
+    let _lock = FolderLock::acquire(root, progress)?;
+    let train = config.data.train_tokenizer_vocab > 0;
+    let tokenizer = if train { train_once(config, root, progress)? } else { given(config)? };
     let mut sources = Vec::new();
-    for (asked, source) in data.sources.iter().zip(loader_sources(config)) {
+    for (asked, source) in config.data.sources.iter().zip(loaded) {
         let manifest = match already_prepared(asked) {
             Some(folder) => check_tokenizer(Manifest::read(&folder)?, &folder, &tokenizer)?,
             None => {
                 let mut options = PrepareOptions::new(asked.paths.clone(), &tokenizer, &source.folder);
-                options.text_column = text_column(asked);
-                options.shard_tokens = data.shard_tokens;
+                options.text_column = text_column(asked)?;
+                options.shard_tokens = config.data.shard_tokens;
                 progress.phase(&format!("preparing {}", source.name));
                 prepare(&options, progress)?
             }
@@ -138,7 +128,32 @@ pub fn prepare_job(config: &JobConfig, progress: &dyn Progress) -> Result<Prepar
         sources.push(PreparedSource { source, manifest });
     }
     check_one_tokenizer(sources.iter().map(|s| (s.source.name.as_str(), &s.manifest)))?;
-    Ok(PreparedJob { sources, tokenizer })
+    Ok(PreparedJob { sources })
+}
+
+/// Waits until another process has prepared the job, without taking part.
+///
+/// # Errors
+/// Where nothing is there after `patience` and nobody is at work on it; [`DataError::Interrupted`].
+pub fn wait_for_job(config: &JobConfig, patience: Duration, progress: &dyn Progress) -> Result<()> {
+    let (sources, root) = (loader_sources(config)?, prepared_folder(config)?);
+    let is_ready = |source: &LoaderSource| Manifest::read(&source.folder).is_ok_and(|m| m.is_complete(&source.folder));
+    let mut begun = Instant::now();
+    while !sources.iter().all(is_ready) {
+        if progress.cancelled() {
+            return Err(DataError::Interrupted { folder: root.into() });
+        }
+        if begun.elapsed() > patience {
+            if !FolderLock::is_held(root) {
+                let waited = patience.as_secs();
+                let reason = format!("nothing is prepared here after {waited} s, and no process is at work on it");
+                return Err(DataError::prepared(root, reason));
+            }
+            begun = Instant::now();
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
 }
 
 /// A folder that was prepared before must have been so with the job's tokenizer.
@@ -151,39 +166,19 @@ fn check_tokenizer(manifest: Manifest, folder: &Path, tokenizer: &Path) -> Resul
     Err(DataError::Mismatch { folder: folder.into(), what: "tokenizer", detail })
 }
 
-fn text_column(source: &DataSource) -> String {
-    source.text_column.clone().unwrap_or_else(|| "text".into())
+fn text_column(source: &DataSource) -> Result<String> {
+    resolved(source.text_column.clone(), "data.sources.text_column")
 }
 
-/// The tokenizer the configuration names, or the one of a source that is prepared already.
+/// The tokenizer the configuration names.
 fn given(config: &JobConfig) -> Result<PathBuf> {
-    let named = config.data.tokenizer.clone().or_else(|| config.model.hf_assets_path.clone());
-    let kept = || config.data.sources.iter().find_map(already_prepared).map(|folder| folder.join(TOKENIZER_NAME));
-    named.or_else(kept).ok_or_else(|| {
-        DataError::Options(
-            "no tokenizer: set data.tokenizer to a tokenizer.json, a model's folder or a GGUF file, or \
-             data.train_tokenizer_vocab to the size of one to train"
-                .into(),
-        )
-    })
+    resolved(config.data.tokenizer_path(), "data.tokenizer")
 }
 
 /// A source whose one path is a prepared folder.
 fn already_prepared(source: &DataSource) -> Option<PathBuf> {
     let [path] = source.paths.as_slice() else { return None };
-    Path::new(path).join(MANIFEST_NAME).is_file().then(|| PathBuf::from(path))
-}
-
-/// The name of a source as a folder: its own, or the last part of its first path that is no glob.
-fn folder_name(source: &DataSource) -> String {
-    let plain = |path: &String| {
-        let mut parts = Path::new(path).iter().map(|part| part.to_string_lossy().into_owned());
-        parts.rfind(|part| !part.contains(['*', '?', '[']))
-    };
-    let name = source.name.clone().or_else(|| source.paths.first().and_then(plain)).unwrap_or_default();
-    let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' };
-    let name: String = name.trim_start_matches('.').chars().map(safe).collect();
-    if name.is_empty() { "source".into() } else { name }
+    is_prepared(Path::new(path)).then(|| PathBuf::from(path))
 }
 
 /// What a job's tokenizer was learnt from.
@@ -205,16 +200,20 @@ fn train_once(config: &JobConfig, root: &Path, progress: &dyn Progress) -> Resul
             prepared.join(TOKENIZER_NAME).display()
         )));
     }
-    let before: Option<TrainingRecord> = if record_path.exists() { Some(read_json(&record_path)?) } else { None };
+    let advice = "remove it to train the tokenizer again";
+    let before: Option<TrainingRecord> =
+        if record_path.exists() { Some(read_json(&record_path, advice)?) } else { None };
     let known = before.as_ref().map(|b| b.sources.as_slice()).unwrap_or_default();
-    let patterns: Vec<String> = data.sources.iter().flat_map(|s| s.paths.clone()).collect();
-    let now = TrainingRecord { vocab_size: data.train_tokenizer_vocab, sources: scan(discover(&patterns)?, known)? };
+    let mut now = TrainingRecord { vocab_size: data.train_tokenizer_vocab, sources: Vec::new() };
+    for source in &data.sources {
+        now.sources.extend(scan(discover(&source.paths)?, &text_column(source)?, known)?);
+    }
     if let (Some(before), true) = (&before, path.exists()) {
         check_training(before, &now, root)?;
         return Ok(path);
     }
-    let sources: Vec<_> = data.sources.iter().map(|s| (s.paths.clone(), text_column(s))).collect();
-    let trained = train_on(&sources, &TrainOptions::new(Vec::new(), data.train_tokenizer_vocab), progress)?;
+    let sources: Result<Vec<_>> = data.sources.iter().map(|s| Ok((s.paths.clone(), text_column(s)?))).collect();
+    let trained = train_on(&sources?, &TrainOptions::new(Vec::new(), data.train_tokenizer_vocab), progress)?;
     trained.save(root)?;
     files::write_json(&record_path, &now)?;
     Ok(path)
@@ -230,27 +229,4 @@ fn check_training(before: &TrainingRecord, now: &TrainingRecord, root: &Path) ->
         return Ok(());
     };
     Err(DataError::Mismatch { folder: root.into(), what: "tokenizer", detail })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn folders_are_named_after_sources_and_unique() {
-        let source = |name: Option<&str>, path: &str| DataSource {
-            name: name.map(str::to_string),
-            paths: vec![path.into()],
-            ..DataSource::default()
-        };
-        let mut config = JobConfig::default();
-        config.data.sources = vec![
-            source(Some("wiki/en"), "x"),
-            source(None, "corpus/**/*.md"),
-            source(None, "other/corpus/*"),
-            source(None, "*.txt"),
-        ];
-        let names: Vec<String> = loader_sources(&config).into_iter().map(|s| s.name).collect();
-        assert_eq!(names, ["wiki-en", "corpus", "corpus-2", "source"]);
-    }
 }

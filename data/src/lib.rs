@@ -31,7 +31,7 @@ pub mod tokenizer;
 pub use encode::TextTokenizer;
 pub use error::{DataError, Result};
 pub use inspect::{Inspection, inspect};
-pub use job::{PreparedJob, PreparedSource, job_sources, loader_options, loader_sources, prepare_job};
+pub use job::{PreparedJob, PreparedSource, loader_options, loader_sources, prepare_job, wait_for_job};
 pub use loader::{Loader, LoaderOptions, LoaderSource, Prefetcher, SamplePiece};
 pub use manifest::Manifest;
 pub use prepare::{PrepareOptions, prepare};

@@ -11,7 +11,8 @@ use std::path::Path;
 use std::time::Duration;
 
 const LOCK_NAME: &str = "prepare.lock";
-const POLL: Duration = Duration::from_millis(200);
+/// Between two looks at what another process does.
+pub(crate) const POLL: Duration = Duration::from_millis(200);
 
 /// Held until dropped.
 #[derive(Debug)]
@@ -20,6 +21,12 @@ pub(crate) struct FolderLock {
 }
 
 impl FolderLock {
+    /// Whether a process prepares `folder` now.
+    pub(crate) fn is_held(folder: &Path) -> bool {
+        let file = File::open(folder.join(LOCK_NAME));
+        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// Waits until no other process prepares `folder`.
     pub(crate) fn acquire(folder: &Path, progress: &dyn Progress) -> Result<FolderLock> {
         std::fs::create_dir_all(folder).at("create", folder)?;

@@ -174,6 +174,11 @@ impl Manifest {
         }
     }
 
+    /// Whether every shard is in `folder` in its size.
+    pub(crate) fn is_complete(&self, folder: &Path) -> bool {
+        self.shards.iter().all(|shard| shard.verify(folder, false).is_ok())
+    }
+
     /// Reads the manifest of a prepared folder.
     ///
     /// # Errors
@@ -185,7 +190,7 @@ impl Manifest {
                           `tangelo data prepare` (or `tangelo run`) to make or finish it";
             return Err(DataError::prepared(folder, reason));
         }
-        read_json(&path)
+        read_json(&path, "prepare it again, into another folder")
     }
 
     /// A hash of all that decides which tokens are where.
@@ -210,10 +215,14 @@ pub(crate) fn check_one_tokenizer<'a>(sources: impl IntoIterator<Item = (&'a str
     }
 }
 
-/// Reads a JSON file of ours.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+/// Whether `folder` is one that was prepared: a corpus may well have a `manifest.json` of its own.
+pub fn is_prepared(folder: &Path) -> bool {
+    [MANIFEST_NAME, ORIGIN_NAME].iter().all(|name| folder.join(name).is_file())
+}
+
+/// Reads a JSON file of ours; `advice` says what to do where it is damaged.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Result<T> {
     let bytes = std::fs::read(path).at("read", path)?;
-    serde_json::from_slice(&bytes).map_err(|e| {
-        DataError::prepared(path, format!("not what tangelo writes ({e}); delete the folder to prepare it again"))
-    })
+    serde_json::from_slice(&bytes)
+        .map_err(|e| DataError::prepared(path, format!("not what tangelo writes ({e}); {advice}")))
 }

@@ -63,10 +63,12 @@ impl ShardRecord {
     /// Checks the shard's file against this record: its size, and its bytes where `checksum` asks for it.
     pub(crate) fn verify(&self, folder: &Path, checksum: bool) -> Result<()> {
         let path = folder.join(&self.file);
+        let again = "the command that made the folder (`tangelo data prepare` or `tangelo run`) again";
         let damaged = |what: String| {
-            DataError::prepared(&path, format!("{what}; the shard is damaged: run `tangelo data prepare` again"))
+            DataError::prepared(&path, format!("{what}; the shard is damaged: remove it and run {again}"))
         };
-        let size = path.metadata().map_err(|e| damaged(format!("cannot be read ({e})")))?.len();
+        let absent = |e| DataError::prepared(&path, format!("cannot be read ({e}); run {again}"));
+        let size = path.metadata().map_err(absent)?.len();
         if size != self.size_bytes {
             return Err(damaged(format!("{size} bytes, expected {}", self.size_bytes)));
         }

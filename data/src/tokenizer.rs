@@ -12,6 +12,7 @@ use crate::source::{MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, discover, scan};
 use ahash::AHashMap;
 use compact_str::CompactString;
 use std::path::{Path, PathBuf};
+use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
 use tangelo_core::hash::mix64;
 use tangelo_formats::TokenizerAssets;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -45,7 +46,7 @@ impl TrainOptions {
     pub fn new(paths: Vec<String>, vocab_size: usize) -> TrainOptions {
         TrainOptions {
             paths,
-            text_column: "text".into(),
+            text_column: DEFAULT_TEXT_COLUMN.into(),
             vocab_size,
             special_tokens: vec![END_OF_TEXT.into()],
             sample_bytes: 128 << 20,
@@ -100,7 +101,7 @@ pub(crate) fn train_on(
     }
     let mut files = Vec::new();
     for (paths, column) in sources {
-        let found = scan(discover(paths)?, &[])?;
+        let found = scan(discover(paths)?, column, &[])?;
         files.extend(found.into_iter().filter(|f| f.skipped.is_none()).map(|file| (file, column.as_str())));
     }
     let counts = count_words(&files, options, progress)?;

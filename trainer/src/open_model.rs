@@ -7,7 +7,7 @@ use crate::worker::kind_of;
 use std::path::{Path, PathBuf};
 use tangelo_configs::job::{ComputeType, DeviceChoice};
 use tangelo_configs::requests::ModelRequest;
-use tangelo_configs::{JobConfig, ModelSpec};
+use tangelo_configs::{JobConfig, ModelSpec, num_gpus};
 use tangelo_formats::Weights;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_models::Model;
@@ -87,7 +87,7 @@ fn newest(folder: &Path, step: Option<u64>) -> Result<Checkpoint> {
 fn run_tokenizer(checkpoint: &Checkpoint) -> Result<PathBuf> {
     let beside = checkpoint.path().ancestors().skip(1).take(2).map(|f| f.join("tokenizer.json")).find(|p| p.is_file());
     let config: Option<JobConfig> = toml::from_str(&checkpoint.manifest().config_toml).ok();
-    let named = config.and_then(|c| c.data.tokenizer.or(c.model.hf_assets_path));
+    let named = config.and_then(|c| c.data.tokenizer_path());
     beside.or(named).ok_or_else(|| {
         TrainError::Data(format!(
             "{}: no tokenizer.json in the run folder and none in its config",
@@ -120,12 +120,12 @@ pub fn open(request: &ModelRequest) -> Result<Opened> {
     Ok(Opened { model, tokenizer })
 }
 
-/// The device that the configuration asks for.
+/// The device that the configuration asks for; what `auto` means is decided where a job's configuration decides it.
 pub fn choose_device(choice: DeviceChoice, local_rank: usize) -> Result<Device> {
     use tangelo_kernels::device::{DeviceChoice as Choice, choose};
     let choice = match choice {
-        DeviceChoice::Auto => Choice::Auto,
-        DeviceChoice::Cpu => Choice::Cpu,
+        DeviceChoice::Auto if num_gpus() > 0 => Choice::Cuda,
+        DeviceChoice::Auto | DeviceChoice::Cpu => Choice::Cpu,
         DeviceChoice::Cuda => Choice::Cuda,
     };
     choose(choice, local_rank).map_err(|e| TrainError::Device(e.to_string()))

@@ -15,7 +15,7 @@ const TEST_BINARIES: &str = "TANGELO_TEST_BINARIES";
 /// Which stages to run.
 #[derive(Args)]
 pub struct Options {
-    /// Run these stages only (set-up runs where one of them needs it).
+    /// Run these stages only, and before them what they need.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Stage>,
     /// Hand this filter expression to cargo-nextest, or this name to `cargo test`.
@@ -121,13 +121,14 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The stages asked for and, before them, the set-up that they need.
+/// The stages asked for and, before them, those they need: tests start the binaries that the build stage makes.
 fn selected(only: &[Stage]) -> Vec<Stage> {
     if only.is_empty() {
         return Stage::ALL.to_vec();
     }
-    let needs_setup = only.iter().any(|s| s.needs().is_some());
-    Stage::ALL.iter().copied().filter(|s| only.contains(s) || (*s == Stage::Setup && needs_setup)).collect()
+    let with_needs = |stage: &Stage| std::iter::successors(Some(*stage), |s| s.needs());
+    let wanted: Vec<Stage> = only.iter().flat_map(with_needs).collect();
+    Stage::ALL.iter().copied().filter(|s| wanted.contains(s)).collect()
 }
 
 fn timed(stage: Stage, repo: &Repo, options: &Options) -> Line {
@@ -189,9 +190,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_single_stage_brings_its_set_up() {
+    fn a_single_stage_brings_what_it_needs() {
         assert_eq!(selected(&[Stage::Fmt]), [Stage::Fmt]);
-        assert_eq!(selected(&[Stage::Test]), [Stage::Setup, Stage::Test]);
+        assert_eq!(selected(&[Stage::Clippy]), [Stage::Setup, Stage::Clippy]);
+        assert_eq!(selected(&[Stage::Test]), [Stage::Setup, Stage::Build, Stage::Test]);
         assert_eq!(selected(&[]), Stage::ALL);
     }
 

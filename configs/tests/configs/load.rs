@@ -38,6 +38,11 @@ fn unknown_keys_name_the_place_and_the_nearest_key() {
         "model.rope_scaling = { rope_type = 'linear', facto = 2 }\n",
         expect!["job.toml:1:46: unknown key `model.rope_scaling.facto`; did you mean `model.rope_scaling.factor`?"],
     );
+    // Known, but not of this kind of scaling.
+    text(
+        "[model]\nrope_scaling = { rope_type = 'linear', factor = 8, low_freq_factor = 1 }\n",
+        expect!["job.toml:2:16: `model.rope_scaling`: unknown field `low_freq_factor`, expected `factor`"],
+    );
     text(
         "[comm]\nqqq = 3\n",
         expect!["job.toml:2:1: unknown key `comm.qqq`; [comm] has init_timeout_seconds, train_timeout_seconds"],

@@ -1,5 +1,5 @@
 //! Loading, resolving, presets and Hugging Face configurations.
-#![allow(clippy::unwrap_used)] // a helper's failure is the test's
+#![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
 mod hf_config;
 mod load;

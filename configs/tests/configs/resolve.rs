@@ -5,8 +5,8 @@ use expect_test::{Expect, expect};
 use std::path::{Path, PathBuf};
 use tangelo_configs::job::{ComputeType, DeviceChoice};
 use tangelo_configs::model::Family;
-use tangelo_configs::resolve::{load_str, resolve};
-use tangelo_configs::{ConfigError, MixerSpec, ModelSpec, Plan, Resources, flavor, hf_config};
+use tangelo_configs::resolve::{load, load_str, resolve};
+use tangelo_configs::{ConfigError, MixerSpec, ModelAssets, ModelSpec, Plan, Resources, flavor, hf_config};
 use tangelo_core::{Axis, DecayShape};
 
 const JOB: &str = "[model]\nflavor = 'debugmodel'\n\
@@ -175,21 +175,21 @@ fn the_batch_arithmetic() {
         &["training.global_batch_size=25"],
         3,
         expect![
-            "`training.global_batch_size` = 25 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 25 / 6 leaves 1; take 24 or 30, or another local batch size"
+            "--set training.global_batch_size=25: `training.global_batch_size` = 25 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 25 / 6 leaves 1; take 24 or 30, or another local batch size"
         ],
     );
     fails(
         &["training.global_batch_size=4"],
         3,
         expect![
-            "`training.global_batch_size` = 4 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 4 / 6 leaves 4; take 6, or another local batch size"
+            "--set training.global_batch_size=4: `training.global_batch_size` = 4 is not `training.local_batch_size` 2 x data-parallel size 3 = 6 sequences times a whole number of accumulation steps: 4 / 6 leaves 4; take 6, or another local batch size"
         ],
     );
     fails(
         &["training.global_batch_size=0"],
         3,
         expect![
-            "`training.global_batch_size` = 0; it is a number of sequences, or -1 for `training.local_batch_size` times the data-parallel size"
+            "--set training.global_batch_size=0: `training.global_batch_size` = 0; it is a number of sequences, or -1 for `training.local_batch_size` times the data-parallel size"
         ],
     );
 }
@@ -214,8 +214,8 @@ fn degrees_multiply_to_the_world_size() {
         &["parallelism.tensor_parallel_degree=2", "parallelism.zero_parameter_degree=4"],
         4,
         expect![[r#"
-        `parallelism.tensor_parallel_degree` = 2, but tensor parallelism is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)
-        `parallelism.zero_parameter_degree` = 4, but sharding of parameters (ZeRO-3) is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)"#]],
+            --set parallelism.tensor_parallel_degree=2: `parallelism.tensor_parallel_degree` = 2, but tensor parallelism is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)
+            --set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4, but sharding of parameters (ZeRO-3) is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)"#]],
     );
     let hybrid = plan(&["parallelism.data_parallel_replicate_degree=2"], 6);
     assert_eq!((hybrid.data_parallel_size, hybrid.zero_optimizer_degree), (6, 3));
@@ -254,14 +254,14 @@ fn zero_scopes_nest() {
         &["parallelism.zero_optimizer_degree=4"],
         6,
         expect![
-            "`parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            "--set parallelism.zero_optimizer_degree=4: `parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
         ],
     );
     fails(
         &["parallelism.zero_optimizer_degree=8"],
         4,
         expect![
-            "`parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            "--set parallelism.zero_optimizer_degree=8: `parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
         ],
     );
 }
@@ -272,21 +272,21 @@ fn schedules_fit_their_length() {
         &["training.steps=100"],
         1,
         expect![
-            "`lr_scheduler.warmup_steps` = 200 > `training.steps` = 100: the warm-up would never end; lower it to 10 or so"
+            "--set training.steps=100: `lr_scheduler.warmup_steps` = 200 > `training.steps` = 100: the warm-up would never end; lower it to 10 or so"
         ],
     );
     fails(
         &["lr_scheduler.decay_ratio=0.9"],
         1,
         expect![
-            "`lr_scheduler.warmup_steps` 200 + decay 900 (= training.steps 1000 x `lr_scheduler.decay_ratio` 0.9) = 1100 > 1000 steps; lower one of them"
+            "--set lr_scheduler.decay_ratio=0.9: `lr_scheduler.warmup_steps` 200 + decay 900 (= training.steps 1000 x `lr_scheduler.decay_ratio` 0.9) = 1100 > 1000 steps; lower one of them"
         ],
     );
     fails(
         &["lr_scheduler.total_steps=600"],
         1,
         expect![
-            "`training.steps` = 1000 > `lr_scheduler.total_steps` = 600: the last 400 steps would have a learning rate of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`"
+            "--set lr_scheduler.total_steps=600: `training.steps` = 1000 > `lr_scheduler.total_steps` = 600: the last 400 steps would have a learning rate of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`"
         ],
     );
     assert_eq!(
@@ -315,13 +315,13 @@ fn everything_wrong_is_said_at_once() {
         &sets[..9],
         1,
         expect![[r#"
-        `optimizer.lr` = -1; it must be a number of at least 0
-        `optimizer.beta2` = 1; it must be in [0, 1)
-        `data.validation_fraction` = 1; it must be in [0, 1)
-        `activation_checkpoint.selective_ac_option` = "op"; a whole number k in quotes is offered (every k-th block is recomputed), operator by operator ("op") is not
-        `checkpoint.interval` = 0; it must be at least 1
-        `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
-        `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]],
+            --set optimizer.lr=-1: `optimizer.lr` = -1; it must be a number of at least 0
+            --set optimizer.beta2=1.0: `optimizer.beta2` = 1; it must be in [0, 1)
+            --set data.validation_fraction=1: `data.validation_fraction` = 1; it must be in [0, 1)
+            --set activation_checkpoint.selective_ac_option=op: `activation_checkpoint.selective_ac_option` = "op"; a whole number k in quotes is offered (every k-th block is recomputed), operator by operator ("op") is not
+            --set checkpoint.interval=0: `checkpoint.interval` = 0; it must be at least 1
+            --set checkpoint.initial_load_in_hf=true: `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
+            --set validation.sample_tokens=3: `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]],
     );
 }
 
@@ -339,21 +339,123 @@ fn sources_have_names_and_all_or_no_weights() {
         &["data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]"],
         1,
         expect![[r#"
-        `data.sources` c: `paths` is empty
-        `data.sources` c: `weight` = 0; it must be above 0 (or remove the source)
-        `data.sources`: 2 of 3 have a `weight`; give one to all or to none"#]],
+            --set data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]: `data.sources.2.paths` is empty: name files, folders or globs
+            --set data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]: `data.sources.2.weight` = 0; it must be above 0 (or remove the source)
+            --set data.sources=[{paths=['a'], weight=1}, {paths=['b']}, {paths=[], weight=0, name='c'}]: `data.sources`: 2 of 3 have a `weight`; give one to all or to none"#]],
     );
     fails(
         &["data.sources=[]"],
         1,
         expect![[
-            r#"`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = ["corpus/*.txt"]"#
+            r#"--set data.sources=[]: `data.sources` is empty: nothing to train on; add [[data.sources]] with paths = ["corpus/*.txt"]"#
         ]],
     );
     fails(
         &["data.sources=[{paths=['a'], name='x'}, {paths=['b'], name='x'}]"],
         1,
-        expect![[r#"`data.sources`: two are named "x"; give each its own `name`"#]],
+        expect![[
+            r#"--set data.sources=[{paths=['a'], name='x'}, {paths=['b'], name='x'}]: `data.sources.1.name`: two sources are named "x"; give each its own"#
+        ]],
+    );
+}
+
+#[test]
+fn names_of_sources_are_names_of_folders() {
+    let sets = ["data.sources=[{paths=['x'], name='wiki/en'}, {paths=['my text.v2.txt']}, {paths=['*.txt']}]"];
+    let names = |resources: &Resources| -> Vec<String> {
+        let assets = FakeAssets::with_tokenizer(&resources.absolute(Path::new("tok")).display().to_string(), 1000);
+        let sources = with(&sets, resources, &assets).unwrap().config.data.sources;
+        sources.into_iter().map(|s| s.name.unwrap()).collect()
+    };
+    assert_eq!(names(&machine(1)), ["wiki-en", "my-text", "job"]);
+    assert_eq!(names(&Resources { current_dir: "/".into(), ..machine(1) })[2], "source");
+}
+
+#[test]
+fn the_current_folder_stands_for_itself_in_globs() {
+    let sets = ["data.sources=[{paths=['notes/*.md', 'a.txt', '/b[1]/*', '~/c?']}, {paths=['*.md']}]"];
+    let here = Resources { current_dir: "/runs[1]".into(), home: Some("/home/a*b".into()), ..machine(1) };
+    let assets = FakeAssets::with_tokenizer("/runs[1]/tok", 1000);
+    let plan = with(&sets, &here, &assets).unwrap();
+    let sources = &plan.config.data.sources;
+    assert_eq!(sources[0].paths, ["/runs[[]1[]]/notes/*.md", "/runs[1]/a.txt", "/b[1]/*", "/home/a[*]b/c?"]);
+    assert_eq!(sources[1].name.as_deref(), Some("runs-1-"));
+    let again = resolve(load_str(&plan.to_toml().unwrap(), "again", &[]).unwrap(), &here, &assets).unwrap();
+    assert_eq!(plan, again);
+}
+
+/// Assets of someone who only looks at the plan.
+struct Absent;
+
+impl ModelAssets for Absent {
+    fn model_spec(&self, _: &Path) -> Result<ModelSpec, String> {
+        Err("nothing there".into())
+    }
+
+    fn vocab_size(&self, _: &Path) -> Result<usize, String> {
+        Err("nothing there".into())
+    }
+
+    fn may_lack(&self, _: &Path) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_plan_can_be_looked_at_without_a_tokenizer_where_the_vocabulary_is_known() {
+    let resolve_with = |sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        resolve(load_str(JOB, "job.toml", &sets).unwrap(), &machine(1), &Absent)
+    };
+    assert_eq!(resolve_with(&["model.flavor=llama-3.1-8b"]).unwrap().model.vocab_size, 128_256);
+    let error = resolve_with(&[]).unwrap_err().to_string();
+    assert_eq!(error, "`data.tokenizer` = \"/job/tok\": nothing there");
+}
+
+#[test]
+fn errors_about_values_name_the_place_of_the_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    write("base.toml", "[optimizer]\nlr = -1\nbeta1 = 2\n[training]\nseq_len = 4096\n");
+    let job = write(
+        "job.toml",
+        "include = ['base.toml']\n[optimizer]\n  beta1 = 3.0\n[model]\nflavor = 'debugmodel'\n\
+         [data]\ntokenizer = 'tok'\n[[data.sources]]\npaths = ['a']\n  weight = -1\n",
+    );
+    let check = |sets: &[&str], expected: Expect| {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let error = resolve(load(&job, &sets).unwrap(), &machine(1), &tokenizer()).unwrap_err().to_string();
+        expected.assert_eq(&error.replace(folder.path().to_str().unwrap(), "DIR"));
+    };
+    check(
+        &[],
+        expect![[r#"
+        DIR/base.toml:2:1: `optimizer.lr` = -1; it must be a number of at least 0
+        DIR/job.toml:3:3: `optimizer.beta1` = 3; it must be in [0, 1)
+        DIR/job.toml:10:3: `data.sources.0.weight` = -1; it must be above 0 (or remove the source)"#]],
+    );
+    let whole = "data.sources=[{ paths = ['a'], weight = 0 }]";
+    check(
+        &["optimizer.lr=1", "optimizer.beta1=-0.5", whole],
+        expect![[r#"
+        --set optimizer.beta1=-0.5: `optimizer.beta1` = -0.5; it must be in [0, 1)
+        --set data.sources=[{ paths = ['a'], weight = 0 }]: `data.sources.0.weight` = 0; it must be above 0 (or remove the source)"#]],
+    );
+    check(
+        &["optimizer.lr=1", "optimizer.beta1=0.5", "data.sources.0.weight=1"],
+        expect![
+            "DIR/base.toml:5:1: `training.seq_len` = 4096 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"
+        ],
+    );
+    check(
+        &["optimizer.lr=1", "optimizer.beta1=0.5", "data.sources.0.weight=1", "training.seq_len=8192"],
+        expect![
+            "--set training.seq_len=8192: `training.seq_len` = 8192 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"
+        ],
     );
 }
 
@@ -365,7 +467,7 @@ fn the_vocabulary_comes_from_the_tokenizer_rounded_up() {
         &["model.vocab_size=999"],
         1,
         expect![
-            "`model.vocab_size` = 999 is less than the 1000 ids of the tokenizer /job/tok: ids 999 and above would have no embedding; set it to 1024 or more, or take another tokenizer"
+            "--set model.vocab_size=999: `model.vocab_size` = 999 is less than the 1000 ids of the tokenizer /job/tok: ids 999 and above would have no embedding; set it to 1024 or more, or take another tokenizer"
         ],
     );
     fails(
@@ -382,20 +484,25 @@ fn the_vocabulary_comes_from_the_tokenizer_rounded_up() {
     expect!["no tokenizer: set `data.tokenizer` (a tokenizer.json, a folder that holds one, a GGUF file), `model.hf_assets_path`, or `data.train_tokenizer_vocab`"].assert_eq(&resolve_job(&[]).unwrap_err().to_string());
     let trained = resolve_job(&["data.train_tokenizer_vocab=500"]).unwrap();
     assert_eq!((trained.model.vocab_size, &trained.model.eos_token_ids[..]), (512, &[0][..]));
-    let path = trained.config.data.tokenizer.unwrap();
+    let path = trained.config.data.tokenizer_path().unwrap();
     assert_eq!(path, Path::new("/job/runs/default/prepared/tokenizer.json"));
+    // From the resolved file, with the prepared data at another place.
+    let moved = ["data.prepared_folder=/else".to_owned()];
+    let config = load_str(&trained.to_toml().unwrap(), "config.toml", &moved).unwrap();
+    let moved = resolve(config, &machine(1), &FakeAssets::default()).unwrap();
+    assert_eq!(moved.config.data.tokenizer_path().unwrap(), Path::new("/else/tokenizer.json"));
     fails(
         &["data.train_tokenizer_vocab=500"],
         1,
         expect![[
-            r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 500 exclude each other: use the one or train the other"#
+            r#"--set data.train_tokenizer_vocab=500: `data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 500 exclude each other: use the one or train the other"#
         ]],
     );
     fails(
         &["data.train_tokenizer_vocab=100"],
         1,
         expect![[
-            r#"`data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other"#
+            r#"--set data.train_tokenizer_vocab=100: `data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other"#
         ]],
     );
 }
@@ -406,29 +513,33 @@ fn models_by_hand_by_flavor_and_from_assets() {
         &["model.flavor=llama-3.2-8b"],
         1,
         expect![[
-            r#"`model.flavor` = "llama-3.2-8b" is not known; did you mean "llama-3.2-1b"? There are debugmodel, tiny-4m, tiny-10m, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, mistral-7b, qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b"#
+            r#"--set model.flavor=llama-3.2-8b: `model.flavor` = "llama-3.2-8b" is not known; did you mean "llama-3.2-1b"? There are debugmodel, tiny-4m, tiny-10m, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, mistral-7b, qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b"#
         ]],
     );
     fails(
         &["model.name=qwen3"],
         1,
-        expect![[r#"`model.name` = "qwen3", but flavor "debugmodel" is of family "llama"; leave `model.name` out"#]],
+        expect![[
+            r#"--set model.name=qwen3: `model.name` = "qwen3", but flavor "debugmodel" is of family "llama"; leave `model.name` out"#
+        ]],
     );
     fails(
         &["model.num_key_value_heads=4"],
         1,
-        expect!["`model.num_attention_heads` = 6 is not a multiple of `model.num_key_value_heads` = 4: 6 / 4 leaves 2"],
+        expect![
+            "--set model.num_key_value_heads=4: `model.num_attention_heads` = 6 is not a multiple of `model.num_key_value_heads` = 4: 6 / 4 leaves 2"
+        ],
     );
     fails(
         &["model.head_dim=33"],
         1,
-        expect!["`model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0"],
+        expect!["--set model.head_dim=33: `model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0"],
     );
     fails(
         &["training.seq_len=4096"],
         1,
         expect![
-            "`training.seq_len` = 4096 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"
+            "--set training.seq_len=4096: `training.seq_len` = 4096 > `model.max_position_embeddings` = 2048: positions 2048 and above are not meant for this model; lower the one or raise the other"
         ],
     );
     fails(
@@ -436,8 +547,8 @@ fn models_by_hand_by_flavor_and_from_assets() {
         1,
         expect![[r#"
         `model.head_dim` = 33; RoPE turns pairs, so it must be even and above 0
-        `model.hidden_size` = 200 is not a multiple of `model.num_attention_heads` = 6, which transformers demands of the llama family: 200 / 6 leaves 2
-        `model.sliding_window` is set, but the llama family has none; set `model.name` = "mistral" or remove it"#]],
+        --set model.hidden_size=200: `model.hidden_size` = 200 is not a multiple of `model.num_attention_heads` = 6, which transformers demands of the llama family: 200 / 6 leaves 2
+        --set model.sliding_window=16: `model.sliding_window` is set, but the llama family has none; set `model.name` = "mistral" or remove it"#]],
     );
 
     let by_hand = "[model]\nname = 'qwen3'\nhidden_size = 96\nnum_hidden_layers = 3\n[data]\ntokenizer='tok'\nsources=[{paths=['a']}]\n";

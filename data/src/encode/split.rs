@@ -8,16 +8,11 @@
 //! not know (a case-insensitive contraction with a non-ASCII letter), it says so and the caller takes the slow way.
 
 use std::sync::OnceLock;
+use tangelo_formats::tokenizer::words::cl100k;
 use tokenizers::utils::SysRegex;
 
 /// GPT-2's expression, as the library's ByteLevel pre-tokenizer runs it.
 pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-
-/// The family of cl100k for runs of up to `digits`.
-pub(super) fn cl100k(digits: &str) -> String {
-    let (contraction, word) = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+");
-    format!(r"{contraction}|{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-}
 
 /// How text is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

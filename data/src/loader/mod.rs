@@ -157,24 +157,6 @@ impl Loader {
         self.num_samples
     }
 
-    /// Tokens of all documents, whatever their split.
-    pub fn num_tokens(&self) -> u64 {
-        self.sources.iter().map(|s| s.store.manifest.tokens).sum()
-    }
-
-    /// Ids are below this.
-    pub fn vocab_size(&self) -> usize {
-        self.sources.iter().map(|s| s.store.manifest.origin.tokenizer.vocab_size).max().unwrap_or(0)
-    }
-
-    /// Samples of the held-out split; 0 where nothing is held out. Builds that split's index: keep the answer.
-    pub fn len_validation(&self) -> u64 {
-        if self.options.split == Split::Validation {
-            return self.num_samples;
-        }
-        self.validation().map_or(0, |loader| loader.num_samples)
-    }
-
     /// Hexadecimal hash of everything that decides what sample `i` is. A run that resumes compares it.
     pub fn fingerprint(&self) -> String {
         let o = &self.options;

@@ -13,10 +13,13 @@ use crate::manifest::read_json;
 use crate::manifest::{MANIFEST_NAME, Manifest, ORIGIN_NAME, Origin, StoredOptions, StoredTokenizer, TOKENIZER_NAME};
 use crate::progress::Progress;
 use crate::shard::{ShardRecord, record_name, shard_name};
-use crate::source::{MAX_DOCUMENT_BYTES, ScannedFile, discover, scan};
-use rayon::prelude::*;
+use crate::source::{MAX_DOCUMENT_BYTES, describe_skipped, discover, scan};
 use std::fs;
 use std::path::{Path, PathBuf};
+use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
+
+/// What to do with a damaged file of an unfinished folder.
+const REMOVE: &str = "remove it to prepare the folder again";
 
 /// What to prepare and how.
 #[derive(Clone, Debug)]
@@ -46,7 +49,7 @@ impl PrepareOptions {
     pub fn new(paths: Vec<String>, tokenizer: impl Into<PathBuf>, folder: impl Into<PathBuf>) -> PrepareOptions {
         PrepareOptions {
             paths,
-            text_column: "text".into(),
+            text_column: DEFAULT_TEXT_COLUMN.into(),
             tokenizer: tokenizer.into(),
             folder: folder.into(),
             shard_tokens: 1 << 26,
@@ -97,12 +100,14 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
 fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &dyn Progress) -> Result<Origin> {
     progress.phase("looking at source files");
     let found = discover(&options.paths)?;
-    let known = read_origin(&options.folder).ok().flatten().map(|o| o.files).unwrap_or_default();
-    let files = scan(found, &known)?;
-    warn_of_skipped(&files, progress);
-    if files.iter().all(|f| f.skipped.is_some()) {
-        let reason = format!("none of its {} files is text", files.len());
-        return Err(DataError::Source { pattern: options.paths.join(", "), reason });
+    let before = read_origin(&options.folder).ok().flatten().filter(|o| o.options.text_column == options.text_column);
+    let known = before.map(|o| o.files).unwrap_or_default();
+    let files = scan(found, &options.text_column, &known)?;
+    if let Some(skipped) = describe_skipped(&files) {
+        if files.iter().all(|f| f.skipped.is_some()) {
+            return Err(DataError::Source { pattern: options.paths.join(", "), reason: skipped });
+        }
+        progress.warn(&skipped);
     }
     let stored = StoredOptions {
         text_column: options.text_column.clone(),
@@ -118,26 +123,19 @@ fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &d
     Ok(Origin::new(files, stored, about, tokenizer.fingerprint()))
 }
 
-fn warn_of_skipped(files: &[ScannedFile], progress: &dyn Progress) {
-    let skipped: Vec<&ScannedFile> = files.iter().filter(|f| f.skipped.is_some()).collect();
-    let Some(first) = skipped.first() else { return };
-    let reason = first.skipped.as_deref().unwrap_or_default();
-    let (name, count) = (first.file.path.display(), skipped.len());
-    progress.warn(&format!("left out {count} of {} files that are not text, such as {name} ({reason})", files.len()));
-}
-
 fn read_origin(folder: &Path) -> Result<Option<Origin>> {
     let path = folder.join(ORIGIN_NAME);
-    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    if path.exists() { read_json(&path, REMOVE).map(Some) } else { Ok(None) }
 }
 
-/// The manifest, if there is one and its shards are all there, whole.
+/// The manifest, if there is one and its shards are all there in their sizes. Their bytes were synced before the
+/// manifest was written; reading them all at each start would take minutes ([`inspect`](crate::inspect()) does it).
 fn finished(folder: &Path) -> Result<Option<Manifest>> {
     if !folder.join(MANIFEST_NAME).exists() {
         return Ok(None);
     }
     let manifest = Manifest::read(folder)?;
-    if manifest.shards.par_iter().all(|shard| shard.verify(folder, true).is_ok()) {
+    if manifest.is_complete(folder) {
         return Ok(Some(manifest));
     }
     let path = folder.join(MANIFEST_NAME);
@@ -148,7 +146,7 @@ fn finished(folder: &Path) -> Result<Option<Manifest>> {
 /// The longest run of shards from the first that are there and whole; whatever else looks like a shard is removed.
 fn keep_good_shards(folder: &Path, progress: &dyn Progress) -> Result<Vec<ShardRecord>> {
     let mut kept = Vec::new();
-    while let Ok(record) = read_json::<ShardRecord>(&folder.join(record_name(kept.len()))) {
+    while let Ok(record) = read_json::<ShardRecord>(&folder.join(record_name(kept.len())), REMOVE) {
         if record.file != shard_name(kept.len()) || record.verify(folder, true).is_err() {
             progress.warn(&format!("{} in {} is damaged and made again", shard_name(kept.len()), folder.display()));
             break;

@@ -45,15 +45,22 @@ pub struct SourceFile {
     pub explicit: bool,
 }
 
+/// The name without what says how the file is compressed, in lower case.
+fn stem_of(path: &Path) -> (String, Compression) {
+    let mut name = path.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
+    for (extension, compression) in [(".gz", Compression::Gzip), (".zst", Compression::Zstd)] {
+        if name.ends_with(extension) {
+            name.truncate(name.len() - extension.len());
+            return (name, compression);
+        }
+    }
+    (name, Compression::None)
+}
+
 impl SourceFile {
     /// A file whose kind follows from its name. Extensions that are not known to be something else are text.
     pub fn from_path(path: PathBuf, explicit: bool) -> SourceFile {
-        let name = path.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
-        let (stem, compression) = match () {
-            _ if name.ends_with(".gz") => (&name[..name.len() - 3], Compression::Gzip),
-            _ if name.ends_with(".zst") => (&name[..name.len() - 4], Compression::Zstd),
-            _ => (&name[..], Compression::None),
-        };
+        let (stem, compression) = stem_of(&path);
         let kind = match stem.rsplit_once('.').map(|(_, extension)| extension) {
             Some("jsonl" | "ndjson" | "json") => FileKind::JsonLines,
             Some("parquet") => FileKind::Parquet,
@@ -61,6 +68,11 @@ impl SourceFile {
             _ => FileKind::Text,
         };
         SourceFile { path, kind, compression, explicit }
+    }
+
+    /// Whether this is a `.json` file that nobody named: maybe JSON lines, maybe some program's settings.
+    pub(super) fn may_be_other_json(&self) -> bool {
+        !self.explicit && stem_of(&self.path).0.ends_with(".json")
     }
 }
 

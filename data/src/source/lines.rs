@@ -1,11 +1,14 @@
 //! JSON lines: one object per line, the text under one of its keys.
 
-use super::Documents;
+use super::{Documents, MAX_DOCUMENT_BYTES};
 use crate::error::{DataError, IoContext, Result};
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+
+/// A longer line is refused unread: a file that is one array would be read into memory whole.
+const MAX_LINE_BYTES: usize = 16 * MAX_DOCUMENT_BYTES;
 
 /// Documents of a file of JSON lines.
 pub(super) struct JsonLines {
@@ -14,12 +17,32 @@ pub(super) struct JsonLines {
     column: String,
     line: Vec<u8>,
     line_number: u64,
+    limit: usize,
 }
 
 impl JsonLines {
     pub(super) fn new(path: &Path, input: Box<dyn Read + Send>, column: &str) -> JsonLines {
         let input = BufReader::with_capacity(1 << 18, input);
-        JsonLines { path: path.into(), input, column: column.into(), line: Vec::new(), line_number: 0 }
+        let (path, column) = (path.into(), column.into());
+        JsonLines { path, input, column, line: Vec::new(), line_number: 0, limit: MAX_LINE_BYTES }
+    }
+
+    /// Reads the next line into `line`; false at the end.
+    fn read_line(&mut self) -> Result<bool> {
+        self.line.clear();
+        self.line_number += 1;
+        let mut bounded = self.input.by_ref().take(self.limit as u64 + 1);
+        let count = bounded.read_until(b'\n', &mut self.line).at("read", &self.path)?;
+        if count > self.limit && !self.line.ends_with(b"\n") {
+            return Err(self.wrong(format!("longer than {} bytes", self.limit)));
+        }
+        Ok(count > 0)
+    }
+
+    fn wrong(&self, reason: String) -> DataError {
+        let is_array = self.line.trim_ascii_start().starts_with(b"[");
+        let hint = if is_array { "; a JSON array is not JSON lines: write one object per line" } else { "" };
+        DataError::file(&self.path, format!("line {}: {reason}{hint}", self.line_number))
     }
 
     fn parse(&self) -> Result<String> {
@@ -31,30 +54,19 @@ impl JsonLines {
             Ok(Found::Missing(keys)) => {
                 Err(DataError::Column { path: self.path.clone(), column: self.column.clone(), found: keys.join(", ") })
             }
-            Err(error) => {
-                let hint = if self.line.starts_with(b"[") {
-                    "; a JSON array is not JSON lines: write one object per line"
-                } else {
-                    ""
-                };
-                Err(DataError::file(&self.path, format!("line {}: {error}{hint}", self.line_number)))
-            }
+            Err(error) => Err(self.wrong(error.to_string())),
         }
     }
 }
 
 impl Documents for JsonLines {
     fn next_document(&mut self) -> Result<Option<String>> {
-        loop {
-            self.line.clear();
-            self.line_number += 1;
-            if self.input.read_until(b'\n', &mut self.line).at("read", &self.path)? == 0 {
-                return Ok(None);
-            }
+        while self.read_line()? {
             if !self.line.trim_ascii().is_empty() {
                 return self.parse().map(Some);
             }
         }
+        Ok(None)
     }
 }
 
@@ -116,6 +128,19 @@ mod tests {
     fn picks_the_column() {
         let text = "{\"id\": [1, {}], \"text\": \"a\\u00e9\\n\"}\n\n{\"text\": null}\r\n{\"text\": \"\", \"z\": 0}";
         assert_eq!(read(text).unwrap(), ["a\u{e9}\n", "", ""]);
+    }
+
+    #[test]
+    fn lines_are_bounded() {
+        let read = |text: &str| {
+            let input = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
+            let mut lines = JsonLines { limit: 16, ..JsonLines::new(Path::new("a.jsonl"), input, "text") };
+            lines.next_document().map_err(|e| e.to_string())
+        };
+        assert_eq!(read("{\"text\": \"1234\"}"), Ok(Some("1234".into())));
+        assert_eq!(read("{\"text\": \"1234\"}\n"), Ok(Some("1234".into())));
+        let error = read("[{\"text\": \"1234\"}]").unwrap_err();
+        assert!(error.contains("line 1: longer than 16 bytes; a JSON array is not JSON lines"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Text in files: which files a source names, what kind each is, and its documents one after the other.
 //!
 //! Invariants: the order of files is the order the user wrote them in, globs and folders sorted by path; the order
-//! of documents is the order in the file; a reader holds at most one document and one block of its file. A document
+//! of documents is the order in the file; a reader holds at most one document (of JSON lines: one line, of bounded length) and one block of its file. A document
 //! longer than [`MAX_DOCUMENT_BYTES`] becomes several, cut at line borders, so that memory stays bounded.
 //! Deliberately absent: remote file systems, and cleaning of text.
 
@@ -12,7 +12,7 @@ mod scan;
 mod text;
 
 pub use discover::{Compression, FileKind, SourceFile, discover};
-pub use scan::{ScannedFile, scan};
+pub use scan::{ScannedFile, describe_skipped, scan};
 
 use crate::error::{IoContext, Result};
 use std::collections::VecDeque;

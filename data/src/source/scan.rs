@@ -1,9 +1,10 @@
-//! A first look at every file: its size and content hash, and whether text files are text.
+//! A first look at every file: its size and content hash, whether text files are text, and whether `.json` files that
+//! nobody named hold documents.
 //!
 //! The hash is what tells a restart that a source changed. Files whose size and modification time are as recorded
 //! are taken as unchanged without reading them.
 
-use super::{Compression, FileKind, SourceFile, open_decoded};
+use super::{Compression, FileKind, MAX_DOCUMENT_BYTES, OpenFile, SourceFile, open_decoded};
 use crate::error::{DataError, IoContext, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -33,16 +34,26 @@ pub struct ScannedFile {
     pub skipped: Option<String>,
 }
 
-/// Scans files in parallel, keeping their order; `known` are the results of an earlier scan.
+/// Scans files in parallel, keeping their order; their text is in `column` where they have columns. `known` are the
+/// results of an earlier scan for the same column.
 ///
 /// # Errors
 /// A file that cannot be read, or one the user named that is not text.
-pub fn scan(files: Vec<SourceFile>, known: &[ScannedFile]) -> Result<Vec<ScannedFile>> {
+pub fn scan(files: Vec<SourceFile>, column: &str, known: &[ScannedFile]) -> Result<Vec<ScannedFile>> {
     let known: HashMap<&Path, &ScannedFile> = known.iter().map(|k| (k.file.path.as_path(), k)).collect();
-    files.into_par_iter().map(|file| scan_file(file, &known)).collect()
+    files.into_par_iter().map(|file| scan_file(file, column, &known)).collect()
 }
 
-fn scan_file(file: SourceFile, known: &HashMap<&Path, &ScannedFile>) -> Result<ScannedFile> {
+/// How many files were left out and why the first of them was, if any was.
+pub fn describe_skipped(files: &[ScannedFile]) -> Option<String> {
+    let mut skipped = files.iter().filter(|f| f.skipped.is_some());
+    let first = skipped.next()?;
+    let (name, reason) = (first.file.path.display(), first.skipped.as_deref().unwrap_or_default());
+    let count = 1 + skipped.count();
+    Some(format!("left out {count} of {} files that are not text, such as {name} ({reason})", files.len()))
+}
+
+fn scan_file(file: SourceFile, column: &str, known: &HashMap<&Path, &ScannedFile>) -> Result<ScannedFile> {
     let path: PathBuf = file.path.clone();
     let metadata = path.metadata().at("look at", &path)?;
     let size_bytes = metadata.len();
@@ -57,6 +68,8 @@ fn scan_file(file: SourceFile, known: &HashMap<&Path, &ScannedFile>) -> Result<S
     let (hash, mut text) = hash_and_check(&file)?;
     if file.kind == FileKind::Text && file.compression != Compression::None {
         text = check_compressed(&file)?;
+    } else if file.may_be_other_json() {
+        text = check_lines(&file, column)?;
     }
     if let (Some(reason), true) = (&text, file.explicit) {
         return Err(DataError::file(&path, format!("{reason}; a text source must be UTF-8")));
@@ -91,6 +104,16 @@ fn check_compressed(file: &SourceFile) -> Result<Option<String>> {
         if count == 0 || check.problem.is_some() {
             return Ok(check.problem);
         }
+    }
+}
+
+/// Why the first line of a `.json` file is no document, where it is none.
+fn check_lines(file: &SourceFile, column: &str) -> Result<Option<String>> {
+    match OpenFile::open(file, column, MAX_DOCUMENT_BYTES)?.next_document() {
+        Err(DataError::File { reason, .. }) => Ok(Some(format!("no JSON lines: {reason}"))),
+        Err(DataError::Column { column, .. }) => Ok(Some(format!("no JSON lines with a `{column}`"))),
+        Err(other) => Err(other),
+        Ok(_) => Ok(None),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The data pipeline from files to batches.
 
-// Tests may panic; the lint knows test functions but not their helpers.
+// Tests may panic; the lint knows test functions but not what they call.
 #![allow(clippy::unwrap_used)]
 
 mod loading;

@@ -7,10 +7,13 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tangelo_configs::JobConfig;
 use tangelo_configs::job::DataSource;
 use tangelo_data::tokenizer::{TrainOptions, train};
-use tangelo_data::{DataError, Manifest, PrepareProgress, Progress, TextTokenizer, inspect, prepare, prepare_job};
+use tangelo_data::{
+    DataError, Manifest, PrepareProgress, Progress, TextTokenizer, inspect, prepare, prepare_job, wait_for_job,
+};
 
 #[test]
 fn output_does_not_depend_on_threads() {
@@ -76,7 +79,8 @@ fn interrupted_work_goes_on_behind_the_finished_shards() {
     assert!(stops >= 2, "it was interrupted {stops} times");
     let kept = shards(&options.folder);
     assert!(!kept.is_empty());
-    // A finished shard that was damaged meanwhile is made again.
+    // A finished shard that was damaged before the folder was finished is made again.
+    let _ = fs::remove_file(options.folder.join("manifest.json"));
     let last = options.folder.join(&kept[kept.len() - 1].0);
     let mut bytes = fs::read(&last).unwrap();
     let middle = bytes.len() / 2;
@@ -204,6 +208,60 @@ fn files_that_are_no_text_are_left_out_unless_named() {
 }
 
 #[test]
+fn json_that_holds_no_documents_is_left_out_unless_named() {
+    let folder = Folder::new();
+    folder.write("c/code.rs", "fn main() {}");
+    folder.write("c/package.json", "{\n  \"name\": \"c\"\n}\n");
+    folder.write("c/settings.json", "{\"tabs\": 4}");
+    folder.write("c/array.json", "[{\"text\": \"a\"}]");
+    folder.write_documents("c/lines.json", 3);
+    let watcher = Watcher::default();
+    let manifest = prepare(&folder.options("c", "p"), &watcher).unwrap();
+    assert_eq!((manifest.documents, manifest.skipped_files), (4, 3));
+    let warnings = watcher.warnings.lock().unwrap().clone();
+    assert!(warnings[0].contains("array.json (no JSON lines: line 1: "), "{warnings:?}");
+    let error = prepare(&folder.options("c/package.json", "q"), &()).unwrap_err().to_string();
+    assert!(error.contains("package.json: line 1: "), "{error}");
+}
+
+#[test]
+fn a_corpus_may_have_a_manifest_of_its_own() {
+    let folder = Folder::new();
+    folder.write("c/manifest.json", "{\"files\": 1}");
+    folder.write("c/a.txt", "some text");
+    let mut config = JobConfig::default();
+    config.data.sources = vec![DataSource {
+        name: Some("c".into()),
+        paths: vec![folder.text("c")],
+        text_column: Some("text".into()),
+        weight: None,
+    }];
+    config.data.tokenizer = Some(folder.path("tokenizer"));
+    config.data.prepared_folder = Some(folder.path("prepared"));
+    assert_eq!(prepare_job(&config, &()).unwrap().sources[0].manifest.documents, 1);
+    let error = inspect(&folder.path("c"), 0).unwrap_err().to_string();
+    assert!(error.contains("not what tangelo writes") && !error.contains("delete"), "{error}");
+}
+
+#[test]
+fn a_finished_folder_is_known_by_its_sizes() {
+    let folder = Folder::new();
+    folder.write_documents("a.jsonl", 50);
+    let (options, manifest) = (folder.options("a.jsonl", "p"), folder.prepare("a.jsonl", "p"));
+    let shard = options.folder.join(&shards(&options.folder)[0].0);
+    let whole = fs::read(&shard).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    fs::write(&shard, damaged).unwrap();
+    assert_eq!(prepare(&options, &()).unwrap(), manifest, "not read");
+    let error = inspect(&options.folder, 0).unwrap_err().to_string();
+    assert!(error.contains("remove it and run the command that made the folder"), "{error}");
+    fs::remove_file(&shard).unwrap();
+    assert_eq!(prepare(&options, &()).unwrap(), manifest);
+    assert_eq!(fs::read(&shard).unwrap(), whole);
+}
+
+#[test]
 fn long_documents_are_cut_at_lines_and_keep_every_token() {
     let folder = Folder::new();
     let text: String = (0..2000).map(|i| sentence(i) + "\n").collect();
@@ -220,34 +278,37 @@ fn a_job_is_prepared_once_by_whoever_comes_first() {
     let folder = Folder::new();
     folder.write_documents("a.jsonl", 500);
     folder.write("notes/one.md", "one note");
-    let source = |path: &str, name: Option<&str>| DataSource {
+    let source = |path: &str, name: &str| DataSource {
         paths: vec![folder.text(path)],
-        name: name.map(str::to_string),
-        ..DataSource::default()
+        name: Some(name.into()),
+        text_column: Some("text".into()),
+        weight: None,
     };
     let mut config = JobConfig::default();
-    config.data.sources = vec![source("a.jsonl", Some("stories")), source("notes", None)];
+    config.data.sources = vec![source("a.jsonl", "stories"), source("notes", "notes")];
     config.data.train_tokenizer_vocab = 320;
     config.data.prepared_folder = Some(folder.path("prepared"));
     config.training.seq_len = 64;
-    assert!(tangelo_data::job_sources(&config).unwrap_err().to_string().contains("no manifest.json"));
-    // Two launchers at once.
+    let error = wait_for_job(&config, Duration::ZERO, &()).unwrap_err().to_string();
+    assert!(error.contains("no process is at work on it"), "{error}");
+    // Two launchers at once, and one process that only waits for them.
     let jobs: Vec<_> = std::thread::scope(|scope| {
+        let waits = scope.spawn(|| wait_for_job(&config, Duration::from_secs(600), &()));
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| prepare_job(&config, &()).unwrap())).collect();
+        waits.join().unwrap().unwrap();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
-    assert_eq!(jobs[0].tokenizer, folder.path("prepared/tokenizer.json"));
+    assert!(folder.path("prepared/tokenizer.json").is_file());
     let manifests =
         |job: &tangelo_data::PreparedJob| -> Vec<Manifest> { job.sources.iter().map(|s| s.manifest.clone()).collect() };
     assert_eq!(manifests(&jobs[0]), manifests(&jobs[1]));
-    let options = tangelo_data::loader_options(&config, tangelo_data::Split::Train, 4, 0, 1);
+    let options = tangelo_data::loader_options(&config, tangelo_data::Split::Train, 4, 0, 1).unwrap();
     assert_eq!(options.sources[1].folder, folder.path("prepared/notes"));
     let loader = tangelo_data::Loader::open(options).unwrap();
     assert_eq!(loader.batch_at(0).unwrap().num_tokens(), 4 * 64);
-    assert_eq!(tangelo_data::job_sources(&config).unwrap().len(), 2);
     // A prepared folder is used as it is.
     let mut again = config.clone();
-    again.data.sources = vec![source("prepared/stories", None)];
+    again.data.sources = vec![source("prepared/stories", "stories")];
     (again.data.train_tokenizer_vocab, again.data.tokenizer) = (0, Some(folder.path("prepared/tokenizer.json")));
     again.data.prepared_folder = Some(folder.path("elsewhere"));
     assert_eq!(prepare_job(&again, &()).unwrap().sources[0].manifest, jobs[0].sources[0].manifest);
@@ -261,9 +322,7 @@ fn a_job_is_prepared_once_by_whoever_comes_first() {
 fn tokenizers_are_learnt_the_same_twice_and_give_text_back() {
     let folder = Folder::new();
     let mut paths = vec![folder.text("train.txt")];
-    if let Some(real) = real_text("tinyshakespeare/input.txt") {
-        paths.push(real.display().to_string());
-    }
+    paths.push(real_text("docs").display().to_string());
     let mut options = TrainOptions::new(paths, 1000);
     options.special_tokens.push("<|pad|>".into());
     let (first, second) = (train(&options, &()).unwrap(), train(&options, &()).unwrap());
@@ -316,22 +375,37 @@ fn inspection_tells_what_is_there() {
 
 #[test]
 fn real_text_is_prepared() {
-    let Some(shakespeare) = real_text("tinyshakespeare/input.txt") else { return };
-    let (Some(wiki), Some(maths)) = (real_text("wikitext-2"), real_text("gsm8k/test.jsonl")) else { return };
     let folder = Folder::new();
-    let source = |path: &Path, column: Option<&str>| DataSource {
+    let source = |name: &str, path: &Path, column: &str| DataSource {
+        name: Some(name.into()),
         paths: vec![path.display().to_string()],
-        text_column: column.map(str::to_string),
-        ..DataSource::default()
+        text_column: Some(column.into()),
+        weight: None,
     };
+    let lines = fs::read_to_string(real_text("docs/LOG.md")).unwrap();
+    let lines: Vec<String> =
+        lines.lines().map(|line| serde_json::json!({ "line": line, "length": line.len() }).to_string()).collect();
+    folder.write("log.jsonl", lines.join("\n"));
     let mut config = JobConfig::default();
-    config.data.sources = vec![source(&shakespeare, None), source(&wiki, None), source(&maths, Some("answer"))];
+    config.data.sources = vec![
+        source("docs", &real_text("docs"), "text"),
+        source("code", &real_text("data/src"), "text"),
+        source("log", &folder.path("log.jsonl"), "line"),
+    ];
     config.data.train_tokenizer_vocab = 2048;
     config.data.prepared_folder = Some(folder.path("prepared"));
     let job = prepare_job(&config, &()).unwrap();
     let documents: Vec<u64> = job.sources.iter().map(|s| s.manifest.documents).collect();
-    assert_eq!(documents, [1, 2, 1319]);
+    let count = |folder: &str| num_files(&real_text(folder));
+    let log = lines.iter().filter(|line| !line.starts_with("{\"line\":\"\"")).count() as u64;
+    assert_eq!(documents, [count("docs"), count("data/src"), log]);
     let text_bytes: u64 = job.sources.iter().map(|s| s.manifest.text_bytes).sum();
     let per_token = text_bytes as f64 / job.tokens() as f64;
     assert!((2.5..5.0).contains(&per_token), "{per_token} bytes per token");
+}
+
+/// Files below a folder.
+fn num_files(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| if path.is_dir() { num_files(&path) } else { 1 }).sum()
 }

@@ -94,12 +94,7 @@ pub fn shards(folder: &Path) -> Vec<(String, Vec<u8>)> {
     found
 }
 
-/// Real text beside the repository, where there is any.
-pub fn real_text(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data").join(name);
-    if path.exists() {
-        return Some(path);
-    }
-    println!("skipped: no {} beside the repository", path.display());
-    None
+/// A folder of this repository: real text.
+pub fn real_text(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder)
 }

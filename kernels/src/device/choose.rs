@@ -7,29 +7,21 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use tch::Device;
 
-/// What the user asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What is asked for. What `auto` means to a user is decided with the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// A GPU where there is one, else the CPU.
-    #[default]
-    Auto,
     /// The CPU.
     Cpu,
     /// The GPU with the rank's local index, or an error.
     Cuda,
 }
 
-/// The device of a rank. Opens libtorch's CUDA half where a driver is present and the CPU was not asked for.
+/// The device of a rank. Opens libtorch's CUDA half where a GPU was asked for.
 pub fn choose(choice: DeviceChoice, local_rank: usize) -> Result<Device, DeviceError> {
-    let wants_cpu = match choice {
-        DeviceChoice::Cpu => true,
-        DeviceChoice::Auto => !driver_present(),
-        DeviceChoice::Cuda => false,
-    };
-    if wants_cpu {
+    if choice == DeviceChoice::Cpu {
         return Ok(Device::Cpu);
     }
-    // A driver without a usable libtorch_cuda is a broken machine, not a CPU machine: say so, also under `auto`.
+    // A GPU without a driver or a usable libtorch_cuda is a broken machine, not a CPU machine: say so.
     let num_devices = open_cuda()?;
     if local_rank < num_devices {
         return Ok(Device::Cuda(local_rank));
@@ -73,7 +65,7 @@ pub fn open_cuda() -> Result<usize, DeviceError> {
 
 fn try_open_cuda() -> Result<usize, String> {
     open(c"libcuda.so.1", libc::RTLD_NOW)
-        .map_err(|detail| format!("no CUDA driver on this machine ({detail}): set `device = \"cpu\"` or `\"auto\"`"))?;
+        .map_err(|detail| format!("no CUDA driver on this machine ({detail}): set `device = \"cpu\"`"))?;
     open_libtorch_cuda().map_err(|detail| {
         format!(
             "a CUDA driver is here, but libtorch_cuda cannot be opened ({detail}): install the CUDA build of torch \
@@ -140,12 +132,11 @@ mod tests {
     }
 
     #[test]
-    fn auto_and_cuda_follow_the_machine() {
+    fn a_gpu_is_there_or_said_not_to_be() {
         if driver_present() {
-            assert!(choose(DeviceChoice::Auto, 0).unwrap().is_cuda());
+            assert!(choose(DeviceChoice::Cuda, 0).unwrap().is_cuda());
             assert!(choose(DeviceChoice::Cuda, 1000).unwrap_err().to_string().contains("GPU of its own"));
         } else {
-            assert_eq!(choose(DeviceChoice::Auto, 0).unwrap(), Device::Cpu);
             assert!(choose(DeviceChoice::Cuda, 0).unwrap_err().to_string().contains("no CUDA driver"));
             let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
             assert!(!maps.contains("libtorch_cuda.so"));

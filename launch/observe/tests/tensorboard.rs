@@ -1,6 +1,6 @@
 //! TensorBoard's own reader must see what was written. Skipped, saying so, where the venv has no TensorBoard.
 
-#![allow(clippy::unwrap_used)] // as in tests: these are their helpers
+#![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -11,7 +11,8 @@
 //! | master weights | 4 P / Z where e = 2, else the parameters themselves |
 //! | AdamW's moments | 8 P / Z |
 //! | activations | T times the sum over blocks of [`saved_bytes_per_token`] |
-//! | head and loss | final norm in, out and their gradients: 4 e D T; a chunk of C tokens: C V (e + 8 + e); the head's chunk gradient e V D |
+//! | inputs | T times the bytes of ids, positions, targets, weight and rotary angles |
+//! | head and loss | final norm in, out and their gradients: 4 e D T; a chunk of C tokens: C V (e + 8 + e); the head's chunk gradient e V D where e = 2 |
 //! | backward of a block | gradients alive at once, a recomputed block's own activations, a weight gradient where e = 2 |
 //! | collectives | the largest bucket of gradients twice (sent, received) in fp32 |
 //! | checkpoint copy | 12 P / Z (weights and moments in fp32), held by the host while files are written |

@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
 
 /// Commands about data.
 #[derive(Debug, Subcommand)]
@@ -37,7 +38,7 @@ pub struct TokenizerArgs {
     #[arg(long, value_name = "BYTES", default_value_t = 128 << 20)]
     pub sample_bytes: u64,
     /// The column with the text, in files that have columns.
-    #[arg(long, value_name = "NAME", default_value = "text")]
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_TEXT_COLUMN)]
     pub text_column: String,
     /// Show warnings and errors only.
     #[arg(long, short)]
@@ -64,7 +65,7 @@ pub struct PrepareArgs {
     #[arg(long, short, value_name = "FOLDER")]
     pub output: PathBuf,
     /// The column with the text, in files that have columns.
-    #[arg(long, value_name = "NAME", default_value = "text")]
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_TEXT_COLUMN)]
     pub text_column: String,
     /// Tokens per shard file.
     #[arg(long, value_name = "N", default_value = "67108864")]

@@ -70,7 +70,7 @@ impl RunArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  tangelo run configs/presets/quickstart.toml
+  tangelo run configs/presets/quickstart.toml --set 'data.sources.0.paths=[\"notes/*.md\"]'
   tangelo run job.toml --nproc-per-node 2 --set training.steps=200
   tangelo run job.toml --max-restarts 3
   tangelo run job.toml --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500

@@ -43,6 +43,15 @@ pub fn sizes(
     Ok((rank, world, local))
 }
 
+/// Whether this rank is the first of its node.
+pub fn is_first_of_node(
+    var: impl Fn(&str) -> Option<String>,
+    added: &[(&'static str, String)],
+) -> Result<bool, LaunchError> {
+    let get = |name: &str| added.iter().find(|(n, _)| *n == name).map(|(_, v)| v.clone()).or_else(|| var(name));
+    Ok(number(&get, env::LOCAL_RANK)?.unwrap_or(0) == 0)
+}
+
 fn slurm_environment(var: &impl Fn(&str) -> Option<String>) -> Result<Vec<(&'static str, String)>, LaunchError> {
     let get = |name: &str, default: usize| number(var, name).map(|v| v.unwrap_or(default));
     let (rank, world) = (get(env::SLURM_PROCID, 0)?, get(env::SLURM_NTASKS, 1)?);
@@ -136,6 +145,8 @@ mod tests {
         assert_eq!(names.map(get), [Some("5"), Some("7"), Some("1"), Some("2"), Some("2"), Some("gpu07")]);
         assert_eq!(get("MASTER_PORT"), None, "it is set already");
         assert_eq!(sizes(|_| None, &added).unwrap(), (5, 7, 2));
+        assert!(!is_first_of_node(|_| None, &added).unwrap());
+        assert!(is_first_of_node(|_| None, &[]).unwrap());
         // A batch script outside srun, one task, and one launcher per node are not ranks.
         let without = |name| SLURM.into_iter().filter(|(n, _)| *n != name).collect::<Vec<_>>();
         assert_eq!(detect(&without("SLURM_STEP_ID"), false).unwrap(), None);

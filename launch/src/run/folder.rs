@@ -1,7 +1,7 @@
 //! The run folder: who may use it, and whether what it holds goes on with this configuration.
 
 use crate::error::LaunchError;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,8 +12,16 @@ use tangelo_observe::files;
 /// next. A name that ends in a dot is a whole section.
 const FIXED: [&str; 6] = ["job.type", "model.", "data.", "training.seq_len", "optimizer.name", "debug.seed"];
 
-/// Keys of those sections that may change all the same: they say where something is, not what.
-const FREE: [&str; 4] = ["model.flavor", "model.hf_assets_path", "data.prepared_folder", "data.shard_tokens"];
+/// Keys of those sections that may change all the same: they say where something is, not what. Fingerprints in the
+/// prepared folders and in checkpoints tell whether what lies there is the same.
+const FREE: [&str; 6] = [
+    "model.flavor",
+    "model.hf_assets_path",
+    "data.prepared_folder",
+    "data.tokenizer",
+    "data.sources.name",
+    "data.sources.paths",
+];
 
 /// A lock on a run folder, held for as long as this lives.
 #[derive(Debug)]
@@ -97,7 +105,7 @@ fn is_fixed(key: &str) -> bool {
     FIXED.into_iter().any(matches) && !FREE.contains(&key)
 }
 
-/// `section.key` to the value as TOML.
+/// `section.key` to the value as TOML; of `data.sources`, each key to the list of its values, and their number.
 fn flat(table: &toml::Table) -> BTreeMap<String, String> {
     let mut all = BTreeMap::new();
     for (section, value) in table {
@@ -106,6 +114,16 @@ fn flat(table: &toml::Table) -> BTreeMap<String, String> {
                 all.extend(keys.iter().map(|(key, value)| (format!("{section}.{key}"), value.to_string())));
             }
             value => drop(all.insert(section.clone(), value.to_string())),
+        }
+    }
+    let sources = table.get("data").and_then(|data| data.get("sources")).and_then(toml::Value::as_array);
+    if let Some(sources) = sources {
+        all.insert("data.sources".into(), format!("{} source(s)", sources.len()));
+        let keys: BTreeSet<&String> = sources.iter().filter_map(toml::Value::as_table).flat_map(|s| s.keys()).collect();
+        let value = |source: &toml::Value, key: &str| source.get(key).map_or("(not set)".into(), ToString::to_string);
+        for key in keys {
+            let values: Vec<String> = sources.iter().map(|source| value(source, key)).collect();
+            all.insert(format!("data.sources.{key}"), values.join(", "));
         }
     }
     all
@@ -126,13 +144,21 @@ mod tests {
             "[model]\nhidden_size = 64\nflavor = 'a'\n[training]\nsteps = 5\nseq_len = 8\n[debug]\nseed = 1\n[data]\nprepared_folder = 'x'",
             "[model]\nhidden_size = 96\nsliding_window = 4\n[training]\nsteps = 9\nseq_len = 16\n[debug]\nseed = 2\n[optimizer]\nlr = 1.0\n[data]\nsources = [{ paths = ['b'] }]",
             expect![[r#"
-                data.sources: (not set) -> [{ paths = ["b"] }]
+                data.sources: (not set) -> 1 source(s)
                 debug.seed: 1 -> 2
                 model.hidden_size: 64 -> 96
                 model.sliding_window: (not set) -> 4
                 training.seq_len: 8 -> 16"#]],
         );
         check("[training]\nsteps = 5", "[training]\nsteps = 7\n[metrics]\nlog_freq = 3", expect![[""]]);
+        // A corpus and a tokenizer may move; what is taken from them may not change.
+        check(
+            "[data]\ntokenizer = 'x'\nshard_tokens = 5\nsources = [{ name = 'a', paths = ['a'], text_column = 't' }]",
+            "[data]\nshard_tokens = 6\nsources = [{ name = 'b', paths = ['/b'], text_column = 't', weight = 1.5 }]",
+            expect![[r#"
+                data.shard_tokens: 5 -> 6
+                data.sources.weight: (not set) -> 1.5"#]],
+        );
     }
 
     #[test]

@@ -39,8 +39,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 use supervise::{Attempt, Outcome};
 use tangelo_configs::job::DeviceChoice;
-use tangelo_configs::{JobConfig, Plan, Resources, resolve};
-use tangelo_core::env;
+use tangelo_configs::{ModelAssets, Plan, Resources, resolve};
 use tangelo_formats::Assets;
 use tangelo_observe::records::EventKind;
 use tangelo_observe::{EventLog, report, unix_millis};
@@ -56,22 +55,29 @@ pub fn run(arguments: &RunArgs) -> Result<(), LaunchError> {
 }
 
 /// Loads and resolves a job file for so many ranks.
-pub fn load_plan(job: &Path, sets: &[String], world_size: usize, local: usize) -> Result<Plan, LaunchError> {
-    resolve_plan(resolve::load(job, sets)?, world_size, local)
-}
-
-fn resolve_plan(config: JobConfig, world_size: usize, local: usize) -> Result<Plan, LaunchError> {
-    Ok(resolve::resolve(config, &Resources::of_this_machine(world_size, local)?, &Assets)?)
+pub fn load_plan(
+    job: &Path,
+    sets: &[String],
+    world_size: usize,
+    local: usize,
+    assets: &dyn ModelAssets,
+) -> Result<Plan, LaunchError> {
+    let config = resolve::load(job, sets)?;
+    Ok(resolve::resolve(config, &Resources::of_this_machine(world_size, local)?, assets)?)
 }
 
 /// One rank of a job that another launcher started: prepares what it needs, then becomes the worker.
 fn become_rank(arguments: &RunArgs, added: &[(&'static str, String)]) -> Result<(), LaunchError> {
     let (rank, world_size, local_size) = external::sizes(|name| std::env::var(name).ok(), added)?;
     let worker = worker::find(arguments.worker_binary.as_deref())?;
-    let plan = load_plan(&arguments.job, &arguments.set, world_size, local_size)?;
+    let plan = load_plan(&arguments.job, &arguments.set, world_size, local_size, &Assets)?;
     folder::check_same_run(&plan)?;
     let terminal = Terminal::new(arguments.quiet || rank != 0, arguments.progress_interval());
-    prepare::prepare(&plan, &terminal, &|| false)?;
+    if external::is_first_of_node(|name| std::env::var(name).ok(), added)? {
+        prepare::prepare(&plan, &terminal, &|| false)?;
+    } else {
+        prepare::wait(&plan, &terminal)?;
+    }
     let config = folder::write_config(&plan)?;
     if rank == 0 {
         let message = format!("{world_size} ranks, started by another launcher");
@@ -89,7 +95,8 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let config = resolve::load(&arguments.job, &arguments.set)?;
     let ranks_per_node = ranks_per_node(arguments.nproc_per_node, config.training.device);
     let topology = topology(arguments, ranks_per_node)?;
-    let plan = resolve_plan(config, topology.world_size(), ranks_per_node)?;
+    let resources = Resources::of_this_machine(topology.world_size(), ranks_per_node)?;
+    let plan = resolve::resolve(config, &resources, &Assets)?;
     let run_folder = plan.config.job.dump_folder.clone();
     let _lock = folder::lock(&run_folder, topology.node_rank)?;
     folder::check_same_run(&plan)?;
@@ -266,27 +273,8 @@ fn ranks_per_node(asked: Option<Processes>, device: DeviceChoice) -> usize {
         Processes::Number(number) => number.get(),
         Processes::Cpu => cores(),
         Processes::Auto if device == DeviceChoice::Cpu => 1,
-        Processes::Auto | Processes::Gpu => {
-            num_gpus(std::env::var(env::CUDA_VISIBLE_DEVICES).ok().as_deref(), device_files()).max(1)
-        }
+        Processes::Auto | Processes::Gpu => tangelo_configs::num_gpus().max(1),
     }
-}
-
-/// GPUs that a rank will see.
-fn num_gpus(visible: Option<&str>, present: usize) -> usize {
-    match visible {
-        Some(list) if present > 0 => {
-            list.split(',').take_while(|id| !id.trim().is_empty() && id.trim() != "-1").count()
-        }
-        _ => present,
-    }
-}
-
-/// `/dev/nvidia0`, `/dev/nvidia1`, ...
-fn device_files() -> usize {
-    let entries = std::fs::read_dir("/dev").into_iter().flatten().flatten();
-    let is_gpu = |name: &str| name.strip_prefix("nvidia").is_some_and(|n| n.parse::<u32>().is_ok());
-    entries.filter(|entry| is_gpu(&entry.file_name().to_string_lossy())).count()
 }
 
 #[cfg(test)]
@@ -294,11 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn visible_devices_decide_the_number_of_ranks() {
-        let cases = [(None, 4, 4), (Some("0,2"), 4, 2), (Some(""), 4, 0), (Some("-1"), 4, 0), (Some("0"), 0, 0)];
-        for (visible, present, expected) in cases {
-            assert_eq!(num_gpus(visible, present), expected, "{visible:?} of {present}");
-        }
+    fn a_cpu_has_one_rank() {
         assert_eq!(ranks_per_node(None, DeviceChoice::Cpu), 1);
     }
 }

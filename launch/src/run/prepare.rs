@@ -1,12 +1,12 @@
-//! Preparing data before ranks start. Any number of ranks, nodes and runs may do so at once: the data room lets one
-//! work and the others wait, and what is done is found done.
+//! Preparing data before ranks start. Any number of nodes and runs may do so at once: the data room lets one work and
+//! the others wait, and what is done is found done. Of the ranks of a node that another launcher started, one does.
 
 use super::{Terminal, short_count};
 use crate::error::LaunchError;
 use crate::progress::DataProgress;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tangelo_configs::Plan;
-use tangelo_data::prepare_job;
+use tangelo_data::{prepare_job, wait_for_job};
 
 /// Tokenises what the job reads, or finds it done.
 pub fn prepare(plan: &Plan, terminal: &Terminal, cancelled: &dyn Fn() -> bool) -> Result<(), LaunchError> {
@@ -18,4 +18,11 @@ pub fn prepare(plan: &Plan, terminal: &Terminal, cancelled: &dyn Fn() -> bool) -
     let sources = prepared.sources.len();
     terminal.say(&format!("data: {tokens} tokens of {sources} source(s), ready after {seconds:.1} s"));
     Ok(())
+}
+
+/// Waits until the first rank of this node has prepared what the job reads.
+pub fn wait(plan: &Plan, terminal: &Terminal) -> Result<(), LaunchError> {
+    // Nobody at work for as long as ranks wait for each other at the start: the first rank is gone.
+    let patience = Duration::from_secs(plan.config.comm.init_timeout_seconds);
+    Ok(wait_for_job(&plan.config, patience, &DataProgress::new(terminal, &|| false))?)
 }

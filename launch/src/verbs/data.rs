@@ -7,6 +7,7 @@ use crate::progress::DataProgress;
 use crate::run::{Terminal, short_count};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tangelo_data::manifest::is_prepared;
 use tangelo_data::tokenizer::{TrainOptions, train};
 use tangelo_data::{DataError, Inspection, Manifest, PrepareOptions, prepare};
 
@@ -77,7 +78,6 @@ fn inspect(arguments: &InspectArgs) -> Result<(), LaunchError> {
 
 /// The folder itself, or the prepared folders right inside it.
 fn prepared_folders(folder: &Path) -> Result<Vec<PathBuf>, LaunchError> {
-    let is_prepared = |path: &Path| path.join(tangelo_data::manifest::MANIFEST_NAME).is_file();
     if is_prepared(folder) {
         return Ok(vec![folder.to_owned()]);
     }

@@ -6,8 +6,12 @@ pub use data::data;
 
 use crate::cli::{CheckArgs, ReportArgs, SchemaArgs};
 use crate::error::LaunchError;
-use crate::run::load_plan;
+use crate::run::{Terminal, load_plan};
 use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+use tangelo_configs::{ModelAssets, ModelSpec, SpecialTokens};
+use tangelo_formats::Assets;
 use tangelo_observe::files;
 
 /// Prints, and lets a reader that stopped reading (`| head`) end the command quietly.
@@ -23,8 +27,36 @@ pub fn print(text: &str) -> Result<(), LaunchError> {
 pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
     let world_size = arguments.world_size.get();
     let local = arguments.nproc_per_node.map_or(world_size, usize::from).min(world_size);
-    let plan = load_plan(&arguments.job, &arguments.set, world_size, local)?;
+    let plan = load_plan(&arguments.job, &arguments.set, world_size, local, &AssetsToCheck)?;
+    if let Some(path) = plan.config.data.tokenizer.as_deref().filter(|path| AssetsToCheck.may_lack(path)) {
+        let shown = path.display();
+        Terminal::new(false, Duration::ZERO).warn(&format!(
+            "the tokenizer {shown} is not there: whether its ids fit the model's vocabulary was not checked; `tangelo \
+             run` needs it"
+        ));
+    }
     print(&tangelo_planner::render_check(&plan))
+}
+
+/// What lies on the disk, but for a tokenizer: a plan can be looked at before its model is downloaded.
+struct AssetsToCheck;
+
+impl ModelAssets for AssetsToCheck {
+    fn model_spec(&self, path: &Path) -> Result<ModelSpec, String> {
+        Assets.model_spec(path)
+    }
+
+    fn vocab_size(&self, tokenizer: &Path) -> Result<usize, String> {
+        Assets.vocab_size(tokenizer)
+    }
+
+    fn special_tokens(&self, tokenizer: &Path) -> Result<SpecialTokens, String> {
+        Assets.special_tokens(tokenizer)
+    }
+
+    fn may_lack(&self, tokenizer: &Path) -> bool {
+        !tokenizer.exists()
+    }
 }
 
 /// `tangelo report`

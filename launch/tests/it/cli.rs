@@ -8,6 +8,10 @@ fn said(arguments: &[&str]) -> Said {
     tangelo().args(arguments).env("COLUMNS", "100").output().unwrap().into()
 }
 
+fn said_in(folder: &std::path::Path, arguments: &[&str]) -> Said {
+    tangelo().args(arguments).current_dir(folder).output().unwrap().into()
+}
+
 #[test]
 fn help_of_every_command() {
     expect_file!["help/tangelo.txt"].assert_eq(&said(&["--help"]).stdout);
@@ -179,6 +183,19 @@ fn check_prints_the_plan_and_writes_nothing() {
     let said = job.finish(tangelo().args(["check", "--set", "training.seq_length=9"]).arg(&path));
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("seq_len"), "{said:?}");
+}
+
+#[test]
+fn check_does_without_a_tokenizer_where_the_vocabulary_is_known() {
+    let preset = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/presets/llama-3.1-8b.toml");
+    let folder = tempfile::tempdir().unwrap();
+    let said = said_in(folder.path(), &["check", "--world-size", "64", preset]);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    assert!(said.stderr.contains("warning: the tokenizer ") && said.stderr.contains("is not there"), "{said:?}");
+    assert!(said.stdout.contains("vocab_size = 128256"), "{said:?}");
+    let said = said_in(folder.path(), &["check", preset, "--set", "model.flavor=tiny-4m"]);
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.stderr.contains("`data.tokenizer` ="), "{said:?}");
 }
 
 #[test]

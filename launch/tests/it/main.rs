@@ -1,6 +1,6 @@
 //! The binary as a user starts it, with a shell script in the worker's place.
 
-#![allow(clippy::unwrap_used)] // as in tests: these are their helpers
+#![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
 mod cli;
 mod fake;

@@ -1,6 +1,6 @@
 //! Who failed, how it ends for the others, and what is left behind: nothing.
 
-use crate::fake::{Job, is_alive, kill, wait_until};
+use crate::fake::{Job, Said, is_alive, kill, wait_until};
 use nix::sys::signal::Signal;
 use std::time::{Duration, Instant};
 
@@ -202,7 +202,13 @@ fn a_rank_of_torchrun_or_slurm_becomes_the_worker() {
     };
     let torchrun = [("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")];
     let shows = "echo $MASTER_ADDR:$LOCAL_RANK; exit 4";
-    let said = job.finish(command(&[]).envs(torchrun).env("MASTER_ADDR", "h").env("FAKE", shows));
+    // The second rank of the node waits for the first to prepare the data.
+    let mut second = job.spawn(command(&[]).envs(torchrun).env("MASTER_ADDR", "h").env("FAKE", shows));
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(second.try_wait().unwrap().is_none() && job.all_pids().is_empty());
+    let first = [("RANK", "0"), ("LOCAL_RANK", "0")];
+    assert_eq!(job.finish(command(&[]).envs(torchrun).envs(first).env("FAKE", "exit 4")).code, Some(4));
+    let said: Said = second.wait_with_output().unwrap().into();
     assert_eq!(said.code, Some(4), "{said:?}");
     assert!(said.stdout.contains("rank 1 of 2") && said.stdout.contains("h:1"), "{said:?}");
     let said = job.finish(command(&["--nproc-per-node", "2"]).envs(torchrun));

@@ -66,11 +66,6 @@ impl Encoding {
         }
     }
 
-    /// Whether bytes in the file are the values of [`Encoding::dtype`] themselves.
-    pub const fn is_plain(self) -> bool {
-        self.block_values() == 1
-    }
-
     /// Bytes of `values` values, `None` where that is no whole number of blocks or does not fit.
     pub fn bytes_of(self, values: usize) -> Option<usize> {
         let whole = values.is_multiple_of(self.block_values());

@@ -127,22 +127,6 @@ impl Weights {
         Ok(())
     }
 
-    /// The bytes of rows `rows` of a parameter as they lie in the file, little-endian values of the type that
-    /// [`metas`](Weights::metas) names; `None` where the file holds them in another form (quantised, or with rows in
-    /// another order), to be read with [`read_f32`](Weights::read_f32).
-    ///
-    /// # Errors
-    /// [`FormatError::Request`] for an unknown name or rows out of range.
-    pub fn raw_rows(&self, name: &str, rows: Range<usize>) -> Result<Option<&[u8]>> {
-        let (meta, encoding, stored) = self.tensor(name, &rows)?;
-        if !encoding.is_plain() || stored.interleaved.is_some() {
-            return Ok(None);
-        }
-        let row_bytes = meta.shape[1..].iter().product::<usize>() * encoding.block_bytes();
-        let all = &self.files[stored.file][stored.bytes.clone()];
-        Ok(Some(&all[rows.start * row_bytes..rows.end * row_bytes]))
-    }
-
     fn tensor(&self, name: &str, rows: &Range<usize>) -> Result<(&ParamMeta, Encoding, &Stored)> {
         let &index = self.by_name.get(name).ok_or_else(|| {
             FormatError::request(name, format!("there is no such parameter in {}", self.path.display()))

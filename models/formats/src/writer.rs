@@ -5,7 +5,8 @@
 //!
 //! Invariants: everything is written into a hidden folder beside the target, synced, and renamed into place by
 //! [`HfWriter::finish`], so a folder under the target's name is complete; a folder that is there and not empty is never
-//! touched; one writer at a time works on a target, and the next clears away what one that was killed left behind.
+//! touched; one writer at a time works on a target, from its first file until the folder has its name, and the next
+//! clears away what one that was killed left behind.
 //! A tied head is not written, as transformers does not. Absent: other formats, and quantisation.
 
 use crate::error::{BoxError, FormatError, Result};
@@ -18,7 +19,7 @@ use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use tangelo_configs::{ModelSpec, hf_config};
 use tangelo_core::{DType, ParamMeta};
@@ -29,9 +30,6 @@ pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 /// Values held at a time: 4 MiB of f32.
 const CHUNK_VALUES: usize = 1 << 20;
 
-/// A file inside the hidden folder that a living writer holds locked.
-const LOCK: &str = ".lock";
-
 /// What supplies the values of a parameter: called with a range of rows and where to put their values.
 pub type Rows<'a> = dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), BoxError> + 'a;
 
@@ -40,7 +38,8 @@ pub type Rows<'a> = dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(
 pub struct HfWriter {
     target: PathBuf,
     partial: PathBuf,
-    lock: File,
+    /// Held until this is dropped.
+    _lock: TargetLock,
     dtype: DType,
     shards: Vec<(PathBuf, File)>,
     slots: HashMap<String, Slot>,
@@ -74,11 +73,14 @@ impl HfWriter {
             return Err(FormatError::unsupported(target, format!("weights of type {dtype}; expected a float type")));
         }
         refuse_occupied(target)?;
-        let (partial, lock) = make_partial(target)?;
+        let lock = TargetLock::acquire(target)?;
+        // Whoever had the lock before may just have finished.
+        refuse_occupied(target)?;
+        let partial = make_partial(target)?;
         let mut writer = HfWriter {
             target: target.to_owned(),
             partial,
-            lock,
+            _lock: lock,
             dtype,
             shards: Vec::new(),
             slots: HashMap::new(),
@@ -131,7 +133,6 @@ impl HfWriter {
         if let Some(name) = self.slots.iter().filter(|(_, slot)| !slot.written).map(|(name, _)| name).min() {
             return Err(FormatError::request(name, format!("was never written to {}", self.target.display())));
         }
-        fs::remove_file(self.partial.join(LOCK)).map_err(FormatError::io("remove a lock in", &self.partial))?;
         for entry in fs::read_dir(&self.partial).map_err(FormatError::io("list", &self.partial))? {
             sync(&entry.map_err(FormatError::io("list", &self.partial))?.path())?;
         }
@@ -192,7 +193,36 @@ impl Drop for HfWriter {
         if !self.finished {
             drop(fs::remove_dir_all(&self.partial));
         }
-        drop(self.lock.unlock());
+    }
+}
+
+/// The right to write to a target: a locked file beside it, which ends with the process that holds it.
+#[derive(Debug)]
+struct TargetLock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl TargetLock {
+    fn acquire(target: &Path) -> Result<TargetLock> {
+        let path = hidden_beside(target, "lock")?;
+        let folder = parent(target);
+        fs::create_dir_all(folder).map_err(FormatError::io("make the folder", folder))?;
+        let file = File::create(&path).map_err(FormatError::io("create", &path))?;
+        let inode = |m: std::io::Result<fs::Metadata>| m.map(|m| (m.dev(), m.ino())).ok();
+        // A lock on a file that its last owner has removed meanwhile excludes nobody.
+        if file.try_lock().is_err() || inode(file.metadata()) != inode(fs::metadata(&path)) {
+            let detail = "belongs to a running export to the same folder".into();
+            return Err(FormatError::Occupied { path, detail });
+        }
+        Ok(TargetLock { path, _file: file })
+    }
+}
+
+impl Drop for TargetLock {
+    /// Removes the file before the lock on it ends. One that cannot be removed is taken over by the next writer.
+    fn drop(&mut self) {
+        drop(fs::remove_file(&self.path));
     }
 }
 
@@ -230,26 +260,23 @@ fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes the hidden folder beside `target`, empty and locked.
-fn make_partial(target: &Path) -> Result<(PathBuf, File)> {
-    let Some(name) = target.file_name() else {
-        return Err(FormatError::unsupported(target, "cannot be written to: it names no folder"));
-    };
-    let partial = parent(target).join(format!(".{}.partial", name.to_string_lossy()));
+/// `.NAME.suffix` beside a folder called NAME.
+fn hidden_beside(target: &Path, suffix: &str) -> Result<PathBuf> {
+    match target.file_name() {
+        Some(name) => Ok(parent(target).join(format!(".{}.{suffix}", name.to_string_lossy()))),
+        None => Err(FormatError::unsupported(target, "cannot be written to: it names no folder")),
+    }
+}
+
+/// Makes the hidden folder beside `target`, empty.
+fn make_partial(target: &Path) -> Result<PathBuf> {
+    let partial = hidden_beside(target, "partial")?;
     fs::create_dir_all(&partial).map_err(FormatError::io("make the folder", &partial))?;
-    let path = partial.join(LOCK);
-    let lock = File::create(&path).map_err(FormatError::io("create", &path))?;
-    lock.try_lock().map_err(|_| FormatError::Occupied {
-        path: partial.clone(),
-        detail: "belongs to a running export to the same folder".into(),
-    })?;
     for entry in fs::read_dir(&partial).map_err(FormatError::io("list", &partial))? {
         let left = entry.map_err(FormatError::io("list", &partial))?.path();
-        if left != path {
-            fs::remove_file(&left).map_err(FormatError::io("remove what a killed export left,", &left))?;
-        }
+        fs::remove_file(&left).map_err(FormatError::io("remove what a killed export left,", &left))?;
     }
-    Ok((partial, lock))
+    Ok(partial)
 }
 
 /// Cuts a list of parameters into runs of at most `max_bytes`, or of one larger parameter.

@@ -168,6 +168,8 @@ fn nothing_is_left_for_later() {
         ["/ro", "ot/"],
         ["index.crates", ".io"],
         ["files.python", "hosted"],
+        ["hel", "per"],
+        ["../sha", "red"],
     ]
     .map(|halves| halves.concat());
     let mut violations = Vec::new();

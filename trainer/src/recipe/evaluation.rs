@@ -1,7 +1,7 @@
 //! Evaluation on held-out documents, and samples of what the model writes.
 
 use super::recorder::Recorder;
-use super::setup::{self, data_error, loader_options};
+use super::setup::{self, data_error};
 use crate::checkpoint::TrainState;
 use crate::error::Result;
 use crate::process::RankInfo;
@@ -11,7 +11,7 @@ use crate::worker::TrainWorker;
 use std::time::{Duration, Instant};
 use tangelo_configs::Plan;
 use tangelo_core::LossSpec;
-use tangelo_data::{Loader, Split};
+use tangelo_data::Loader;
 use tangelo_formats::tokenizer::TokenizerAssets;
 
 /// The held-out data and when to look at it.
@@ -38,17 +38,14 @@ struct Samples {
 }
 
 impl Evaluation {
-    /// Opens the held-out split where `validation.enable` says so.
-    pub fn new(plan: &Plan, info: &RankInfo) -> Result<Evaluation> {
+    /// Evaluates on `held_out`, where there is any.
+    pub fn new(plan: &Plan, info: &RankInfo, held_out: Option<Loader>) -> Result<Evaluation> {
         let v = &plan.config.validation;
-        let active = if v.enable {
-            let loader = Loader::open(loader_options(plan, info.rank, Split::Validation)?).map_err(data_error)?;
+        let active = held_out.map(|loader| {
             let all = loader.num_samples().div_ceil(plan.global_batch_size as u64).max(1);
             let num_batches = u64::try_from(v.steps).map_or(all, |n| n.min(all));
-            Some(HeldOut { loader, num_batches, global_batch_size: plan.global_batch_size as u64 })
-        } else {
-            None
-        };
+            HeldOut { loader, num_batches, global_batch_size: plan.global_batch_size as u64 }
+        });
         let wanted = v.enable && v.sample_tokens > 0 && !v.prompts.is_empty();
         let comm = &plan.config.comm;
         let deadlines = [comm.train_timeout_seconds, comm.init_timeout_seconds.max(3600)].map(Duration::from_secs);

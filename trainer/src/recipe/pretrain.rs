@@ -27,8 +27,9 @@ pub struct Outcome {
 /// Trains until `training.steps`, or until a signal. `current_step` is where others see how far it is.
 pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<AtomicU64>) -> Result<Outcome> {
     let mut recorder = Recorder::new(plan, info)?;
-    let Setup { mut worker, mut state, mut batches, mut checkpoints } = setup::build(plan, info, &mut recorder)?;
-    let mut evaluation = Evaluation::new(plan, info)?;
+    let Setup { mut worker, mut state, mut batches, held_out, mut checkpoints } =
+        setup::build(plan, info, &mut recorder)?;
+    let mut evaluation = Evaluation::new(plan, info, held_out)?;
     let fault = Fault::from_env(info.rank, info.restart_count)?;
     let (loss, schedule, steps) = (LossSpec::next_token(), plan.schedule(), plan.config.training.steps as u64);
     let (mut stopped, first_step) = (false, state.step + 1);

@@ -30,6 +30,8 @@ pub struct Setup {
     pub state: TrainState,
     /// This rank's rows of the global batches that follow.
     pub batches: Batches,
+    /// The held-out documents, where the job evaluates.
+    pub held_out: Option<Loader>,
     /// Saving.
     pub checkpoints: Checkpointing,
 }
@@ -53,7 +55,8 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     }
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
     check_memory(plan, info, device)?;
-    let loader = Loader::open(loader_options(plan, info.rank, Split::Train)?).map_err(data_error)?;
+    let loader = Loader::open(loader_options(plan, info.rank)?).map_err(data_error)?;
+    let held_out = plan.config.validation.enable.then(|| loader.validation()).transpose().map_err(data_error)?;
     recorder.phase("meeting the other ranks");
     let data = connect(plan, info, device)?;
     recorder.phase("building the model");
@@ -72,7 +75,7 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     let batches =
         Prefetcher::new(Arc::new(loader), state.global_sample_index, PREFETCHED_BATCHES).map_err(data_error)?;
     let batches = Batches(batches);
-    Ok(Setup { worker, state, batches, checkpoints })
+    Ok(Setup { worker, state, batches, held_out, checkpoints })
 }
 
 /// Fails at once where the ranks of this node cannot fit: an out-of-memory kill names nobody and explains nothing.
@@ -100,10 +103,9 @@ fn gib(bytes: u64) -> f64 {
 }
 
 /// What this rank's loader reads.
-pub fn loader_options(plan: &Plan, rank: usize, split: Split) -> Result<LoaderOptions> {
+fn loader_options(plan: &Plan, rank: usize) -> Result<LoaderOptions> {
     let (rows, ranks) = (plan.global_batch_size, plan.data_parallel_size);
-    tangelo_data::job_sources(&plan.config).map_err(data_error)?;
-    Ok(tangelo_data::loader_options(&plan.config, split, rows, rank, ranks))
+    tangelo_data::loader_options(&plan.config, Split::Train, rows, rank, ranks).map_err(data_error)
 }
 
 fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator> {
@@ -236,11 +238,9 @@ fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::pat
 
 /// The tokenizer that the job's data was prepared with.
 pub fn job_tokenizer(plan: &Plan) -> Result<TokenizerAssets> {
-    let data = &plan.config.data;
-    let trained = data.prepared_folder.as_ref().filter(|_| data.train_tokenizer_vocab > 0);
-    let place = trained.or(data.tokenizer.as_ref()).or(plan.config.model.hf_assets_path.as_ref());
+    let place = plan.config.data.tokenizer_path();
     let place = place.ok_or_else(|| TrainError::Config("the job names no tokenizer: set data.tokenizer".into()))?;
-    tokenizer::load(place).map_err(|e| TrainError::Data(e.to_string()))
+    tokenizer::load(&place).map_err(|e| TrainError::Data(e.to_string()))
 }
 
 /// Keeps the tokenizer in the run folder, so that a run can be moved and still be used. One that is there already is

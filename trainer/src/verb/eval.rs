@@ -8,9 +8,10 @@ use super::score::logprobs;
 use crate::error::{Result, TrainError};
 use crate::open_model;
 use serde_json::json;
+use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
 use tangelo_configs::requests::EvalRequest;
 use tangelo_data::DataError;
-use tangelo_data::source::{MAX_DOCUMENT_BYTES, OpenFile, discover};
+use tangelo_data::source::{MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, describe_skipped, discover, scan};
 
 /// Windows are no longer than this unless asked for: attention is quadratic in it.
 const DEFAULT_SEQ_LEN: usize = 2048;
@@ -43,11 +44,11 @@ pub fn run(request: &EvalRequest) -> Result<()> {
     if seq_len > longest {
         return Err(TrainError::Config(format!("--seq-len {seq_len} is longer than the model's {longest} positions")));
     }
-    let column = request.text_column.as_deref().unwrap_or("text");
+    let column = request.text_column.as_deref().unwrap_or(DEFAULT_TEXT_COLUMN);
     let failed = |e: DataError| TrainError::Data(e.to_string());
     let mut totals = Totals::default();
-    for file in discover(&request.paths).map_err(failed)? {
-        let mut documents = OpenFile::open(&file, column, MAX_DOCUMENT_BYTES).map_err(failed)?;
+    for file in files_of_text(&request.paths, column).map_err(failed)? {
+        let mut documents = OpenFile::open(&file.file, column, MAX_DOCUMENT_BYTES).map_err(failed)?;
         while let Some(text) = documents.next_document().map_err(failed)? {
             let ids = super::encode(&tokenizer, &text)?;
             super::check_ids(&ids, opened.model.spec().vocab_size)?;
@@ -64,6 +65,16 @@ pub fn run(request: &EvalRequest) -> Result<()> {
         return Err(TrainError::Data(format!("{:?}: no document has two tokens or more to evaluate", request.paths)));
     }
     report(&totals, request.json)
+}
+
+/// The files that `paths` name, without what is no text; a warning says what was left out.
+fn files_of_text(paths: &[String], column: &str) -> std::result::Result<Vec<ScannedFile>, DataError> {
+    let mut files = scan(discover(paths)?, column, &[])?;
+    if let Some(skipped) = describe_skipped(&files) {
+        eprintln!("warning: {skipped}");
+    }
+    files.retain(|file| file.skipped.is_none());
+    Ok(files)
 }
 
 /// Windows of at most `seq_len + 1` ids: `seq_len` inputs and as many targets; neighbours share one id.
@@ -92,6 +103,19 @@ fn report(totals: &Totals, as_json: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_may_hold_more_than_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let files: [(&str, &[u8]); 4] =
+            [("a.txt", b"text"), ("b.bin", b"\x7f\0"), ("c.json", b"{\n}"), ("d.json", b"{\"text\": \"d\"}")];
+        for (name, bytes) in files {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        let found = files_of_text(&[folder.path().display().to_string()], "text").unwrap();
+        let names: Vec<_> = found.iter().map(|f| f.file.path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["a.txt", "d.json"]);
+    }
 
     #[test]
     fn every_token_but_the_first_is_predicted_once() {

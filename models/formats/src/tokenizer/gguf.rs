@@ -7,6 +7,7 @@
 
 use super::TokenizerAssets;
 use super::special::{SpecialTokens, Token};
+use super::words::cl100k;
 use crate::error::{BoxError, FormatError, Result};
 use crate::gguf::Gguf;
 use crate::gguf::model::token_id;
@@ -26,11 +27,9 @@ const UNKNOWN: f64 = 2.0;
 const CONTROL: f64 = 3.0;
 const USER_DEFINED: f64 = 4.0;
 
-/// Llama 3's words (published in its tokenizer.json): contractions, letters, up to three digits, punctuation, spaces.
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Qwen2's: the same with digits one by one.
-const QWEN2_WORDS: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// What Llama 3 and Qwen2 take for a run of digits.
+const LLAMA3_DIGITS: &str = r"\p{N}{1,3}";
+const QWEN2_DIGITS: &str = r"\p{N}";
 
 /// How text is cut into words before BPE.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -161,10 +160,10 @@ impl ByteLevelParts {
             Words::Gpt2 => tokenizer.with_pre_tokenizer(Some(bytes(true))),
             Words::DigitsGpt2 => tokenizer
                 .with_pre_tokenizer(Some(PreTokenizers::new(vec![Digits::new(true).into(), bytes(true).into()]))),
-            Words::Llama3 => tokenizer.with_pre_tokenizer(Some(by_pattern(LLAMA3_WORDS)?)),
+            Words::Llama3 => tokenizer.with_pre_tokenizer(Some(by_pattern(&cl100k(LLAMA3_DIGITS))?)),
             Words::Qwen2 => {
                 tokenizer.with_normalizer(Some(NFC))?;
-                tokenizer.with_pre_tokenizer(Some(by_pattern(QWEN2_WORDS)?))
+                tokenizer.with_pre_tokenizer(Some(by_pattern(&cl100k(QWEN2_DIGITS))?))
             }
         };
         tokenizer.with_decoder(Some(bytes(true)));

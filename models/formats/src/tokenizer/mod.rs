@@ -10,13 +10,14 @@ mod find;
 mod gguf;
 mod special;
 mod stream;
+pub mod words;
 
 pub use stream::StreamDecoder;
 
 use crate::error::{FormatError, Result};
 use serde_json::{Map, Value, json};
 use special::SpecialTokens;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tokenizers::{AddedToken, Tokenizer};
 
 /// The file names of a folder with a tokenizer.
@@ -52,16 +53,6 @@ pub fn load(path: &Path) -> Result<TokenizerAssets> {
         find::Found::Json(file) => load_json(&file),
         find::Found::Gguf(file) => gguf::load(&file),
     }
-}
-
-/// The file that [`load`] would read: a `tokenizer.json` or a `.gguf`.
-///
-/// # Errors
-/// Where there is none.
-pub fn locate(path: &Path) -> Result<PathBuf> {
-    Ok(match find::find(path)? {
-        find::Found::Json(file) | find::Found::Gguf(file) => file,
-    })
 }
 
 fn load_json(file: &Path) -> Result<TokenizerAssets> {
@@ -104,14 +95,6 @@ impl TokenizerAssets {
     pub fn vocab_size(&self) -> usize {
         let largest = self.tokenizer.get_vocab(true).into_values().max();
         largest.map_or(0, |id| id as usize + 1)
-    }
-
-    /// 32 hexadecimal digits that differ between tokenizers that could encode a document differently: a hash (XXH3, not
-    /// cryptographic) of [`to_json`](TokenizerAssets::to_json) and the ids that start and end documents.
-    pub fn fingerprint(&self) -> String {
-        let mut text = self.to_json();
-        text.push_str(&format!("|{:?}|{:?}", self.bos_token_id, self.eos_token_ids));
-        format!("{:032x}", xxhash_rust::xxh3::xxh3_128(text.as_bytes()))
     }
 
     /// The contents of a `tokenizer.json`, indented.

@@ -105,6 +105,7 @@ fn what_is_there_is_kept_and_what_is_unfinished_goes() {
     std::fs::create_dir(&target).unwrap();
 
     let writer = start(&target, &spec).unwrap();
+    assert_eq!(names(folder.path()), [".model.lock", ".model.partial", "model"]);
     let second = start(&target, &spec).unwrap_err().to_string();
     assert!(second.contains("belongs to a running export"), "{second}");
     let missing = writer.finish().unwrap_err().to_string();
@@ -123,6 +124,33 @@ fn what_is_there_is_kept_and_what_is_unfinished_goes() {
     std::fs::write(folder.path().join("file"), b"").unwrap();
     assert!(matches!(start(&folder.path().join("file"), &spec), Err(FormatError::Occupied { .. })));
     Weights::open(&target).unwrap();
+}
+
+#[test]
+fn of_writers_to_one_folder_one_wins_and_none_harms_it() {
+    let spec = spec(Family::Llama, true, 1);
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..10 {
+        let target = folder.path().join(format!("model-{round}"));
+        let convert = || -> Result<(), FormatError> {
+            let mut writer = start(&target, &spec)?;
+            for meta in spec.parameters(DType::F32) {
+                writer.write_f32(&meta.name, &mut |_, out| {
+                    out.fill(1.0);
+                    Ok(())
+                })?;
+            }
+            writer.finish()
+        };
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(convert)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 1, "{results:?}");
+        assert!(results.iter().all(|r| matches!(r, Ok(()) | Err(FormatError::Occupied { .. }))), "{results:?}");
+        assert_eq!(read_all(&Weights::open(&target).unwrap(), EMBEDDING)[..3], [1.0; 3]);
+    }
+    assert_eq!(names(folder.path()).len(), 10, "no lock and no unfinished folder is left");
 }
 
 #[test]

@@ -71,7 +71,6 @@ fn tokenizers_are_found_where_runs_and_models_keep_them() {
         write(&run.path().join(place), "tokenizer.json", &json);
         for path in [run.path(), &step, &run.path().join(place).join("tokenizer.json")] {
             assert_eq!(tokenizer::load(path).unwrap().vocab_size(), 257);
-            assert_eq!(tokenizer::locate(path).unwrap(), run.path().join(place).join("tokenizer.json"));
         }
     }
     let folder = tempfile::tempdir().unwrap();
@@ -96,14 +95,11 @@ fn saving_and_loading_keeps_everything() {
     let folder = tempfile::tempdir().unwrap();
     first.save(folder.path()).unwrap();
     let second = tokenizer::load(folder.path()).unwrap();
-    assert_eq!(first.fingerprint(), second.fingerprint());
+    assert_eq!(first.to_json(), second.to_json());
     assert_eq!(
         (first.bos_token_id, &first.eos_token_ids, first.pad_token_id, &first.chat_template, first.add_bos),
         (second.bos_token_id, &second.eos_token_ids, second.pad_token_id, &second.chat_template, second.add_bos),
     );
-    let mut other = second.clone();
-    other.eos_token_ids = vec![0];
-    assert_ne!(first.fingerprint(), other.fingerprint(), "documents would end differently");
 }
 
 /// Feeds ids one by one and checks what comes out against decoding all at once.
