@@ -86,11 +86,10 @@ pub enum DataError {
         reason: String,
     },
     /// [`Progress::cancelled`](crate::Progress::cancelled) said so.
-    #[error("preparing {} was interrupted; finished shards are kept, and the same command goes on from there", folder.display())]
-    Interrupted {
-        /// The prepared folder.
-        folder: PathBuf,
-    },
+    #[error(
+        "the preparation of data was interrupted; finished shards are kept, and the same command goes on from there"
+    )]
+    Interrupted,
     /// The options contradict each other or the data.
     #[error("{0}")]
     Options(String),

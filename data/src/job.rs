@@ -141,7 +141,7 @@ pub fn wait_for_job(config: &JobConfig, patience: Duration, progress: &dyn Progr
     let mut begun = Instant::now();
     while !sources.iter().all(is_ready) {
         if progress.cancelled() {
-            return Err(DataError::Interrupted { folder: root.into() });
+            return Err(DataError::Interrupted);
         }
         if begun.elapsed() > patience {
             if !FolderLock::is_held(root) {
@@ -204,9 +204,10 @@ fn train_once(config: &JobConfig, root: &Path, progress: &dyn Progress) -> Resul
     let before: Option<TrainingRecord> =
         if record_path.exists() { Some(read_json(&record_path, advice)?) } else { None };
     let known = before.as_ref().map(|b| b.sources.as_slice()).unwrap_or_default();
+    progress.phase("looking at source files");
     let mut now = TrainingRecord { vocab_size: data.train_tokenizer_vocab, sources: Vec::new() };
     for source in &data.sources {
-        now.sources.extend(scan(discover(&source.paths)?, &text_column(source)?, known)?);
+        now.sources.extend(scan(discover(&source.paths)?, &text_column(source)?, known, progress)?);
     }
     if let (Some(before), true) = (&before, path.exists()) {
         check_training(before, &now, root)?;

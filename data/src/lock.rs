@@ -47,7 +47,7 @@ impl FolderLock {
                 told = true;
             }
             if progress.cancelled() {
-                return Err(DataError::Interrupted { folder: folder.into() });
+                return Err(DataError::Interrupted);
             }
             std::thread::sleep(POLL);
         }

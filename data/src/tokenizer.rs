@@ -7,7 +7,7 @@
 
 use crate::encode::{byte_alphabet, cl100k_expression, for_each_word};
 use crate::error::{DataError, IoContext, Result};
-use crate::progress::{PrepareProgress, Progress};
+use crate::progress::{PrepareProgress, Progress, abandonable};
 use crate::source::{MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, discover, scan};
 use ahash::AHashMap;
 use compact_str::CompactString;
@@ -99,9 +99,10 @@ pub(crate) fn train_on(
             options.special_tokens.len()
         )));
     }
+    progress.phase("looking at source files");
     let mut files = Vec::new();
     for (paths, column) in sources {
-        let found = scan(discover(paths)?, column, &[])?;
+        let found = scan(discover(paths)?, column, &[], progress)?;
         files.extend(found.into_iter().filter(|f| f.skipped.is_none()).map(|file| (file, column.as_str())));
     }
     let counts = count_words(&files, options, progress)?;
@@ -109,7 +110,9 @@ pub(crate) fn train_on(
         return Err(DataError::Options("the sources hold no text to train a tokenizer on".into()));
     }
     progress.phase("learning merges");
-    let tokenizer = learn(&counts.words, options).map_err(|e| failed(&e))?;
+    let (words, options) = (counts.words, options.clone());
+    let learnt = abandonable(progress, move || learn(&words, &options)).ok_or(DataError::Interrupted)?;
+    let tokenizer = learnt.map_err(|e| failed(&e))?;
     let assets = TokenizerAssets::from_tokenizer(tokenizer).map_err(|e| failed(&e))?;
     Ok(TrainedTokenizer { assets, documents: counts.documents, text_bytes: counts.text_bytes })
 }
@@ -136,6 +139,9 @@ fn count_words(files: &[(ScannedFile, &str)], options: &TrainOptions, progress: 
     for (file, column) in files {
         let mut open = OpenFile::open(&file.file, column, MAX_DOCUMENT_BYTES)?;
         while let Some(text) = open.next_document()? {
+            if progress.cancelled() {
+                return Err(DataError::Interrupted);
+            }
             number += 1;
             // Compressed sources hold more text than their size says: the budget is a limit too.
             let room = counts.text_bytes < options.sample_bytes.saturating_mul(2);

@@ -102,7 +102,7 @@ fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &d
     let found = discover(&options.paths)?;
     let before = read_origin(&options.folder).ok().flatten().filter(|o| o.options.text_column == options.text_column);
     let known = before.map(|o| o.files).unwrap_or_default();
-    let files = scan(found, &options.text_column, &known)?;
+    let files = scan(found, &options.text_column, &known, progress)?;
     if let Some(skipped) = describe_skipped(&files) {
         if files.iter().all(|f| f.skipped.is_some()) {
             return Err(DataError::Source { pattern: options.paths.join(", "), reason: skipped });
@@ -147,6 +147,12 @@ fn finished(folder: &Path) -> Result<Option<Manifest>> {
 fn keep_good_shards(folder: &Path, progress: &dyn Progress) -> Result<Vec<ShardRecord>> {
     let mut kept = Vec::new();
     while let Ok(record) = read_json::<ShardRecord>(&folder.join(record_name(kept.len())), REMOVE) {
+        if kept.is_empty() {
+            progress.phase("checking token shards");
+        }
+        if progress.cancelled() {
+            return Err(DataError::Interrupted);
+        }
         if record.file != shard_name(kept.len()) || record.verify(folder, true).is_err() {
             progress.warn(&format!("{} in {} is damaged and made again", shard_name(kept.len()), folder.display()));
             break;

@@ -257,7 +257,7 @@ impl<'a> Writer<'a> {
             budget.release(tokenised.chunk.text_bytes);
             self.progress.update(&self.state);
             if self.progress.cancelled() {
-                return Err(DataError::Interrupted { folder: self.options.folder.clone() });
+                return Err(DataError::Interrupted);
             }
         }
         self.finish_shard().map_err(|error| self.explain(error))?;

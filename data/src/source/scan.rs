@@ -6,6 +6,7 @@
 
 use super::{Compression, FileKind, MAX_DOCUMENT_BYTES, OpenFile, SourceFile, open_decoded};
 use crate::error::{DataError, IoContext, Result};
+use crate::progress::{Progress, stoppable};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -13,7 +14,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -38,10 +39,15 @@ pub struct ScannedFile {
 /// results of an earlier scan for the same column.
 ///
 /// # Errors
-/// A file that cannot be read, or one the user named that is not text.
-pub fn scan(files: Vec<SourceFile>, column: &str, known: &[ScannedFile]) -> Result<Vec<ScannedFile>> {
+/// A file that cannot be read, or one the user named that is not text; [`DataError::Interrupted`].
+pub fn scan(
+    files: Vec<SourceFile>,
+    column: &str,
+    known: &[ScannedFile],
+    progress: &dyn Progress,
+) -> Result<Vec<ScannedFile>> {
     let known: HashMap<&Path, &ScannedFile> = known.iter().map(|k| (k.file.path.as_path(), k)).collect();
-    files.into_par_iter().map(|file| scan_file(file, column, &known)).collect()
+    stoppable(progress, |stop| files.into_par_iter().map(|file| scan_file(file, column, &known, stop)).collect())
 }
 
 /// How many files were left out and why the first of them was, if any was.
@@ -53,7 +59,12 @@ pub fn describe_skipped(files: &[ScannedFile]) -> Option<String> {
     Some(format!("left out {count} of {} files that are not text, such as {name} ({reason})", files.len()))
 }
 
-fn scan_file(file: SourceFile, column: &str, known: &HashMap<&Path, &ScannedFile>) -> Result<ScannedFile> {
+fn scan_file(
+    file: SourceFile,
+    column: &str,
+    known: &HashMap<&Path, &ScannedFile>,
+    stop: &AtomicBool,
+) -> Result<ScannedFile> {
     let path: PathBuf = file.path.clone();
     let metadata = path.metadata().at("look at", &path)?;
     let size_bytes = metadata.len();
@@ -65,9 +76,9 @@ fn scan_file(file: SourceFile, column: &str, known: &HashMap<&Path, &ScannedFile
     {
         return Ok(before.clone());
     }
-    let (hash, mut text) = hash_and_check(&file)?;
+    let (hash, mut text) = hash_and_check(&file, stop)?;
     if file.kind == FileKind::Text && file.compression != Compression::None {
-        text = check_compressed(&file)?;
+        text = check_compressed(&file, stop)?;
     } else if file.may_be_other_json() {
         text = check_lines(&file, column)?;
     }
@@ -78,12 +89,13 @@ fn scan_file(file: SourceFile, column: &str, known: &HashMap<&Path, &ScannedFile
 }
 
 /// The hash of the bytes, and why they are no text where they are not.
-fn hash_and_check(file: &SourceFile) -> Result<(u64, Option<String>)> {
+fn hash_and_check(file: &SourceFile, stop: &AtomicBool) -> Result<(u64, Option<String>)> {
     let mut input = File::open(&file.path).at("open", &file.path)?;
     let (mut hasher, mut check) = (Xxh3Default::new(), TextCheck::default());
     let is_text = file.kind == FileKind::Text && file.compression == Compression::None;
     let mut buffer = vec![0u8; 1 << 18];
     loop {
+        go_on(stop)?;
         let count = input.read(&mut buffer).at("read", &file.path)?;
         hasher.update(&buffer[..count]);
         if is_text {
@@ -95,10 +107,15 @@ fn hash_and_check(file: &SourceFile) -> Result<(u64, Option<String>)> {
     }
 }
 
-fn check_compressed(file: &SourceFile) -> Result<Option<String>> {
+fn go_on(stop: &AtomicBool) -> Result<()> {
+    if stop.load(Ordering::Relaxed) { Err(DataError::Interrupted) } else { Ok(()) }
+}
+
+fn check_compressed(file: &SourceFile, stop: &AtomicBool) -> Result<Option<String>> {
     let mut input = open_decoded(&file.path, file.compression, &Arc::new(AtomicU64::new(0)))?;
     let (mut check, mut buffer) = (TextCheck::default(), vec![0u8; 1 << 18]);
     loop {
+        go_on(stop)?;
         let count = input.read(&mut buffer).at("decompress", &file.path)?;
         check.feed(&buffer[..count], count == 0);
         if count == 0 || check.problem.is_some() {

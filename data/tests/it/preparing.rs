@@ -5,7 +5,7 @@ use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tangelo_configs::JobConfig;
@@ -95,6 +95,40 @@ fn interrupted_work_goes_on_behind_the_finished_shards() {
     let watcher = Watcher::default();
     assert_eq!(prepare(&options, &watcher).unwrap(), expected);
     assert_eq!(watcher.updates.load(Ordering::Relaxed), 0);
+}
+
+/// Asks to stop when a phase has begun.
+struct StopIn(&'static str, AtomicBool);
+
+impl Progress for StopIn {
+    fn phase(&self, name: &str) {
+        self.1.fetch_or(name == self.0, Ordering::Relaxed);
+    }
+    fn cancelled(&self) -> bool {
+        self.1.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn every_long_phase_can_be_stopped() {
+    let folder = Folder::new();
+    folder.write_documents("a.jsonl", 400);
+    let options = folder.options("a.jsonl", "p");
+    let learn = TrainOptions::new(options.paths.clone(), 400);
+    let stop_in = |phase| StopIn(phase, AtomicBool::new(false));
+    for phase in ["looking at source files", "counting words", "learning merges"] {
+        let stopped = train(&learn, &stop_in(phase)).map(|_| ());
+        assert!(matches!(stopped, Err(DataError::Interrupted)), "{phase}: {stopped:?}");
+    }
+    let stopped = |phase| matches!(prepare(&options, &stop_in(phase)), Err(DataError::Interrupted));
+    assert!(stopped("looking at source files") && stopped("tokenising"));
+    let manifest = prepare(&options, &()).unwrap();
+    // As if it had been killed before the end.
+    fs::remove_file(options.folder.join("manifest.json")).unwrap();
+    let kept = shards(&options.folder);
+    assert!(stopped("checking token shards"));
+    assert_eq!(shards(&options.folder), kept, "what was not checked is kept");
+    assert_eq!(prepare(&options, &()).unwrap(), manifest);
 }
 
 #[test]
