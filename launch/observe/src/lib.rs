@@ -20,6 +20,8 @@ pub use progress::{ProgressEvent, ProgressWriter};
 pub use records::{EventRecord, MetricRecord, SampleRecord};
 pub use writer::{EventLog, MetricsWriter, SampleLog};
 
+use std::fmt::Display;
+use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Names of the files this room writes inside a run folder.
@@ -34,6 +36,16 @@ pub mod files {
     pub const CONFIG: &str = "config.toml";
     /// The report.
     pub const REPORT: &str = "report.html";
+}
+
+/// Writes a line to stderr. Unlike the macro it does not panic when nobody reads any more: that must not end a run.
+pub fn stderr_line(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// As [`stderr_line`], to stdout.
+pub fn stdout_line(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// Seconds since 1970, with fraction.

@@ -2,46 +2,41 @@
 //!
 //! Formats: `tensorflow/core/util/event.proto` and `summary.proto` (public), and the record format described in
 //! `tensorflow/core/lib/io/record_writer.h`: length (u64 LE), masked CRC-32C of it, data, masked CRC-32C of the data.
-//! Only scalars are written. After a resume the file opens with a session-start event, which makes TensorBoard drop
-//! the points of earlier files at or after that step.
+//! Only scalars are written. Where a run goes on or begins anew, the file opens with a session-start event, which makes
+//! TensorBoard drop the points of earlier files at or after that step.
 
 use crate::unix_seconds;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// An open event file.
 #[derive(Debug)]
 pub struct EventFile {
     file: File,
-    path: PathBuf,
 }
 
 impl EventFile {
     /// Creates a new event file in `folder` for points after `resume_step`.
     pub fn create(folder: &Path, resume_step: u64) -> io::Result<EventFile> {
         fs::create_dir_all(folder)?;
+        let goes_on = resume_step > 0 || holds_event_files(folder)?;
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "localhost".into());
         let (now, pid) = (unix_seconds(), std::process::id());
         let create = |index: usize| {
-            let path = folder.join(format!("events.out.tfevents.{:010}.{}.{pid}.{index}", now as u64, host.trim()));
-            File::create_new(&path).map(|file| EventFile { file, path })
+            let path = folder.join(format!("{PREFIX}{:010}.{}.{pid}.{index}", now as u64, host.trim()));
+            File::create_new(path).map(|file| EventFile { file })
         };
         // One process may open several within a second.
         let taken = |e: &io::Error| e.kind() == io::ErrorKind::AlreadyExists;
         let result = (0..1000).map(create).find(|result| !result.as_ref().is_err_and(taken));
         let mut events = result.unwrap_or_else(|| Err(io::ErrorKind::AlreadyExists.into()))?;
         events.append(&event(now, None, 3, b"brain.Event:2"))?;
-        if resume_step > 0 {
+        if goes_on {
             const SESSION_START: [u8; 2] = [0x08, 0x01];
             events.append(&event(now, Some(resume_step + 1), 7, &SESSION_START))?;
         }
         Ok(events)
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Appends one event with a scalar for each tag.
@@ -72,6 +67,15 @@ impl EventFile {
         self.file.write_all(&record)
     }
 }
+
+/// Whether an earlier run, or an earlier attempt of this one, left points there.
+fn holds_event_files(folder: &Path) -> io::Result<bool> {
+    let mut entries = fs::read_dir(folder)?.flatten();
+    Ok(entries.any(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX)))
+}
+
+/// How the names of event files begin.
+const PREFIX: &str = "events.out.tfevents.";
 
 const VARINT: u8 = 0;
 const FIXED64: u8 = 1;
@@ -123,6 +127,18 @@ mod tests {
         assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
         // record_writer.h: rotated right by 15 bits, plus 0xa282ead8.
         assert_eq!(masked_crc(b"123456789"), 0xc78a_b0e5u32);
+    }
+
+    #[test]
+    fn a_file_beside_another_opens_with_a_session_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let length = || {
+            let events = EventFile::create(folder.path(), 0).unwrap();
+            events.file.metadata().unwrap().len()
+        };
+        let (first, second) = (length(), length());
+        // Framing of 16 bytes, the time of 9, step 1 in 2, and a message of 2 behind a key and a length.
+        assert_eq!(second - first, 16 + 9 + 2 + 4);
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! Writers of a run's records. None of them returns an error: the first failure is said once on stderr, later ones
-//! are counted, and training goes on.
+//! Writers of a run's records. None of them returns an error: the first failure is said once on stderr, and training
+//! goes on.
 
 use crate::records::{EventKind, EventRecord, MetricRecord, SampleRecord, open_after};
 use crate::tensorboard::EventFile;
-use crate::{Metric, files, unix_seconds};
-use std::fs::{File, OpenOptions};
+use crate::{Metric, files, stderr_line, unix_seconds};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -13,12 +13,12 @@ use std::path::Path;
 struct Quiet<T> {
     what: &'static str,
     inner: Option<T>,
-    failures: u64,
+    failed: bool,
 }
 
 impl<T> Quiet<T> {
     fn open(what: &'static str, result: io::Result<T>) -> Quiet<T> {
-        let mut quiet = Quiet { what, inner: None, failures: 0 };
+        let mut quiet = Quiet { what, inner: None, failed: false };
         match result {
             Ok(inner) => quiet.inner = Some(inner),
             Err(e) => quiet.failed(&e),
@@ -27,19 +27,19 @@ impl<T> Quiet<T> {
     }
 
     fn with(&mut self, write: impl FnOnce(&mut T) -> io::Result<()>) {
-        let result = self.inner.as_mut().map(write);
-        match result {
-            Some(Ok(())) => {}
-            Some(Err(e)) => self.failed(&e),
-            None => self.failures += 1,
+        if let Some(Err(e)) = self.inner.as_mut().map(write) {
+            self.failed(&e);
         }
     }
 
     fn failed(&mut self, error: &io::Error) {
-        if self.failures == 0 {
-            eprintln!("warning: {} cannot be written: {error}; training goes on without (said once)", self.what);
+        if !self.failed {
+            stderr_line(format!(
+                "warning: {} cannot be written: {error}; the run goes on without (said once)",
+                self.what
+            ));
         }
-        self.failures += 1;
+        self.failed = true;
     }
 }
 
@@ -69,11 +69,6 @@ impl MetricsWriter {
             events.with(|file| file.scalars(record.time, step, values.iter().map(|(m, v)| (m.tag(), *v))));
         }
     }
-
-    /// How many writes failed so far.
-    pub fn num_failures(&self) -> u64 {
-        self.lines.failures + self.events.as_ref().map_or(0, |e| e.failures)
-    }
 }
 
 /// Appends events of a run to events.jsonl. The launcher and rank 0 may both hold one: lines are appended whole.
@@ -85,8 +80,11 @@ pub struct EventLog {
 impl EventLog {
     /// Opens the events of a run; earlier ones stay, they are history.
     pub fn open(run_folder: &Path) -> EventLog {
-        let path = run_folder.join(files::EVENTS);
-        EventLog { file: Quiet::open(files::EVENTS, OpenOptions::new().create(true).append(true).open(path)) }
+        let open = || {
+            fs::create_dir_all(run_folder)?;
+            OpenOptions::new().create(true).append(true).open(run_folder.join(files::EVENTS))
+        };
+        EventLog { file: Quiet::open(files::EVENTS, open()) }
     }
 
     /// Appends one event.
@@ -126,7 +124,6 @@ fn append_line(file: &mut File, record: &impl serde::Serialize) -> io::Result<()
 mod tests {
     use super::*;
     use crate::records::{read_lines, read_metrics};
-    use std::fs;
 
     fn steps(folder: &Path) -> Vec<u64> {
         read_metrics(&folder.join(files::METRICS)).unwrap().iter().map(|r| r.step).collect()
@@ -160,8 +157,7 @@ mod tests {
         fs::write(&file, b"").unwrap();
         let mut writer = MetricsWriter::open(&file, Some(Path::new("tb")), 3);
         writer.record(4, &[(Metric::Loss, 1.0)]);
-        // Opening and writing failed, for both files.
-        assert_eq!(writer.num_failures(), 4);
+        assert!(writer.lines.failed && writer.events.unwrap().failed);
         EventLog::open(&file).append(EventKind::Start, None, "x");
         SampleLog::open(&file, 0).append(&SampleRecord { step: 1, prompt: String::new(), text: String::new() });
     }
@@ -169,12 +165,13 @@ mod tests {
     #[test]
     fn events_and_samples_round_trip() {
         let folder = tempfile::tempdir().unwrap();
-        let (mut a, mut b) = (EventLog::open(folder.path()), EventLog::open(folder.path()));
+        let run = folder.path().join("a run that begins");
+        let (mut a, mut b) = (EventLog::open(&run), EventLog::open(&run));
         a.append(EventKind::Start, None, "2 ranks");
         b.append(EventKind::Skipped, Some(4), "loss is NaN");
         a.append(EventKind::Done, Some(9), "");
         let parse = |line: &str| serde_json::from_str::<EventRecord>(line).ok();
-        let events = read_lines(&folder.path().join(files::EVENTS), parse).unwrap();
+        let events = read_lines(&run.join(files::EVENTS), parse).unwrap();
         let kinds: Vec<_> = events.iter().map(|e| (e.kind, e.step)).collect();
         assert_eq!(kinds, [(EventKind::Start, None), (EventKind::Skipped, Some(4)), (EventKind::Done, Some(9))]);
 
