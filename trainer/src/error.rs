@@ -1,36 +1,7 @@
 //! What can go wrong on a rank, by what the caller does about it.
 
-use serde::Serialize;
+use tangelo_observe::FailureKind;
 use thiserror::Error;
-
-/// Who has to act.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ErrorKind {
-    /// The job's file, or what it names.
-    Config,
-    /// The data or a model's files.
-    Data,
-    /// This machine: memory, GPU, disk.
-    Device,
-    /// Another rank.
-    Peer,
-    /// Us.
-    Internal,
-}
-
-impl ErrorKind {
-    /// The exit code of the process; the one table for the whole project.
-    pub const fn exit_code(self) -> i32 {
-        match self {
-            ErrorKind::Internal => 1,
-            ErrorKind::Config => 2,
-            ErrorKind::Data => 3,
-            ErrorKind::Device => 4,
-            ErrorKind::Peer => 5,
-        }
-    }
-}
 
 /// An error of a rank.
 #[derive(Debug, Error)]
@@ -54,13 +25,13 @@ pub enum TrainError {
 
 impl TrainError {
     /// Who has to act.
-    pub fn kind(&self) -> ErrorKind {
+    pub fn kind(&self) -> FailureKind {
         match self {
-            TrainError::Config(_) => ErrorKind::Config,
-            TrainError::Data(_) => ErrorKind::Data,
-            TrainError::Device(_) => ErrorKind::Device,
-            TrainError::Peer(_) => ErrorKind::Peer,
-            TrainError::Internal(_) => ErrorKind::Internal,
+            TrainError::Config(_) => FailureKind::Config,
+            TrainError::Data(_) => FailureKind::Data,
+            TrainError::Device(_) => FailureKind::Device,
+            TrainError::Peer(_) => FailureKind::Peer,
+            TrainError::Internal(_) => FailureKind::Internal,
         }
     }
 
@@ -108,7 +79,7 @@ mod tests {
     #[test]
     fn out_of_memory_is_the_machines() {
         let oom = "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to ...";
-        assert_eq!(TrainError::from_panic(oom.into()).kind(), ErrorKind::Device);
-        assert_eq!(TrainError::from_panic("index out of bounds".into()).kind().exit_code(), 1);
+        assert_eq!(TrainError::from_panic(oom.into()).kind(), FailureKind::Device);
+        assert_eq!(TrainError::from_panic("index out of bounds".into()).kind(), FailureKind::Internal);
     }
 }

@@ -24,5 +24,5 @@ pub mod shards;
 pub mod verb;
 pub mod worker;
 
-pub use error::{ErrorKind, TrainError};
+pub use error::TrainError;
 pub use worker::TrainWorker;

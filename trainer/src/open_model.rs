@@ -11,6 +11,7 @@ use tangelo_configs::{JobConfig, ModelSpec, num_gpus};
 use tangelo_formats::Weights;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_models::Model;
+use tangelo_observe::stderr_line;
 use tch::Device;
 
 /// Weights by Hugging Face's names, and the architecture they belong to.
@@ -76,7 +77,7 @@ fn checkpoint_folder(run: &Path) -> Option<PathBuf> {
 fn newest(folder: &Path, step: Option<u64>) -> Result<Checkpoint> {
     let found = find_usable(folder, step).map_err(|e| TrainError::Data(e.to_string()))?;
     for warning in &found.warnings {
-        eprintln!("warning: {warning}");
+        stderr_line(format!("warning: {warning}"));
     }
     found.checkpoint.ok_or_else(|| {
         TrainError::Data(format!("{} holds no checkpoint; train with checkpoint.enable = true first", folder.display()))

@@ -4,12 +4,11 @@
 //! the parent is still the one it was told of, because the parent may have died in between.
 
 use crate::error::{Result, TrainError};
-use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 use tangelo_core::env;
+use tangelo_observe::{ErrorRecord, FailureKind, stderr_line, unix_millis};
 
 /// The ranks of the job and this one's place among them, as torchrun's environment says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,12 +77,12 @@ impl RankInfo {
 pub fn die_with_supervisor() {
     let Ok(supervisor) = std::env::var(env::SUPERVISOR_PID) else { return };
     if nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).is_err() {
-        eprintln!("warning: cannot ask the kernel to end this worker with its launcher");
+        stderr_line("warning: cannot ask the kernel to end this worker with its launcher");
     }
     let expected: Option<i32> = supervisor.parse().ok();
     if expected != Some(nix::unistd::getppid().as_raw()) {
-        eprintln!("the launcher (process {supervisor}) is gone; ending");
-        std::process::exit(crate::error::ErrorKind::Peer.exit_code());
+        stderr_line(format!("the launcher (process {supervisor}) is gone; ending"));
+        std::process::exit(FailureKind::Peer.exit_code().into());
     }
 }
 
@@ -112,14 +111,17 @@ impl StopFlag {
 
 /// Writes this rank's last error where the launcher looks for it, and to stderr.
 pub fn report_error(rank: usize, step: u64, error: &TrainError) {
-    eprintln!("error: {error}");
+    stderr_line(format!("error: {error}"));
     let Some(path) = std::env::var_os(env::ERROR_FILE).map(PathBuf::from) else { return };
-    let unix_time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-    let record = json!({
-        "rank": rank, "step": (step > 0).then_some(step), "kind": error.kind(), "message": error.to_string(), "unix_time_ms": unix_time_ms,
-    });
-    if let Err(e) = std::fs::write(&path, record.to_string()) {
-        eprintln!("warning: cannot write {}: {e}", path.display());
+    let record = ErrorRecord {
+        rank,
+        step: (step > 0).then_some(step),
+        kind: error.kind(),
+        message: error.to_string(),
+        unix_time_ms: unix_millis(),
+    };
+    if let Err(e) = record.write(&path) {
+        stderr_line(format!("warning: cannot write {}: {e}", path.display()));
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tangelo_configs::Plan;
 use tangelo_configs::resolve::{self, Resources};
 use tangelo_kernels::device::{DeviceThread, keep_freed_memory};
+use tangelo_observe::stderr_line;
 use tangelo_trainer::error::{Result, TrainError, is_out_of_memory};
 use tangelo_trainer::process::{RankInfo, StopFlag, die_with_supervisor, report_error};
 use tangelo_trainer::{recipe, verb};
@@ -27,7 +28,7 @@ fn main() {
     if let Err(e) = dispatch(&arguments, &step) {
         let rank = RankInfo::from_env().map_or(0, |info| info.rank);
         report_error(rank, step.load(Ordering::Relaxed), &e);
-        exit(e.kind().exit_code());
+        exit(e.kind().exit_code().into());
     }
 }
 
@@ -65,7 +66,7 @@ fn train(config: &Path, sets: &[&str], step: &Arc<AtomicU64>) -> Result<()> {
     let outcome = on_device(info, move |info| recipe::pretrain::run(&own_plan, &info, &stop, &own_step));
     let outcome = outcome.map_err(|e| explain(e, &plan))?;
     if outcome.stopped {
-        eprintln!("stopped by a signal after step {}; start the same command again to go on", outcome.step);
+        stderr_line(format!("stopped by a signal after step {}; start the same command again to go on", outcome.step));
     }
     Ok(())
 }
