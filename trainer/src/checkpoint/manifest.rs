@@ -61,8 +61,6 @@ pub struct TrainState {
     pub tokens_seen: u64,
     /// Steps skipped for a non-finite loss or gradient.
     pub skipped_steps: u64,
-    /// How many of those were the last ones in a row.
-    pub consecutive_skipped_steps: u64,
     /// The seed: all randomness is a function of it and of an index.
     pub seed: u64,
     /// The schedule's rate at `step`: a resumed run that computes another has another schedule.

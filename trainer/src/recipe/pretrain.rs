@@ -71,16 +71,16 @@ fn advance(plan: &Plan, state: &mut TrainState, worker: &TrainWorker, tokens: u6
     state.global_sample_index += plan.global_batch_size as u64;
     state.tokens_seen += tokens;
     state.num_updates = worker.num_updates();
-    state.consecutive_skipped_steps = if skipped { state.consecutive_skipped_steps + 1 } else { 0 };
     state.skipped_steps += u64::from(skipped);
 }
 
-/// Fails where more steps were skipped than allowed, naming the samples of the last.
+/// Fails where more steps were skipped than allowed, naming the samples of the last. What helps is another
+/// configuration; the same one would fail again.
 fn check_skipped(plan: &Plan, state: &TrainState, skipped: bool) -> Result<()> {
     let first = state.global_sample_index - plan.global_batch_size as u64;
     let allowed = plan.config.training.max_skipped as u64;
     if skipped && state.skipped_steps > allowed {
-        return Err(TrainError::Internal(format!(
+        return Err(TrainError::Config(format!(
             "step {}: loss or gradient is not finite, the {}th step skipped (training.max_skipped = {allowed}); the \
              batch holds samples {first} to {}. Lower optimizer.lr, or start from an earlier checkpoint with \
              checkpoint.load_step",

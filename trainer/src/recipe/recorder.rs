@@ -12,7 +12,10 @@ use tangelo_configs::Plan;
 use tangelo_core::env;
 use tangelo_kernels::device;
 use tangelo_observe::records::EventKind;
-use tangelo_observe::{EventLog, Metric, MetricsWriter, ProgressEvent, ProgressWriter, SampleLog, SampleRecord};
+use tangelo_observe::{
+    EventLog, Metric, MetricsWriter, ProgressEvent, ProgressWriter, SampleLog, SampleRecord, report, stderr_line,
+    stdout_line,
+};
 use tangelo_planner::flops::FlopsPerToken;
 
 /// Seconds spent on measuring what a matrix product can reach, once per run.
@@ -32,10 +35,9 @@ struct Window {
     checkpoint: Duration,
 }
 
-/// Where rank 0 writes.
+/// Where rank 0 writes what is cut to the step that a run goes on from.
 struct Sinks {
     metrics: MetricsWriter,
-    events: EventLog,
     samples: SampleLog,
 }
 
@@ -47,6 +49,9 @@ pub struct Recorder {
     flops: FlopsPerToken,
     predicted_bytes: f64,
     progress: ProgressWriter,
+    /// Rank 0 only, from the beginning: what is found while the run is set up belongs there too.
+    events: Option<EventLog>,
+    /// Rank 0 only, from the first step on.
     sinks: Option<Sinks>,
     is_first: bool,
     window: Window,
@@ -74,6 +79,7 @@ impl Recorder {
             flops: tangelo_planner::flops::per_token(plan),
             predicted_bytes: tangelo_planner::memory::predict(plan).total_bytes() as f64,
             progress: ProgressWriter::from_fd_number(fd.as_deref()),
+            events: is_first.then(|| EventLog::open(&plan.config.job.dump_folder)),
             sinks: None,
             is_first,
             window: Window::default(),
@@ -90,17 +96,15 @@ impl Recorder {
         let run = &self.plan.config.job.dump_folder;
         let tensorboard =
             self.plan.config.metrics.enable_tensorboard.then_some(&self.plan.config.metrics.save_tb_folder);
-        let mut sinks = Sinks {
+        self.sinks = Some(Sinks {
             metrics: MetricsWriter::open(run, tensorboard.map(|p| p.as_path()), state.step),
-            events: EventLog::open(run),
             samples: SampleLog::open(run, state.step),
-        };
+        });
         if state.step > 0 {
             let message =
                 format!("went on from the checkpoint of step {} on {} ranks", state.step, worker.data().size());
-            sinks.events.append(EventKind::Resume, Some(state.step), message);
+            self.event(EventKind::Resume, state.step, &message);
         }
-        self.sinks = Some(sinks);
         self.phase("training");
         Ok(())
     }
@@ -113,15 +117,20 @@ impl Recorder {
     /// Something the user should know.
     pub fn warn(&mut self, step: u64, message: &str) {
         if self.is_first {
-            eprintln!("warning: {message}");
+            stderr_line(format!("warning: {message}"));
         }
         self.event(EventKind::Warning, step, message);
     }
 
     fn event(&mut self, kind: EventKind, step: u64, message: &str) {
-        if let Some(sinks) = &mut self.sinks {
-            sinks.events.append(kind, Some(step), message);
+        if let Some(events) = &mut self.events {
+            events.append(kind, Some(step), message);
         }
+    }
+
+    /// Whether rank 0 speaks for itself: torchrun or srun started the ranks, and no launcher of ours listens.
+    fn is_alone(&self) -> bool {
+        self.is_first && !self.progress.is_open()
     }
 
     /// A checkpoint is complete.
@@ -141,10 +150,16 @@ impl Recorder {
         self.window.checkpoint += time;
     }
 
-    /// The run is over.
+    /// The run is over, or a signal ended it before the last of its `steps`.
     pub fn done(&mut self, step: u64, steps: u64) {
-        self.event(EventKind::Done, step, &format!("ended after step {step} of {steps}"));
+        let kind = if step < steps { EventKind::Signal } else { EventKind::Done };
+        self.event(kind, step, &format!("ended after step {step} of {steps}"));
         self.progress.send(&ProgressEvent::Done { step, steps });
+        if self.is_alone()
+            && let Err(e) = report::write(&self.plan.config.job.dump_folder)
+        {
+            self.warn(step, &format!("the report cannot be written: {e}"));
+        }
     }
 
     /// After each step; every rank calls it, for records need everybody's memory.
@@ -188,13 +203,13 @@ impl Recorder {
     fn skipped(&mut self, state: &TrainState, loss: &LossStats, stats: &StepStats) {
         let last = state.global_sample_index - 1;
         let first = state.global_sample_index - self.plan.global_batch_size as u64;
-        let reason = format!(
-            "step {} skipped: loss {}, gradient norm {}; samples {first} to {last}",
-            state.step, loss.loss, stats.grad_norm
-        );
-        self.warn(state.step, &reason);
-        self.event(EventKind::Skipped, state.step, &reason);
-        self.progress.send(&ProgressEvent::Skipped { step: state.step, reason });
+        let (loss, grad_norm, step) = (loss.loss, stats.grad_norm, state.step);
+        let reason = format!("loss {loss}, gradient norm {grad_norm}; samples {first} to {last}");
+        self.event(EventKind::Skipped, step, &reason);
+        if self.is_alone() {
+            stderr_line(format!("warning: step {step} skipped: {reason}"));
+        }
+        self.progress.send(&ProgressEvent::Skipped { step, reason });
     }
 
     fn record(&mut self, worker: &TrainWorker, state: &TrainState, loss: &LossStats, stats: &StepStats) -> Result<()> {
@@ -235,9 +250,9 @@ impl Recorder {
         if let Some(sinks) = &mut self.sinks {
             sinks.metrics.record(state.step, &values);
         }
-        if self.is_first && !self.progress.is_open() {
-            // Nobody draws a bar for us: torchrun or srun started the ranks.
-            println!("step {}/{}  loss {:.4}  {tokens_per_second:.0} tokens/s", state.step, self.steps, loss.loss);
+        if self.is_alone() {
+            let (step, steps, loss) = (state.step, self.steps, loss.loss);
+            stdout_line(format!("step {step}/{steps}  loss {loss:.4}  {tokens_per_second:.0} tokens/s"));
         }
         Ok(())
     }

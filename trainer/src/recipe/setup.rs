@@ -180,7 +180,6 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
         global_sample_index: 0,
         tokens_seen: 0,
         skipped_steps: 0,
-        consecutive_skipped_steps: 0,
         seed: plan.config.debug.seed,
         learning_rate: 0.0,
         loader_fingerprint: fingerprint,

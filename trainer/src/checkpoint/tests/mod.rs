@@ -57,7 +57,6 @@ fn state(step: u64) -> TrainState {
         global_sample_index: step * 8,
         tokens_seen: step * 4096,
         skipped_steps: 1,
-        consecutive_skipped_steps: 0,
         seed: 42,
         learning_rate: 1.0 / (3.0 + step as f64),
         loader_fingerprint: "a5".to_owned(),
