@@ -38,9 +38,13 @@ impl Death {
         self.ending == Ending::Exit(0)
     }
 
-    /// Whether it ended because the launcher said so.
+    /// Whether it ended because the launcher said so: by a signal that it sent, or with the code by which a rank says
+    /// that it ended at once for a second one.
     fn is_ours(&self) -> bool {
-        matches!(self.ending, Ending::Signal(signal) if self.sent.contains(&signal))
+        match self.ending {
+            Ending::Signal(signal) => self.sent.contains(&signal),
+            Ending::Exit(code) => self.sent.iter().any(|signal| code == 128 + signal),
+        }
     }
 
     fn kind(&self) -> FailureKind {
@@ -98,13 +102,11 @@ pub struct Failure {
 /// The first failure among `deaths`, or `None` where every rank ended well. `last_step` is the last step that the job
 /// is known to have finished: a rank that died without a word died after it.
 pub fn first_failure(deaths: &[Death], last_step: Option<u64>) -> Option<Failure> {
-    let failed = || deaths.iter().filter(|d| !d.is_success() && !d.is_ours());
-    let earliest = |d: &&Death| (d.failed_at_ms(), d.rank);
-    if let Some(death) = failed().filter(|d| d.kind() != FailureKind::Peer).min_by_key(earliest) {
-        return Some(failure(death, last_step));
+    if let Some(failure) = own_failure(deaths, last_step) {
+        return Some(failure);
     }
     let killed = |d: &&Death| d.ending == Ending::Signal(9) && d.is_ours();
-    let peer = failed().min_by_key(earliest);
+    let peer = failed(deaths).min_by_key(earliest);
     match (peer, deaths.iter().filter(killed).min_by_key(|d| d.rank)) {
         // Others gave up waiting for somebody, and this one had to be killed: it is whom they waited for.
         (Some(peer), Some(hung)) => {
@@ -116,6 +118,27 @@ pub fn first_failure(deaths: &[Death], last_step: Option<u64>) -> Option<Failure
         (Some(peer), None) => Some(failure(peer, last_step)),
         (None, _) => deaths.iter().find(|d| !d.is_success()).map(|d| failure(d, last_step)),
     }
+}
+
+/// As [`first_failure`], where a signal has asked the run to end: ranks that the launcher ended and ranks that missed
+/// those are no failures then.
+pub fn failure_while_ending(deaths: &[Death], last_step: Option<u64>) -> Option<Failure> {
+    let rest = || if deaths.iter().any(Death::is_ours) { None } else { first_failure(deaths, last_step) };
+    own_failure(deaths, last_step).or_else(rest)
+}
+
+/// The first failure that neither the launcher nor the loss of another rank brought about.
+fn own_failure(deaths: &[Death], last_step: Option<u64>) -> Option<Failure> {
+    let own = failed(deaths).filter(|d| d.kind() != FailureKind::Peer).min_by_key(earliest);
+    own.map(|death| failure(death, last_step))
+}
+
+fn failed(deaths: &[Death]) -> impl Iterator<Item = &Death> {
+    deaths.iter().filter(|d| !d.is_success() && !d.is_ours())
+}
+
+fn earliest(death: &&Death) -> (u64, usize) {
+    (death.failed_at_ms(), death.rank)
 }
 
 fn failure(death: &Death, last_step: Option<u64>) -> Failure {
@@ -187,6 +210,20 @@ mod tests {
         check(&[with_record(0, Peer, 11, 12), sent(death(1, Signal(9), 20), &[15, 9])], 1, Peer, Cause::Hang);
         // Killed by us after a second signal of the user's: said as it is.
         check(&[sent(death(0, Signal(9), 7), &[2, 9])], 0, Internal, Cause::Signal(9));
+    }
+
+    #[test]
+    fn what_a_signal_brings_about_is_no_failure_of_its_own() {
+        use Ending::*;
+        let own = |deaths: &[Death]| failure_while_ending(deaths, None).map(|f| f.rank);
+        let killed = sent(death(0, Signal(9), 7), &[2, 9]);
+        let twice = sent(death(2, Exit(143), 3), &[2, 15]);
+        let lost = with_record(1, FailureKind::Peer, 5, 6);
+        assert_eq!(own(&[death(0, Exit(0), 1), killed.clone(), lost.clone(), twice.clone()]), None);
+        assert_eq!(own(&[death(0, Exit(0), 1), lost.clone()]), Some(1), "another node is lost");
+        let broken = sent(with_record(3, FailureKind::Data, 8, 9), &[15]);
+        assert_eq!(own(&[killed, lost, twice, broken]), Some(3));
+        assert_eq!(own(&[sent(death(0, Signal(11), 1), &[15])]), Some(0), "a crash while it was to end");
     }
 
     #[test]

@@ -47,7 +47,10 @@ pub fn lock(run_folder: &Path, node_rank: usize) -> Result<Lock, LaunchError> {
 
 /// Writes the resolved configuration, whole or not at all, and returns where.
 pub fn write_config(plan: &Plan) -> Result<PathBuf, LaunchError> {
-    let path = plan.config.job.dump_folder.join(files::CONFIG);
+    let folder = &plan.config.job.dump_folder;
+    // A rank of another launcher holds no lock here, so nobody made the folder for it.
+    fs::create_dir_all(folder).map_err(LaunchError::io("create the run folder", folder))?;
+    let path = folder.join(files::CONFIG);
     // Several ranks may do this at once, each with its own partial file.
     let partial = path.with_extension(format!("toml.partial-{}", std::process::id()));
     let text = plan.to_toml()?;

@@ -20,26 +20,28 @@ mod supervise;
 mod terminal;
 mod topology;
 
+pub use logs::Stream;
 pub use terminal::{Terminal, short_count, use_colors};
 pub use topology::{Topology, parse_endpoint};
 
 use crate::cli::run::{Processes, RunArgs};
 use crate::error::LaunchError;
 use crate::worker;
-use culprit::{first_failure, signal_name};
+use culprit::{Failure, failure_while_ending, first_failure, signal_name};
 use logs::LogFolder;
 use restart::{Decision, RestartOptions, RestartState};
 use signal_hook::consts::SIGCHLD;
+use signals::Inbox;
 use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 use supervise::{Attempt, Outcome};
 use tangelo_configs::job::DeviceChoice;
 use tangelo_configs::{ModelAssets, Plan, Resources, resolve};
+use tangelo_data::DataError;
 use tangelo_formats::Assets;
 use tangelo_observe::records::EventKind;
 use tangelo_observe::{EventLog, report, unix_millis};
@@ -80,6 +82,7 @@ fn become_rank(arguments: &RunArgs, added: &[(&'static str, String)]) -> Result<
     }
     let config = folder::write_config(&plan)?;
     if rank == 0 {
+        print_config(&plan, &terminal)?;
         let message = format!("{world_size} ranks, started by another launcher");
         EventLog::open(&plan.config.job.dump_folder).append(EventKind::Start, None, message);
     }
@@ -102,24 +105,32 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     folder::check_same_run(&plan)?;
     prepare_unless_stopped(&plan, &terminal, &signals)?;
     let config = folder::write_config(&plan)?;
-    if plan.config.job.print_config {
-        terminal.say(&plan.to_toml()?);
-    }
+    print_config(&plan, &terminal)?;
     let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, signals };
     job.run_to_the_end()
 }
 
-/// Prepares data; a signal ends it between shards.
-fn prepare_unless_stopped(plan: &Plan, terminal: &Terminal, signals: &Receiver<i32>) -> Result<(), LaunchError> {
+fn print_config(plan: &Plan, terminal: &Terminal) -> Result<(), LaunchError> {
+    if plan.config.job.print_config {
+        terminal.say(&plan.to_toml()?);
+    }
+    Ok(())
+}
+
+/// Prepares data, unless a signal comes.
+fn prepare_unless_stopped(plan: &Plan, terminal: &Terminal, signals: &Inbox) -> Result<(), LaunchError> {
     let stopped = Cell::new(None);
     let cancelled = || {
-        let signal = signals.try_iter().find(|signal| *signal != SIGCHLD);
-        stopped.set(stopped.get().or(signal));
+        if let (None, Some(signal)) = (stopped.get(), signals.take()) {
+            stopped.set(Some(signal));
+            terminal.say(&format!("{}: the preparation of data ends; once more to end at once", signal_name(signal)));
+        }
         stopped.get().is_some()
     };
     let result = prepare::prepare(plan, terminal, &cancelled);
     match (result, stopped.get()) {
-        (Err(_), Some(signal)) => {
+        // A signal that came too late to stop the preparation still asks to stop.
+        (Ok(()) | Err(LaunchError::Data(DataError::Interrupted)), Some(signal)) => {
             let name = signal_name(signal);
             let message = format!("{name} ended the preparation of data; the same command goes on where it stopped");
             Err(LaunchError::Interrupted { signal, message })
@@ -136,7 +147,7 @@ struct Job<'a> {
     config: PathBuf,
     run_folder: PathBuf,
     topology: Topology,
-    signals: Receiver<i32>,
+    signals: Inbox,
 }
 
 impl Job<'_> {
@@ -156,15 +167,14 @@ impl Job<'_> {
             let logs = self.new_logs()?;
             let outcome = self.attempt(state.restarts, logs.clone())?;
             if let Some(signal) = outcome.signal {
-                return self.interrupted(signal, &outcome, &mut events);
+                return self.interrupted(signal, &outcome, &logs, &mut events);
             }
             let Some(failure) = first_failure(&outcome.deaths, outcome.last_step) else {
                 return self.finished(&outcome, &mut events);
             };
             state.failures.push(failure.clone());
             let (decision, reason) = restart::decide(&state, &options, unix_millis());
-            let text = report_failure::report(&failure, &outcome, &logs);
-            events.append(EventKind::Failure, failure.step, report_failure::one_line(&failure));
+            let text = told(&failure, &outcome, &logs, &mut events);
             let Decision::Restart { at_ms } = decision else {
                 let message = if options.max_restarts > 0 { format!("{text}\nno restart: {reason}") } else { text };
                 return Err(LaunchError::Ranks { kind: failure.kind, message });
@@ -197,18 +207,38 @@ impl Job<'_> {
             grace: Duration::from_secs_f64(self.arguments.grace_seconds),
             terminal: self.terminal,
         };
-        supervise::run(&attempt, &self.signals)
+        self.signals.set_ranks(true);
+        let outcome = supervise::run(&attempt, &self.signals.signals);
+        self.signals.set_ranks(false);
+        outcome
     }
 
-    fn interrupted(&self, signal: i32, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
+    /// After a signal: a success where the last step was done all the same, and a failure where a rank failed.
+    fn interrupted(
+        &self,
+        signal: i32,
+        outcome: &Outcome,
+        logs: &LogFolder,
+        events: &mut EventLog,
+    ) -> Result<(), LaunchError> {
         let name = signal_name(signal);
         events.append(EventKind::Signal, outcome.last_step, name.clone());
+        if let Some(failure) = failure_while_ending(&outcome.deaths, outcome.last_step) {
+            let text = told(&failure, outcome, logs, events);
+            let message = format!("{text}\n{name} had asked it to end");
+            return Err(LaunchError::Ranks { kind: failure.kind, message });
+        }
         if outcome.finished {
             return self.finished(outcome, events);
         }
         let step = outcome.last_step.map_or("before the first step".to_owned(), |step| format!("after step {step}"));
-        let message = format!("{name} ended the run {step}; the same command goes on from the newest checkpoint");
-        Err(LaunchError::Interrupted { signal, message })
+        let clean = outcome.deaths.iter().all(|death| death.is_success());
+        let rest = if clean {
+            "the same command goes on from the newest checkpoint"
+        } else {
+            "ranks were ended before they could save, and steps since the newest checkpoint are lost"
+        };
+        Err(LaunchError::Interrupted { signal, message: format!("{name} ended the run {step}; {rest}") })
     }
 
     fn finished(&self, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
@@ -227,7 +257,7 @@ impl Job<'_> {
     fn wait_until(&self, at_ms: u64, events: &mut EventLog) -> Result<(), LaunchError> {
         let deadline = Instant::now() + Duration::from_millis(at_ms.saturating_sub(unix_millis()));
         while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-            let Ok(signal) = self.signals.recv_timeout(left) else { continue };
+            let Ok(signal) = self.signals.signals.recv_timeout(left) else { continue };
             if signal != SIGCHLD {
                 events.append(EventKind::Signal, None, signal_name(signal));
                 let message = format!("{} while waiting for the restart", signal_name(signal));
@@ -236,6 +266,12 @@ impl Job<'_> {
         }
         Ok(())
     }
+}
+
+/// Records a failure; the text for the user.
+fn told(failure: &Failure, outcome: &Outcome, logs: &LogFolder, events: &mut EventLog) -> String {
+    events.append(EventKind::Failure, failure.step, report_failure::one_line(failure));
+    report_failure::report(failure, outcome, logs)
 }
 
 fn train_arguments(config: &Path) -> Vec<OsString> {
@@ -257,12 +293,18 @@ fn topology(arguments: &RunArgs, ranks_per_node: usize) -> Result<Topology, Laun
             num_nodes - 1
         )));
     }
+    if num_nodes == 1 && arguments.rdzv_endpoint.is_some() {
+        return Err(LaunchError::Usage(
+            "--rdzv-endpoint is where the ranks of several nodes meet, and there is one node: drop it, or say how many \
+             with --nnodes"
+                .into(),
+        ));
+    }
     if node_rank >= num_nodes {
         let last = num_nodes - 1;
         let message = format!("--node-rank {node_rank} with --nnodes {num_nodes}: node ranks go from 0 to {last}");
         return Err(LaunchError::Usage(message));
     }
-    let master_addr = if num_nodes == 1 { "127.0.0.1".into() } else { master_addr };
     Ok(Topology { num_nodes, node_rank, ranks_per_node, master_addr, master_port })
 }
 

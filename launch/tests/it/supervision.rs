@@ -2,6 +2,7 @@
 
 use crate::fake::{Job, Said, is_alive, kill, wait_until};
 use nix::sys::signal::Signal;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 /// Ends when it is told to, like a worker that saves first.
@@ -133,6 +134,60 @@ fn a_second_signal_kills() {
 }
 
 #[test]
+fn a_rank_that_fails_while_it_is_to_end_is_a_failure() {
+    let job = Job::new();
+    let fails = "trap 'fail device 4 9 \"no space left\"' TERM; linger";
+    let lost = "trap 'fail peer 5 9 lost' TERM; linger";
+    let child = job.spawn(job.command(2, &["--max-restarts", "2"]).env("FAKE_0", lost).env("FAKE_1", fails));
+    job.await_lingering(2);
+    kill(child.id(), Signal::SIGTERM);
+    let said: crate::fake::Said = child.wait_with_output().unwrap().into();
+    assert_eq!(said.code, Some(4), "{said:?}");
+    assert!(said.stderr.contains("rank 1 failed first at step 9") && said.stderr.contains("no space left"), "{said:?}");
+    assert!(!said.stderr.contains("the same command goes on"), "{said:?}");
+    let events = job.read("events.jsonl");
+    assert!(events.contains(r#""kind":"signal""#) && events.contains(r#""kind":"failure""#), "{events}");
+}
+
+#[test]
+fn a_signal_ends_the_preparation_of_data_and_a_second_one_at_once() {
+    let job = Job::new();
+    // Another process prepares the same data, for as long as it takes.
+    std::fs::create_dir_all(job.path("run/prepared")).unwrap();
+    let lock = std::fs::File::create(job.path("run/prepared/prepare.lock")).unwrap();
+    lock.lock().unwrap();
+    let child = job.spawn(&mut job.command(1, &[]));
+    // The launcher has taken its signals over before it locks the run folder.
+    wait_until("the run folder is locked", || job.path("run/.lock-node-0").exists());
+    kill(child.id(), Signal::SIGINT);
+    let said: crate::fake::Said = child.wait_with_output().unwrap().into();
+    assert_eq!(said.code, Some(130), "{said:?}");
+    assert!(said.stderr.contains("SIGINT (2) ended the preparation of data; the same command goes on"), "{said:?}");
+}
+
+#[test]
+fn a_second_signal_ends_at_once_what_cannot_be_asked() {
+    let job = Job::new();
+    // Reading a pipe whose writer says nothing never ends.
+    let path = job.path("silent.toml");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let child =
+        job.spawn(crate::fake::tangelo().arg("run").arg(&path).arg("--worker-binary").arg(crate::fake::worker()));
+    let mut writer = None;
+    wait_until("the job is read", || {
+        let mut options = std::fs::OpenOptions::new();
+        writer = options.write(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(&path).ok();
+        writer.is_some()
+    });
+    kill(child.id(), Signal::SIGINT);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(is_alive(child.id() as i32), "the first signal only asks");
+    kill(child.id(), Signal::SIGTERM);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{output:?}");
+}
+
+#[test]
 fn a_hangup_that_nohup_ignores_stays_ignored() {
     let job = Job::new();
     let inner = job.command(1, &[]);
@@ -211,6 +266,13 @@ fn a_rank_of_torchrun_or_slurm_becomes_the_worker() {
     let said: Said = second.wait_with_output().unwrap().into();
     assert_eq!(said.code, Some(4), "{said:?}");
     assert!(said.stdout.contains("rank 1 of 2") && said.stdout.contains("h:1"), "{said:?}");
+    // Rank 0 says what was asked for; the run folder is new, and nothing but the configuration is put into it.
+    let elsewhere = format!("data.prepared_folder={:?}", job.path("elsewhere").display().to_string());
+    let fresh = format!("job.dump_folder={:?}", job.path("fresh").display().to_string());
+    let sets = ["--set", &elsewhere, "--set", &fresh, "--set", "job.print_config=true"];
+    let said = job.finish(command(&sets).envs([("RANK", "0"), ("WORLD_SIZE", "1")]).env("FAKE", shows));
+    assert_eq!(said.code, Some(4), "{said:?}");
+    assert!(said.stderr.contains("print_config = true"), "{said:?}");
     let said = job.finish(command(&["--nproc-per-node", "2"]).envs(torchrun));
     assert_eq!(said.code, Some(2), "{said:?}");
 
@@ -231,6 +293,9 @@ fn two_nodes_have_consecutive_ranks_and_meet_at_the_endpoint() {
     assert!(said.iter().all(|s| s.code == Some(0)), "{said:?}");
     assert!(job.read("logs/rank-00003.log").contains("127.0.0.1:29417 1"));
     assert!(job.read("logs/rank-00002.log").contains("rank 2 of 4"));
+    let said = job.run(2, &["--rdzv-endpoint", "127.0.0.1:29417"], &[]);
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.stderr.contains("--nnodes"), "{said:?}");
     let said = job.run(2, &["--nnodes", "2"], &[]);
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("--rdzv-endpoint HOST:PORT"), "{said:?}");
