@@ -82,8 +82,8 @@ pub struct ExportRequest {
     pub run: PathBuf,
     /// The step to export; the newest usable checkpoint where absent.
     pub step: Option<u64>,
-    /// The folder to write.
-    pub output: PathBuf,
+    /// The folder to write; `export` in the run folder where absent.
+    pub output: Option<PathBuf>,
     /// Element type.
     pub dtype: ExportType,
 }

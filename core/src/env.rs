@@ -45,8 +45,8 @@ env_vars! {
     SLURM_NODELIST = "SLURM_STEP_NODELIST", "Slurm", "Nodes of the step; the first is MASTER_ADDR where that is not set.";
     CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES", "user", "GPUs to use; `--nproc-per-node auto` starts one rank for each, and a device of `auto` is the CPU where it names none.";
     ERROR_FILE = "TANGELO_ERROR_FILE", "tangelo run", "File into which a rank writes its last error as JSON before it exits.";
-    PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run", "File descriptor on which rank 0 writes progress as JSON lines, for the launcher's bar.";
-    SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run", "Process id of the launcher: a worker that finds another parent exits.";
+    PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run, eval, export", "File descriptor on which rank 0 or a verb writes progress as JSON lines, for the launcher's bar.";
+    SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run, eval, export", "Process id of the launcher: a worker that finds another parent exits.";
     FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank]`: kill, error, panic, hang, nan, kill_in_save.";
     CPU_KERNELS = "TANGELO_CPU_KERNELS", "user", "generic or avx2: kernels for a lesser CPU than this one; anything else is the best it has.";
     TEST_BINARIES = "TANGELO_TEST_BINARIES", "cargo xtask test", "Folder of the `tangelo` and `tangelo-worker` that tests start; they build them where it is not set.";

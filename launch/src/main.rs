@@ -11,7 +11,7 @@ mod run;
 mod verbs;
 mod worker;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 use cli::{Cli, Command};
 use error::LaunchError;
 use std::io::Write;
@@ -20,7 +20,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(&cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let label = if run::use_colors(&std::io::stderr()) { "\u{1b}[31;1merror:\u{1b}[0m" } else { "error:" };
             let _ = writeln!(std::io::stderr(), "{label} {error}");
@@ -29,20 +29,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn dispatch(command: &Command) -> Result<(), LaunchError> {
+fn dispatch(command: &Command) -> Result<ExitCode, LaunchError> {
     match command {
-        Command::Run(arguments) => run::run(arguments),
-        Command::Check(arguments) => verbs::check(arguments),
-        Command::Data(command) => verbs::data(command),
-        Command::Export(a) => worker::become_worker(a.worker(), "export", &a.request()),
-        Command::Generate(a) => worker::become_worker(a.worker(), "generate", &a.request()),
-        Command::Score(a) => worker::become_worker(a.worker(), "score", &a.request()),
-        Command::Eval(a) => worker::become_worker(a.worker(), "eval", &a.request()),
-        Command::Report(arguments) => verbs::report(arguments),
-        Command::Schema(arguments) => verbs::schema(arguments),
-        Command::Completions(arguments) => {
-            clap_complete::generate(arguments.shell, &mut Cli::command(), "tangelo", &mut std::io::stdout());
-            Ok(())
+        Command::Run(arguments) => run::run(arguments)?,
+        Command::Check(arguments) => verbs::check(arguments)?,
+        Command::Data(command) => verbs::data(command)?,
+        Command::Export(a) => {
+            return worker::run_worker(a.worker(), "export", &a.request(), &verbs::terminal(a.quiet));
         }
+        Command::Generate(a) => return worker::become_worker(a.worker(), "generate", &a.request()),
+        Command::Score(a) => return worker::become_worker(a.worker(), "score", &a.request()),
+        Command::Eval(a) => return worker::run_worker(a.worker(), "eval", &a.request(), &verbs::terminal(a.quiet)),
+        Command::Report(arguments) => verbs::report(arguments)?,
+        Command::Schema(arguments) => verbs::schema(arguments)?,
+        Command::Completions(arguments) => verbs::completions(arguments)?,
     }
+    Ok(ExitCode::SUCCESS)
 }

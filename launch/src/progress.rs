@@ -20,7 +20,10 @@ impl<'a> DataProgress<'a> {
 
 impl Progress for DataProgress<'_> {
     fn phase(&self, name: &str) {
-        *self.phase.borrow_mut() = name.to_owned();
+        // The same phase twice in a row, of a tokenizer and then of the tokens, is one to the user.
+        if self.phase.replace(name.to_owned()) != name {
+            self.terminal.phase(name);
+        }
     }
 
     fn update(&self, progress: &PrepareProgress) {

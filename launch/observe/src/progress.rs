@@ -1,4 +1,4 @@
-//! Progress of a run, from rank 0 to the launcher, as JSON lines over an inherited pipe.
+//! Progress of a run or of a verb, from rank 0 to the launcher, as JSON lines over an inherited pipe.
 //!
 //! The launcher draws it as a bar or prints it as lines. Writing never blocks and never fails loudly: a launcher that
 //! does not read loses lines, training goes on.
@@ -16,6 +16,18 @@ pub enum ProgressEvent {
     Phase {
         /// What.
         name: String,
+    },
+    /// Some more of a long piece of work is done.
+    Amount {
+        /// Which work, such as `exporting`.
+        name: String,
+        /// How much is done.
+        done: u64,
+        /// How much there is.
+        total: u64,
+        /// More numbers about it, for people.
+        #[serde(default)]
+        detail: String,
     },
     /// A step is done.
     Step {

@@ -187,6 +187,9 @@ pub struct EvalArgs {
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
+    /// Show no progress.
+    #[arg(long, short)]
+    pub quiet: bool,
 }
 
 impl EvalArgs {
@@ -225,12 +228,15 @@ pub struct ExportArgs {
     /// The step to export [default: the newest usable checkpoint].
     #[arg(long, value_name = "STEP")]
     step: Option<u64>,
-    /// The folder to write [default: export in the run folder].
+    /// The folder to write, outside the checkpoint [default: export in the run folder].
     #[arg(long, short, value_name = "FOLDER")]
     output: Option<PathBuf>,
     /// Element type of the weights.
     #[arg(long, value_enum, default_value_t = ExportDType::Float32)]
     dtype: ExportDType,
+    /// Show no progress.
+    #[arg(long, short)]
+    pub quiet: bool,
     /// The worker binary to use instead of the one beside `tangelo`.
     #[arg(long, hide = true, value_name = "PATH")]
     worker_binary: Option<PathBuf>,
@@ -261,7 +267,7 @@ impl ExportArgs {
         ExportRequest {
             run: self.run.clone(),
             step: self.step,
-            output: self.output.clone().unwrap_or_else(|| self.run.join("export")),
+            output: self.output.clone(),
             dtype: match self.dtype {
                 ExportDType::Float32 => ExportType::Float32,
                 ExportDType::Float16 => ExportType::Float16,

@@ -16,13 +16,12 @@ use super::culprit::{Death, Ending};
 use super::logs::{Forwarder, LogFolder, wait_for};
 use super::{Terminal, Topology};
 use crate::error::LaunchError;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use crate::worker;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, PipeReader};
-use std::os::fd::AsRawFd;
+use std::io::PipeReader;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -252,11 +251,9 @@ fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>)
     command.env(env::SUPERVISOR_PID, std::process::id().to_string());
     command.env_remove(env::PROGRESS_FD);
     let (child, progress) = if rank == 0 {
-        let (progress, end) = std::io::pipe().map_err(doing("make a pipe"))?;
-        command.env(env::PROGRESS_FD, end.as_raw_fd().to_string());
-        // The one descriptor that a rank inherits. No other thread starts processes, so nobody else gets it.
-        fcntl(&end, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| doing("pass a pipe")(e.into()))?;
+        let (progress, end) = worker::progress_pipe(&mut command).map_err(doing("pass a pipe to"))?;
         let child = command.spawn().map_err(doing("start"))?;
+        drop(end);
         (child, Some(progress))
     } else {
         (command.spawn().map_err(doing("start"))?, None)
@@ -288,9 +285,7 @@ fn listen(
 
 fn watch_progress(pipe: PipeReader, terminal: Terminal, seen: Arc<Mutex<Seen>>) -> std::io::Result<JoinHandle<()>> {
     let watch = move || {
-        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-            // A line of a newer worker that we do not know is no reason to stop.
-            let Ok(event) = serde_json::from_str::<ProgressEvent>(&line) else { continue };
+        for event in worker::events(pipe) {
             terminal.progress(&event);
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             match event {

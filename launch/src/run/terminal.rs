@@ -1,14 +1,15 @@
 //! What the user sees: a bar on a terminal, plain lines elsewhere, next to nothing with `--quiet`.
 //!
 //! Lines of rank 0 go where it sent them (stdout or stderr), prefixed `[rank 0]`; of other ranks only stderr is shown.
-//! The bar is drawn on stderr; lines are printed above it. Warnings and errors are shown in every mode.
+//! The bar is drawn on stderr; lines are printed above it. Warnings and errors are shown in every mode: with `--quiet`,
+//! the lines of a rank's stderr that begin with `warning:` or `error:`, which is how a worker begins them.
 
 use super::logs::Stream;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tangelo_observe::ProgressEvent;
+use tangelo_observe::{ProgressEvent, stderr_line, stdout_line};
 
 /// How much is shown, and in which form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +30,32 @@ pub struct Terminal {
 
 #[derive(Debug, Default)]
 struct State {
-    bar: Option<ProgressBar>,
-    /// The bar counts steps, not an unknown amount of work.
-    counts_steps: bool,
+    bar: Option<(Shown, ProgressBar)>,
     last_line: Option<Instant>,
+}
+
+/// What the bar says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shown {
+    /// That something goes on.
+    Spinner,
+    /// How much of some work is done.
+    Amount,
+    /// How many steps are done.
+    Steps,
+}
+
+impl State {
+    /// The bar of that sort, a new one in place of any other. The second is true where it is new.
+    fn bar(&mut self, shown: Shown, template: impl FnOnce() -> String) -> (&ProgressBar, bool) {
+        let old = self.bar.take_if(|(before, _)| *before != shown);
+        if let Some((_, old)) = old {
+            old.finish_and_clear();
+        }
+        let fresh = self.bar.is_none();
+        let (_, bar) = self.bar.get_or_insert_with(|| (shown, new_bar(0, &template())));
+        (bar, fresh)
+    }
 }
 
 impl Terminal {
@@ -50,79 +73,90 @@ impl Terminal {
     /// A line of our own, on stderr.
     pub fn say(&self, text: &str) {
         if self.mode != Mode::Quiet {
-            self.print(|| eprintln(text));
+            self.print(|| stderr_line(text));
+        }
+    }
+
+    /// A line for a piece of work that begins, or a spinner.
+    pub fn phase(&self, name: &str) {
+        match self.mode {
+            Mode::Bar => self.spin(name),
+            Mode::Lines => self.say(name),
+            Mode::Quiet => {}
         }
     }
 
     /// A warning, on stderr, in every mode.
     pub fn warn(&self, text: &str) {
         let label = self.paint("33;1", "warning:");
-        self.print(|| eprintln(&format!("{label} {text}")));
+        self.print(|| stderr_line(format!("{label} {text}")));
     }
 
     /// A line that a rank wrote.
     pub fn rank_line(&self, rank: usize, stream: Stream, line: &str) {
-        if self.mode == Mode::Quiet || (rank != 0 && stream == Stream::Stdout) {
-            return;
-        }
+        let shown = match (self.mode, stream) {
+            (Mode::Quiet, Stream::Stderr) => line.starts_with("warning:") || line.starts_with("error:"),
+            (Mode::Quiet, Stream::Stdout) => false,
+            (_, Stream::Stdout) => rank == 0,
+            (_, Stream::Stderr) => true,
+        };
         match stream {
+            _ if !shown => {}
             Stream::Stderr => {
                 let prefix = self.paint("36", &format!("[rank {rank}]"));
-                self.print(|| eprintln(&format!("{prefix} {line}")));
+                self.hand_on(stream, &format!("{prefix} {line}"));
             }
-            // A reader of stdout that has gone away is not our failure.
-            Stream::Stdout => self.print(|| drop(writeln!(io::stdout(), "[rank {rank}] {line}"))),
+            Stream::Stdout => self.hand_on(stream, &format!("[rank {rank}] {line}")),
         }
+    }
+
+    /// A line of another process, to the output that it was written to, in every mode.
+    pub fn hand_on(&self, stream: Stream, line: &str) {
+        self.print(|| match stream {
+            Stream::Stdout => stdout_line(line),
+            Stream::Stderr => stderr_line(line),
+        });
     }
 
     /// Shows progress that rank 0 reported.
     pub fn progress(&self, event: &ProgressEvent) {
         match (self.mode, event) {
+            (_, ProgressEvent::Skipped { .. }) => self.warn(&line_of(event)),
             (Mode::Quiet, _) => {}
-            (_, ProgressEvent::Skipped { step, reason }) => self.warn(&format!("step {step} skipped: {reason}")),
+            (_, ProgressEvent::Amount { name, done, total, detail }) => self.amount(name, *done, *total, detail),
             (Mode::Bar, ProgressEvent::Step { step, steps, .. }) => self.advance(*step, *steps, event),
             (Mode::Lines, ProgressEvent::Step { step, steps, .. }) => {
                 if self.is_line_due(*step == *steps) {
                     self.say(&line_of(event));
                 }
             }
-            (Mode::Bar, ProgressEvent::Phase { name }) => self.spin(name),
+            (_, ProgressEvent::Phase { name }) => self.phase(name),
             (_, ProgressEvent::Done { .. }) => self.clear(),
             _ => self.say(&line_of(event)),
         }
     }
 
-    /// Shows how far a piece of work is, such as the preparation of data: a bar, or nothing where lines are plain.
+    /// Shows how far a piece of work is, such as the preparation of data: a bar, or a line from time to time.
     pub fn amount(&self, what: &str, done: u64, total: u64, detail: &str) {
         if self.mode != Mode::Bar {
             if self.mode == Mode::Lines && self.is_line_due(total > 0 && done >= total) {
-                let part =
-                    if total > 0 { format!("{:.0} %", 100.0 * done as f64 / total as f64) } else { String::new() };
-                self.say(format!("{what} {part} {detail}").trim_end());
+                self.say(&amount_line(what, done, total, detail));
             }
             return;
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let colors = self.colors;
-        if state.counts_steps || state.bar.is_none() {
-            state.counts_steps = false;
-            state.bar = Some(new_bar(
-                total,
-                &format!("{{prefix}} {} {{percent:>3}}%  {{msg}}  {{eta}} left", bar_part(colors)),
-            ));
-        }
-        if let Some(bar) = &state.bar {
-            bar.set_length(total);
-            bar.set_prefix(what.to_owned());
-            bar.set_message(detail.to_owned());
-            bar.set_position(done);
-        }
+        let template = || format!("{{prefix}} {} {{percent:>3}}%  {{msg}}  {{eta}} left", bar_part(self.colors));
+        let (bar, _) = state.bar(Shown::Amount, template);
+        bar.set_length(total);
+        bar.set_prefix(what.to_owned());
+        bar.set_message(detail.to_owned());
+        bar.set_position(done);
     }
 
     /// Takes the bar away.
     pub fn clear(&self) {
         let bar = self.state.lock().unwrap_or_else(PoisonError::into_inner).bar.take();
-        if let Some(bar) = bar {
+        if let Some((_, bar)) = bar {
             bar.finish_and_clear();
         }
     }
@@ -134,35 +168,25 @@ impl Terminal {
 
     fn advance(&self, step: u64, steps: u64, event: &ProgressEvent) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.counts_steps || state.bar.is_none() {
-            if let Some(bar) = state.bar.take() {
-                bar.finish_and_clear();
-            }
-            let template = format!("step {{pos}}/{{len}} {} {{msg}}  {{eta}} left", bar_part(self.colors));
-            let bar = new_bar(steps, &template);
+        let template = || format!("step {{pos}}/{{len}} {} {{msg}}  {{eta}} left", bar_part(self.colors));
+        let (bar, fresh) = state.bar(Shown::Steps, template);
+        bar.set_length(steps);
+        bar.set_message(numbers_of(event).join("  "));
+        bar.set_position(step);
+        if fresh {
             // The first step of a resumed run must not count as this much work in no time.
-            bar.set_position(step);
             bar.reset_eta();
-            state.bar = Some(bar);
-            state.counts_steps = true;
-        }
-        if let Some(bar) = &state.bar {
-            bar.set_length(steps);
-            bar.set_message(numbers_of(event).join("  "));
-            bar.set_position(step);
         }
     }
 
     fn spin(&self, phase: &str) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bar) = state.bar.take() {
-            bar.finish_and_clear();
-        }
-        let bar = new_bar(0, "{spinner} {msg} ({elapsed})");
+        let (bar, fresh) = state.bar(Shown::Spinner, || "{spinner} {msg} ({elapsed})".into());
         bar.set_message(phase.to_owned());
-        bar.enable_steady_tick(Duration::from_millis(120));
-        state.bar = Some(bar);
-        state.counts_steps = false;
+        bar.reset_elapsed();
+        if fresh {
+            bar.enable_steady_tick(Duration::from_millis(120));
+        }
     }
 
     fn is_line_due(&self, last: bool) -> bool {
@@ -177,7 +201,7 @@ impl Terminal {
     fn print(&self, write: impl FnOnce()) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match &state.bar {
-            Some(bar) => bar.suspend(write),
+            Some((_, bar)) => bar.suspend(write),
             None => write(),
         }
     }
@@ -187,11 +211,6 @@ impl Terminal {
 pub fn use_colors(stream: &impl IsTerminal) -> bool {
     let unwanted = std::env::var_os(tangelo_core::env::NO_COLOR).is_some_and(|v| !v.is_empty());
     stream.is_terminal() && !unwanted
-}
-
-/// Unlike the macro, does not panic when stderr is closed.
-fn eprintln(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
 }
 
 fn bar_part(colors: bool) -> &'static str {
@@ -209,6 +228,7 @@ fn new_bar(length: u64, template: &str) -> ProgressBar {
 pub fn line_of(event: &ProgressEvent) -> String {
     match event {
         ProgressEvent::Phase { name } => name.clone(),
+        ProgressEvent::Amount { name, done, total, detail } => amount_line(name, *done, *total, detail),
         ProgressEvent::Step { step, steps, .. } => {
             let mut parts = vec![format!("step {step}/{steps}")];
             parts.extend(numbers_of(event));
@@ -221,6 +241,12 @@ pub fn line_of(event: &ProgressEvent) -> String {
         ProgressEvent::Skipped { step, reason } => format!("step {step} skipped: {reason}"),
         ProgressEvent::Done { step, steps } => format!("done with step {step} of {steps}"),
     }
+}
+
+/// `exporting 40 % 4 of 10 parameters`
+fn amount_line(what: &str, done: u64, total: u64, detail: &str) -> String {
+    let part = if total > 0 { format!("{:.0} %", 100.0 * done as f64 / total as f64) } else { String::new() };
+    format!("{what} {part} {detail}").trim_end().to_owned()
 }
 
 fn numbers_of(event: &ProgressEvent) -> Vec<String> {
@@ -269,6 +295,11 @@ mod tests {
         );
         check(r#"{"event":"saved","step":9}"#, expect!["checkpoint of step 9 saved"]);
         check(r#"{"event":"phase","name":"loading model"}"#, expect!["loading model"]);
+        check(
+            r#"{"event":"amount","name":"exporting","done":4,"total":10,"detail":"4 of 10 parameters"}"#,
+            expect!["exporting 40 % 4 of 10 parameters"],
+        );
+        check(r#"{"event":"skipped","step":9,"reason":"loss NaN"}"#, expect!["step 9 skipped: loss NaN"]);
     }
 
     #[test]

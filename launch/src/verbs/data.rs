@@ -1,12 +1,12 @@
 //! `tangelo data`: train a tokenizer, prepare token shards, look at them.
 
-use super::print;
+use super::{print, terminal};
 use crate::cli::data::{DataCommand, InspectArgs, PrepareArgs, TokenizerArgs};
 use crate::error::LaunchError;
 use crate::progress::DataProgress;
-use crate::run::{Terminal, short_count};
+use crate::run::short_count;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tangelo_data::manifest::is_prepared;
 use tangelo_data::tokenizer::{TrainOptions, train};
 use tangelo_data::{DataError, Inspection, Manifest, PrepareOptions, prepare};
@@ -20,10 +20,8 @@ pub fn data(command: &DataCommand) -> Result<(), LaunchError> {
     }
 }
 
-const LINE_INTERVAL: Duration = Duration::from_secs(5);
-
 fn tokenizer(arguments: &TokenizerArgs) -> Result<(), LaunchError> {
-    let terminal = Terminal::new(arguments.quiet, LINE_INTERVAL);
+    let terminal = terminal(arguments.quiet);
     let mut options = TrainOptions::new(arguments.paths.clone(), arguments.vocab_size);
     options.text_column.clone_from(&arguments.text_column);
     options.sample_bytes = arguments.sample_bytes;
@@ -50,7 +48,7 @@ fn tokenizer(arguments: &TokenizerArgs) -> Result<(), LaunchError> {
 }
 
 fn prepare_folder(arguments: &PrepareArgs) -> Result<(), LaunchError> {
-    let terminal = Terminal::new(arguments.quiet, LINE_INTERVAL);
+    let terminal = terminal(arguments.quiet);
     let mut options = PrepareOptions::new(arguments.paths.clone(), &arguments.tokenizer, &arguments.output);
     options.text_column.clone_from(&arguments.text_column);
     options.shard_tokens = arguments.shard_tokens.get();

@@ -4,9 +4,10 @@ mod data;
 
 pub use data::data;
 
-use crate::cli::{CheckArgs, ReportArgs, SchemaArgs};
+use crate::cli::{CheckArgs, Cli, CompletionsArgs, ReportArgs, SchemaArgs};
 use crate::error::LaunchError;
 use crate::run::{Terminal, load_plan};
+use clap::CommandFactory;
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
@@ -21,6 +22,18 @@ pub fn print(text: &str) -> Result<(), LaunchError> {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(LaunchError::io("write to", "stdout")(e)),
         _ => Ok(()),
     }
+}
+
+/// Where a command of some minutes shows how far it is.
+pub fn terminal(quiet: bool) -> Terminal {
+    Terminal::new(quiet, Duration::from_secs(5))
+}
+
+/// `tangelo completions`
+pub fn completions(arguments: &CompletionsArgs) -> Result<(), LaunchError> {
+    let mut script = Vec::new();
+    clap_complete::generate(arguments.shell, &mut Cli::command(), "tangelo", &mut script);
+    print(&String::from_utf8_lossy(&script))
 }
 
 /// `tangelo check`

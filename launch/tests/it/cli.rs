@@ -165,7 +165,7 @@ fn requests_reach_the_worker_as_typed() {
     "#]].assert_eq(&asked(&["eval", "m", "a.txt", "b.txt", "--seq-len", "64"]));
     expect![[r#"
         export
-        {"run":"runs/x","step":5,"output":"runs/x/export","dtype":"bfloat16"}
+        {"run":"runs/x","step":5,"output":null,"dtype":"bfloat16"}
     "#]]
     .assert_eq(&asked(&["export", "runs/x", "--format", "hf", "--dtype", "bfloat16", "--step", "5"]));
 }
@@ -239,8 +239,9 @@ fn schema_flavors_and_completions() {
 
 #[test]
 fn output_that_nobody_reads_is_no_failure() {
-    let shell = format!("{} schema | head -c 10", env!("CARGO_BIN_EXE_tangelo"));
-    let output =
-        std::process::Command::new("bash").args(["-c", &format!("set -o pipefail; {shell}")]).output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    for command in ["schema", "completions bash"] {
+        let shell = format!("set -o pipefail; {} {command} | head -c 10", env!("CARGO_BIN_EXE_tangelo"));
+        let output = std::process::Command::new("bash").args(["-c", &shell]).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{command}: {output:?}");
+    }
 }

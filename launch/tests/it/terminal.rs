@@ -37,6 +37,61 @@ fn quiet_is_silent_and_still_says_what_went_wrong() {
     assert_eq!((said.code, said.stdout.as_str(), said.stderr.as_str()), (Some(0), "", ""));
     let said = job.run(1, &["-q"], &[("FAKE", "fail data 3 1 'shard 4 is torn'")]);
     assert!(said.stderr.contains("shard 4 is torn"), "{said:?}");
+    let warns =
+        r#"progress '{"event":"skipped","step":7,"reason":"loss NaN"}'; echo 'warning: no room' >&2; echo hm >&2"#;
+    let said = job.run(2, &["-q"], &[("FAKE_0", warns), ("FAKE_1", "echo 'warning: slow disk' >&2")]);
+    let mut lines: Vec<&str> = said.stderr.lines().collect();
+    lines.sort_unstable();
+    let expected = ["[rank 0] warning: no room", "[rank 1] warning: slow disk", "warning: step 7 skipped: loss NaN"];
+    assert_eq!((said.code, lines.as_slice()), (Some(0), &expected[..]), "{said:?}");
+}
+
+#[test]
+fn phases_of_data_work_are_shown() {
+    let job = Job::new();
+    let said = job.run(1, &[], &[]);
+    for line in ["preparing text", "looking at source files", "tokenising"] {
+        assert!(said.stderr.lines().any(|l| l == line), "{line}: {said:?}");
+    }
+}
+
+#[test]
+fn an_output_that_nobody_reads_ends_no_run() {
+    let job = Job::new();
+    let mut command = job.command(1, &["--progress-seconds", "0"]);
+    let mut child = job.spawn(command.env("FAKE", format!("{STEPS} echo loud >&2; touch $HERE/ended")));
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(job.path("ended").exists() && job.read("logs/rank-00000.log").contains("loud"));
+}
+
+const VERB: &str = r#"#!/bin/sh
+say() { echo "$1" > "/proc/self/fd/$TANGELO_PROGRESS_FD"; }
+say '{"event":"phase","name":"loading the model"}'
+say '{"event":"amount","name":"evaluating","done":5,"total":10,"detail":"7 tokens"}'
+echo 'warning: odd' >&2
+echo "perplexity 3"
+exit 3
+"#;
+
+#[test]
+fn eval_and_export_show_how_far_they_are() {
+    let job = Job::new();
+    let verb = job.path("verb.sh");
+    std::fs::write(&verb, VERB).unwrap();
+    std::fs::set_permissions(&verb, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    for arguments in [&["eval", "m", "text.txt"][..], &["export", "run"]] {
+        let said = |more: &[&str]| {
+            job.finish(crate::fake::tangelo().args(arguments).args(more).arg("--worker-binary").arg(&verb))
+        };
+        let loud = said(&[]);
+        assert_eq!((loud.code, loud.stdout.as_str()), (Some(3), "perplexity 3\n"), "{loud:?}");
+        for line in ["loading the model", "evaluating 50 % 7 tokens", "warning: odd"] {
+            assert!(loud.stderr.lines().any(|l| l == line), "{line}: {loud:?}");
+        }
+        let quiet = said(&["--quiet"]);
+        assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("perplexity 3\n", "warning: odd\n"));
+    }
 }
 
 /// On a pseudo-terminal of `script`, 100 columns wide.

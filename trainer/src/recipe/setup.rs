@@ -273,7 +273,8 @@ pub fn export_last(plan: &Plan, step: u64, recorder: &mut Recorder) -> Result<()
     if output.exists() {
         std::fs::remove_dir_all(&output).map_err(|e| TrainError::Device(format!("{}: {e}", output.display())))?;
     }
-    export::write(&source, tokenizer.as_ref(), export::dtype_of(plan.config.checkpoint.export_dtype), &output)
+    let dtype = export::dtype_of(plan.config.checkpoint.export_dtype);
+    export::write(&source, tokenizer.as_ref(), dtype, &output, |_, _| {})
 }
 
 /// Data errors are the data's.

@@ -3,6 +3,7 @@
 //! Documents are cut into windows of `seq_len` tokens that overlap by one, so that every token but a document's first
 //! is predicted exactly once; the first is predicted too where the tokenizer puts a start-of-text token before it.
 
+use super::VerbProgress;
 use super::generate::print_line;
 use super::score::logprobs;
 use crate::error::{Result, TrainError};
@@ -12,6 +13,7 @@ use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
 use tangelo_configs::requests::EvalRequest;
 use tangelo_data::DataError;
 use tangelo_data::source::{MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, describe_skipped, discover, scan};
+use tangelo_observe::stderr_line;
 
 /// Windows are no longer than this unless asked for: attention is quadratic in it.
 const DEFAULT_SEQ_LEN: usize = 2048;
@@ -33,10 +35,16 @@ impl Totals {
     fn bits_per_byte(&self) -> f64 {
         self.negative_logprob / std::f64::consts::LN_2 / self.bytes as f64
     }
+
+    fn detail(&self) -> String {
+        format!("{} tokens  loss {:.4}", self.tokens, self.loss())
+    }
 }
 
 /// The verb.
 pub fn run(request: &EvalRequest) -> Result<()> {
+    let mut progress = VerbProgress::new("evaluating");
+    progress.phase("loading the model");
     let opened = open_model::open(&request.model)?;
     let tokenizer = opened.tokenizer?;
     let longest = opened.model.spec().max_position_embeddings;
@@ -47,31 +55,41 @@ pub fn run(request: &EvalRequest) -> Result<()> {
     let column = request.text_column.as_deref().unwrap_or(DEFAULT_TEXT_COLUMN);
     let failed = |e: DataError| TrainError::Data(e.to_string());
     let mut totals = Totals::default();
-    for file in files_of_text(&request.paths, column).map_err(failed)? {
+    let files = files_of_text(&request.paths, column).map_err(failed)?;
+    let (mut before, all) = (0, files.iter().map(|file| file.size_bytes).sum());
+    for file in files {
+        let first_byte = totals.bytes;
         let mut documents = OpenFile::open(&file.file, column, MAX_DOCUMENT_BYTES).map_err(failed)?;
         while let Some(text) = documents.next_document().map_err(failed)? {
             let ids = super::encode(&tokenizer, &text)?;
             super::check_ids(&ids, opened.model.spec().vocab_size)?;
             totals.documents += 1;
             totals.bytes += text.len() as u64;
-            for window in windows(&ids, seq_len) {
+            for (number, window) in windows(&ids, seq_len).enumerate() {
                 let scored = logprobs(&opened.model, window);
                 totals.tokens += scored.len() as u64;
                 totals.negative_logprob -= scored.iter().sum::<f64>();
+                // Readers read ahead, and a whole file may be one document: text that was scored counts.
+                let share = ((number + 1) * seq_len).min(ids.len()) as f64 / ids.len() as f64;
+                let scored_bytes = totals.bytes - first_byte - ((1.0 - share) * text.len() as f64) as u64;
+                let done = before + scored_bytes.min(documents.bytes_read());
+                progress.update(done.min(u64::max(all, 1) - 1), all, || totals.detail());
             }
         }
+        before += file.size_bytes;
     }
     if totals.tokens == 0 {
         return Err(TrainError::Data(format!("{:?}: no document has two tokens or more to evaluate", request.paths)));
     }
+    progress.update(all, all, || totals.detail());
     report(&totals, request.json)
 }
 
 /// The files that `paths` name, without what is no text; a warning says what was left out.
 fn files_of_text(paths: &[String], column: &str) -> std::result::Result<Vec<ScannedFile>, DataError> {
-    let mut files = scan(discover(paths)?, column, &[])?;
+    let mut files = scan(discover(paths)?, column, &[], &())?;
     if let Some(skipped) = describe_skipped(&files) {
-        eprintln!("warning: {skipped}");
+        stderr_line(format!("warning: {skipped}"));
     }
     files.retain(|file| file.skipped.is_none());
     Ok(files)

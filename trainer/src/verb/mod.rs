@@ -7,7 +7,41 @@ pub mod gpu_check;
 pub mod score;
 
 use crate::error::{Result, TrainError};
+use std::time::{Duration, Instant};
+use tangelo_core::env;
 use tangelo_formats::tokenizer::TokenizerAssets;
+use tangelo_observe::{ProgressEvent, ProgressWriter};
+
+/// How far a verb is, for whoever started it; at most one line in [`VerbProgress::INTERVAL`].
+pub(crate) struct VerbProgress {
+    writer: ProgressWriter,
+    name: &'static str,
+    last: Option<Instant>,
+}
+
+impl VerbProgress {
+    const INTERVAL: Duration = Duration::from_millis(100);
+
+    /// Work called `name`; silent where nobody listens.
+    pub(crate) fn new(name: &'static str) -> VerbProgress {
+        let fd = std::env::var(env::PROGRESS_FD).ok();
+        VerbProgress { writer: ProgressWriter::from_fd_number(fd.as_deref()), name, last: None }
+    }
+
+    /// Something long begins whose end cannot be foreseen.
+    pub(crate) fn phase(&mut self, name: &str) {
+        self.writer.send(&ProgressEvent::Phase { name: name.into() });
+    }
+
+    /// So much of `total` is done.
+    pub(crate) fn update(&mut self, done: u64, total: u64, detail: impl FnOnce() -> String) {
+        if done < total && self.last.is_some_and(|at| at.elapsed() < Self::INTERVAL) {
+            return;
+        }
+        self.last = Some(Instant::now());
+        self.writer.send(&ProgressEvent::Amount { name: self.name.into(), done, total, detail: detail() });
+    }
+}
 
 /// The ids of a text, special tokens added as the tokenizer says.
 pub(crate) fn encode(assets: &TokenizerAssets, text: &str) -> Result<Vec<u32>> {
