@@ -4,10 +4,11 @@ use crate::job::{Job, Run, assert_same_files, finish, tangelo};
 use crate::support;
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tangelo_core::env;
-use tangelo_observe::Metric;
+use tangelo_observe::records::EventKind;
+use tangelo_observe::{EventRecord, Metric};
 
 const STEPS: usize = 20;
 
@@ -180,13 +181,71 @@ fn a_step_that_is_not_finite_is_skipped_and_counted() {
     let job = Job::new(support::fresh_seed());
     let (code, text) = finish(job.command("nan", 2, &[]).env(env::FAULT, "nan@5"));
     assert_eq!(code, Some(0), "{text}");
+    assert_eq!(text.matches("step 5 skipped: loss").count(), 1, "said once:\n{text}");
     let records = job.finished("nan").records();
     let skipped: Vec<_> = records.iter().filter_map(|r| Some((r.step, r.get(Metric::SkippedSteps)?))).collect();
     assert_eq!(skipped.last(), Some(&(STEPS as u64, 1.0)), "{skipped:?}");
     let (code, text) = finish(job.command("strict", 2, &["--set", "training.max_skipped=0"]).env(env::FAULT, "nan@5"));
-    assert_eq!(code, Some(1), "{text}");
+    assert_eq!(code, Some(2), "{text}");
     // Four steps of 12 sequences each lie before step 5.
     assert!(text.contains("samples 48 to 59"), "the samples are not named:\n{text}");
+}
+
+fn events(job: &Job, run: &str) -> Vec<(EventKind, Option<u64>)> {
+    let text = std::fs::read_to_string(job.path(run).join("events.jsonl")).unwrap();
+    let record = |line: &str| serde_json::from_str::<EventRecord>(line).unwrap();
+    text.lines().map(record).map(|e| (e.kind, e.step)).collect()
+}
+
+#[test]
+fn a_rank_of_another_launcher_records_what_a_launcher_would() {
+    let job = Job::new(support::fresh_seed());
+    // Nobody reads what it prints: that ends no run.
+    let mut command = job.lone_rank("alone", &[]);
+    let mut child = command.env(env::FAULT, "nan@5").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.matches("step 5 skipped").count(), 1, "{said}");
+    assert!(job.path("alone/report.html").is_file());
+    let all = events(&job, "alone");
+    assert_eq!(all.iter().filter(|e| matches!(e.0, EventKind::Skipped | EventKind::Warning)).count(), 1, "{all:?}");
+    assert_eq!(all.last(), Some(&(EventKind::Done, Some(STEPS as u64))));
+
+    let long = ["--set", "training.steps=100000", "--set", "lr_scheduler.total_steps=100000"];
+    let mut command = job.lone_rank("stopped", &long);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("steps are recorded", 60, || job.path("stopped/metrics.jsonl").metadata().is_ok_and(|m| m.len() > 0));
+    let asked = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(asked.success() && child.wait_with_output().unwrap().status.success());
+    assert_eq!(events(&job, "stopped").last().map(|e| e.0), Some(EventKind::Signal));
+    let page = std::fs::read_to_string(job.path("stopped/report.html")).unwrap();
+    assert!(page.contains(">stopped") && !page.contains(">done"), "the report says how it ended");
+}
+
+#[test]
+fn a_checkpoint_passed_over_is_an_event_and_an_export_leaves_checkpoints_alone() {
+    let job = Job::new(support::fresh_seed());
+    let run = job.run("run", 1, &["--set", "training.steps=8", "--set", "lr_scheduler.total_steps=8"]);
+    let damaged = run.folder.join("checkpoint/step-00000008/rank-00000.safetensors");
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&damaged, bytes).unwrap();
+    job.run("run", 1, &["--set", "training.steps=8", "--set", "lr_scheduler.total_steps=8"]);
+    assert!(events(&job, "run").contains(&(EventKind::Warning, Some(8))), "{:?}", events(&job, "run"));
+
+    let checkpoint = run.folder.join("checkpoint/step-00000004");
+    let entries = || std::fs::read_dir(&checkpoint).unwrap().count();
+    let before = entries();
+    let (code, said) = finish(tangelo(&["export"]).arg(&checkpoint));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("100 %") && run.folder.join("export/model.safetensors").is_file(), "{said}");
+    assert_eq!(entries(), before);
+    let held_out = job.path("text/0.txt");
+    let (code, said) = finish(tangelo(&["eval"]).arg(&run.folder).arg(&held_out).args(["--seq-len", "16"]));
+    assert!(code == Some(0) && said.contains("evaluating 100 %") && said.contains("perplexity"), "{said}");
 }
 
 #[test]

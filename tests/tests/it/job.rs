@@ -77,6 +77,15 @@ impl Job {
         command
     }
 
+    /// `tangelo run` into the folder `run` as the only rank of another launcher's job.
+    pub fn lone_rank(&self, run: &str, arguments: &[&str]) -> Command {
+        let mut command = tangelo(&["run"]);
+        command.arg(self.path("job.toml")).envs([(env::RANK, "0"), (env::WORLD_SIZE, "1")]);
+        command.args(["--set", &format!("job.dump_folder={:?}", self.path(run).display().to_string())]);
+        command.args(arguments);
+        command
+    }
+
     /// Runs to the end, which must be a good one.
     pub fn run(&self, run: &str, ranks: usize, arguments: &[&str]) -> Run {
         let (code, text) = finish(&mut self.command(run, ranks, arguments));
