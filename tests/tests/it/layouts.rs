@@ -39,7 +39,7 @@ fn one_rank(plan: &Plan, comm: Communicator, initialising: &Mutex<()>) -> (BTree
     }
     worker.adopt_weights();
     let options = loader_options(&plan.config, Split::Train, plan.global_batch_size, rank, plan.data_parallel_size);
-    let batch = Loader::open(options).unwrap().batch_at(0).unwrap();
+    let batch = Loader::open(options.unwrap()).unwrap().batch_at(0).unwrap();
     worker.forward_backward(&batch, &LossSpec::next_token(), false).unwrap();
     worker.optimizer().reduce(worker.model()).unwrap();
     let (norm, _) = worker.optimizer().grad_norm(worker.model()).unwrap();
