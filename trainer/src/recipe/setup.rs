@@ -51,7 +51,7 @@ impl Batches {
 pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Setup> {
     let device = open_model::choose_device(plan.config.training.device, info.local_rank)?;
     if device.is_cuda() && plan.config.debug.deterministic {
-        recorder.warn(0, "debug.deterministic has no effect on a GPU yet: two runs may differ in their last bits");
+        device::use_deterministic_operations().map_err(|e| TrainError::Device(e.to_string()))?;
     }
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
     check_memory(plan, info, device)?;
