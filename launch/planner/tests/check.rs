@@ -62,11 +62,11 @@ fn the_report_of_a_small_job_on_two_ranks() {
             optimizer states     6.76 MiB  1.77 M x 8 B / 2 ranks
             activations          22.1 MiB  512 tokens, 0 of 4 blocks recomputed
             inputs               78.0 KiB  512 tokens
-            head and loss        5.50 MiB  256 tokens x 1024 logits at once
+            head and loss        3.50 MiB  512 tokens x 1024 logits at once
             backward of a block  3.38 MiB  not at the same time as the loss
             collectives          13.5 MiB  not at the same time as activations
             checkpoint copy      10.1 MiB  while a checkpoint is written
-            peak                 58.0 MiB  20.3 MiB stay, 27.6 MiB come and go
+            peak                 56.0 MiB  20.3 MiB stay, 25.6 MiB come and go
 
             # ---- one step ----------------------------------------------------------------
 
@@ -83,7 +83,7 @@ fn the_report_of_a_small_job_on_two_ranks() {
             block       attention                           [512, 6, 32]     f32   384.0 KiB  each token within its document
             block       gate, up                            [2, 512, 512]    f32    2.00 MiB
             block       x                                   [512, 192]       f32   384.0 KiB  0 blocks run again in backward
-            loss        logits                              [256, 1024]      f32    1.00 MiB  2 x: chunk by chunk
+            loss        logits                              [512, 1024]      f32    2.00 MiB  1 x: chunk by chunk
             backward    gradient of x                       [512, 192]       f32   384.0 KiB  block by block, last to first
             backward    main gradients                      [1771200]        f32    6.76 MiB  added up over micro-batches
             reduce      main gradients                      [1771200]        f32    6.76 MiB  reduce-scatter over 2 ranks, 1 bucket(s)
@@ -123,7 +123,7 @@ fn the_report_of_a_large_job_on_gpus() {
             optimizer states     3.74 GiB  8.03 G x 8 B / 16 ranks
             activations          18.0 GiB  8192 tokens, 16 of 32 blocks recomputed
             inputs               4.22 MiB  8192 tokens
-            head and loss        1.60 GiB  256 tokens x 128256 logits at once
+            head and loss        1.96 GiB  512 tokens x 128256 logits at once
             backward of a block  2.00 GiB  not at the same time as the loss
             collectives          3.91 GiB  not at the same time as activations
             checkpoint copy      5.61 GiB  in host memory, not in the peak
@@ -144,7 +144,7 @@ fn the_report_of_a_large_job_on_gpus() {
             block           attention                           [8192, 32, 128]    bf16   64.0 MiB  each token within its document
             block           gate, up                            [2, 8192, 14336]   bf16  448.0 MiB
             block           x                                   [8192, 4096]       bf16   64.0 MiB  16 blocks run again in backward
-            loss            logits                              [256, 128256]      bf16   62.6 MiB  32 x: chunk by chunk
+            loss            logits                              [512, 128256]      bf16  125.2 MiB  16 x: chunk by chunk
             backward        gradient of x                       [8192, 4096]       bf16   64.0 MiB  block by block, last to first
             backward        main gradients                      [8030261248]       f32    29.9 GiB  added up over micro-batches
             reduce          main gradients                      [8030261248]       f32    29.9 GiB  reduce-scatter over 16 ranks, 34 bucket(s)
