@@ -36,6 +36,9 @@ const INLINE_BYTES: usize = 4096;
 /// half of this before they can say why.
 const BLAME_WAIT: Duration = Duration::from_millis(2000);
 
+/// How long the master's name may be unknown.
+const NAME_WAIT: Duration = Duration::from_secs(60);
+
 /// Opaque: lives in the shim.
 #[repr(C)]
 struct RawMesh {
@@ -111,6 +114,8 @@ pub fn connect(options: &GlooOptions) -> Result<Communicator, CommError> {
 
 /// The store that the options name.
 pub(super) fn open_store(options: &GlooOptions, site: &'static Location<'static>) -> Result<Store, CommError> {
+    // A wrong name would be asked for again until the whole time to meet is over.
+    wait_for_name(options).map_err(|detail| connect_error(options, site, detail))?;
     let store = StoreOptions {
         host: options.master_addr.clone(),
         port: options.master_port,
@@ -158,6 +163,18 @@ fn connect_error(options: &GlooOptions, site: &'static Location<'static>, detail
             options.master_port,
             options.init_timeout.as_secs_f64()
         )),
+    }
+}
+
+/// Until the master's name is known: in a cluster it may appear only when its machine has started.
+fn wait_for_name(options: &GlooOptions) -> Result<(), String> {
+    let begin = Instant::now();
+    loop {
+        match own_address(&options.master_addr, options.master_port) {
+            Ok(_) => return Ok(()),
+            Err(detail) if begin.elapsed() >= NAME_WAIT.min(options.init_timeout) => return Err(detail),
+            Err(_) => std::thread::sleep(Duration::from_millis(500)),
+        }
     }
 }
 

@@ -70,6 +70,24 @@ fn a_stopped_rank_0_that_serves_the_store_holds_nobody_up() {
 }
 
 #[test]
+fn a_master_without_an_address_is_named() {
+    let options = tangelo_kernels::comm::gloo::GlooOptions {
+        rank: 1,
+        size: 2,
+        // RFC 2606 keeps this name unknown.
+        master_addr: "no-such-host.invalid".into(),
+        master_port: 29_500,
+        host_store: false,
+        prefix: "test/0".into(),
+        init_timeout: Duration::from_secs(1),
+        timeout: PATIENCE,
+        interface: None,
+    };
+    let error = tangelo_kernels::comm::gloo::connect(&options).err().unwrap().to_string();
+    assert!(error.contains("no way to the master at no-such-host.invalid"), "{error}");
+}
+
+#[test]
 fn a_mismatch_between_processes_names_both_calls() {
     let mut ranks = Ranks::start("mismatch", 2, PATIENCE, false);
     (0..2).for_each(|rank| ranks.join(rank, PATIENCE));
