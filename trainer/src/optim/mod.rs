@@ -129,7 +129,8 @@ impl Optimizer {
             self.chunk_counts.iter().scan(0, |at, &n| Some(std::mem::replace(at, *at + n))).collect();
         let mut total = 0.0;
         for &(member, count) in &self.chunk_order {
-            total += all[next[member]..next[member] + count].iter().sum::<f64>();
+            // One by one: a sum of sums would depend on how chunks are cut among ranks.
+            all[next[member]..next[member] + count].iter().for_each(|chunk| total += chunk);
             next[member] += count;
         }
         Ok((total.sqrt(), gathering))
