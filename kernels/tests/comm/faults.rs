@@ -38,35 +38,30 @@ fn a_killed_rank_is_named_within_seconds() {
     }
 }
 
-#[test]
-fn a_stopped_rank_runs_the_others_into_the_deadline() {
+/// Stops one of three ranks: the others end within their deadline, and what each says `is_told`.
+fn stop_a_rank(victim: usize, host_store: bool, is_told: impl Fn(&str) -> bool) {
     let timeout = Duration::from_secs(4);
-    let mut ranks = start_working(3, timeout, false);
+    let mut ranks = start_working(3, timeout, host_store);
     let begin = Instant::now();
-    signal(&ranks, 1, Signal::SIGSTOP);
-    for rank in [0, 2] {
+    signal(&ranks, victim, Signal::SIGSTOP);
+    for rank in (0..3).filter(|&rank| rank != victim) {
         ranks.join(rank, PATIENCE);
         let text = ranks.text(rank);
-        // Who reaches the deadline second may see the first one leave, and then repeats what that one said.
-        assert!(text.contains("timed out after") && text.contains("rank 1"), "rank {rank}: {text}");
+        assert!(is_told(&text), "rank {rank}: {text}");
     }
     assert!(begin.elapsed() >= timeout && begin.elapsed() < PATIENCE / 3, "{:?}", begin.elapsed());
-    signal(&ranks, 1, Signal::SIGKILL);
+    signal(&ranks, victim, Signal::SIGKILL);
+}
+
+#[test]
+fn a_stopped_rank_runs_the_others_into_the_deadline() {
+    // Who reaches the deadline second may see the first one leave, and then repeats what that one said.
+    stop_a_rank(1, false, |text| text.contains("timed out after") && text.contains("rank 1"));
 }
 
 #[test]
 fn a_stopped_rank_0_that_serves_the_store_holds_nobody_up() {
-    let timeout = Duration::from_secs(4);
-    let mut ranks = start_working(3, timeout, true);
-    let begin = Instant::now();
-    signal(&ranks, 0, Signal::SIGSTOP);
-    for rank in [1, 2] {
-        ranks.join(rank, PATIENCE);
-        let text = ranks.text(rank);
-        assert!(text.contains("timed out after") || text.contains("lost rank"), "rank {rank}: {text}");
-    }
-    assert!(begin.elapsed() >= timeout && begin.elapsed() < PATIENCE / 3, "{:?}", begin.elapsed());
-    signal(&ranks, 0, Signal::SIGKILL);
+    stop_a_rank(0, true, |text| text.contains("timed out after") || text.contains("lost rank"));
 }
 
 #[test]
