@@ -91,6 +91,17 @@ impl TrainWorker {
         self.num_updates
     }
 
+    /// Waits until every rank is here, for up to `patience` where one of them has something longer to do than a rank may
+    /// wait for in a step; afterwards a rank waits for up to `step` again.
+    pub fn wait_for_all(&self, patience: Duration, step: Duration) -> Result<()> {
+        if self.data().size() > 1 {
+            self.data().set_timeout(patience);
+            self.data().barrier()?;
+            self.data().set_timeout(step);
+        }
+        Ok(())
+    }
+
     /// This worker's global rank.
     pub fn rank(&self) -> usize {
         self.rank

@@ -32,9 +32,6 @@ use std::time::{Duration, Instant};
 use tangelo_core::env;
 use tangelo_observe::{ErrorRecord, ProgressEvent, unix_millis};
 
-/// What cuBLAS asks for to give the same bits in every run (debug.deterministic); read when it starts.
-const CUBLAS_WORKSPACE: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
-
 /// What an attempt is made of.
 #[derive(Debug)]
 pub struct Attempt<'a> {
@@ -253,9 +250,6 @@ fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>)
     command.env(env::ERROR_FILE, attempt.logs.error_path(rank));
     command.env(env::SUPERVISOR_PID, std::process::id().to_string());
     command.env_remove(env::PROGRESS_FD);
-    if std::env::var_os(CUBLAS_WORKSPACE.0).is_none() {
-        command.env(CUBLAS_WORKSPACE.0, CUBLAS_WORKSPACE.1);
-    }
     let (child, progress) = if rank == 0 {
         let (progress, end) = worker::progress_pipe(&mut command).map_err(doing("pass a pipe to"))?;
         let child = command.spawn().map_err(doing("start"))?;

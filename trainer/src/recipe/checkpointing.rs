@@ -136,12 +136,8 @@ impl Checkpointing {
             Ok(stalled) => recorder.stalled(stalled),
             Err(e) => recorder.warn(state.step, &format!("a checkpoint was not saved: {e}")),
         }
-        if worker.data().size() > 1 {
-            let [step, waiting] = self.deadlines;
-            worker.data().set_timeout(waiting);
-            worker.data().barrier()?;
-            worker.data().set_timeout(step);
-        }
+        let [step, waiting] = self.deadlines;
+        worker.wait_for_all(waiting, step)?;
         self.saved = state.step;
         self.report(recorder)
     }

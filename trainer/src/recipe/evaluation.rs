@@ -89,10 +89,7 @@ impl Evaluation {
             recorder.warn(state.step, &format!("no samples: {e}"));
         }
         // Rank 0 may write for longer than a rank may wait in a step: the others wait for it here.
-        worker.data().set_timeout(long);
-        worker.data().barrier()?;
-        worker.data().set_timeout(short);
-        Ok(())
+        worker.wait_for_all(long, short)
     }
 }
 
