@@ -8,7 +8,7 @@
 //! Invariant: the distinct boxes of a placement are disjoint and cover the tensor.
 
 use crate::DType;
-use crate::mesh::{DeviceMesh, SubAxis};
+use crate::mesh::{Axis, DeviceMesh, SubAxis};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -123,6 +123,9 @@ pub struct Split {
     pub over: Vec<SubAxis>,
     /// Cuts fall only at multiples of this many indices of `dim`, counted from where the part being cut starts.
     pub block: usize,
+    /// The coordinate that gets the first part; the others follow in order, around the end. With a block as long as
+    /// the dim, this is the owner of the whole tensor.
+    pub first: usize,
 }
 
 /// How a tensor lies over a mesh.
@@ -132,6 +135,8 @@ pub struct Placement {
     pub splits: Vec<Split>,
     /// Sub-axes over which what ranks hold must still be summed.
     pub partial: Vec<SubAxis>,
+    /// Where only some coordinates of an axis hold the tensor (pipeline stages): the axis and those coordinates.
+    pub only_at: Option<(Axis, Vec<usize>)>,
 }
 
 impl Placement {
@@ -142,15 +147,18 @@ impl Placement {
 
     /// Dim 0 cut over `over` in blocks of `block` rows.
     pub fn sharded(over: Vec<SubAxis>, block: usize) -> Placement {
-        Placement { splits: vec![Split { dim: 0, over, block }], partial: Vec::new() }
+        Placement { splits: vec![Split { dim: 0, over, block, first: 0 }], ..Placement::default() }
     }
 
     /// The box of a tensor of `shape` that `rank` holds; it may be empty.
     pub fn box_of(&self, shape: &[usize], mesh: &DeviceMesh, rank: usize) -> IndexBox {
         let mut held = IndexBox::full(shape);
+        if self.only_at.as_ref().is_some_and(|(axis, at)| !at.contains(&mesh.coordinate(rank, *axis))) {
+            return IndexBox { ranges: vec![Range64 { start: 0, end: 0 }; shape.len()] };
+        }
         for split in &self.splits {
             let parts: usize = split.over.iter().map(|s| s.degree).product();
-            let part = mesh.index_in_group(rank, &split.over);
+            let part = (mesh.index_in_group(rank, &split.over) + parts - split.first % parts) % parts;
             let range = &mut held.ranges[split.dim];
             let cut = part_range(range.len(), split.block, parts, part);
             *range = Range64 { start: range.start + cut.start, end: range.start + cut.end };
@@ -178,7 +186,6 @@ pub fn part_range(length: usize, block: usize, parts: usize, part: usize) -> Ran
 #[allow(clippy::single_range_in_vec_init)] // boxes of one dim
 mod tests {
     use super::*;
-    use crate::Axis;
     use proptest::prelude::*;
 
     #[test]
@@ -198,19 +205,29 @@ mod tests {
         assert_eq!(Placement::replicated().box_of(&[], &mesh, 2).volume(), 1);
     }
 
+    #[test]
+    fn whole_tensors_have_one_owner_and_stages_may_hold_nothing() {
+        let mesh = DeviceMesh::new(&[(Axis::Pp, 2), (Axis::DpShard, 2)]).unwrap();
+        let split = Split { dim: 0, over: vec![mesh.whole(Axis::DpShard)], block: 10, first: 1 };
+        let placement = Placement { splits: vec![split], only_at: Some((Axis::Pp, vec![1])), ..Placement::default() };
+        let volumes: Vec<usize> = placement.boxes(&[10, 2], &mesh).iter().map(IndexBox::volume).collect();
+        assert_eq!(volumes, [0, 0, 0, 20]);
+    }
+
     proptest! {
         #[test]
         fn distinct_boxes_are_disjoint_and_cover(
             shape in proptest::collection::vec(1usize..12, 1..4), dp in 1usize..5, tp in 1usize..4, block in 1usize..4,
+            first in 0usize..5,
         ) {
             let mesh = DeviceMesh::new(&[(Axis::DpShard, dp), (Axis::Tp, tp)]).unwrap();
             let last = shape.len() - 1;
             let placement = Placement {
                 splits: vec![
-                    Split { dim: last, over: vec![mesh.whole(Axis::Tp)], block: 1 },
-                    Split { dim: 0, over: vec![mesh.whole(Axis::DpShard)], block },
+                    Split { dim: last, over: vec![mesh.whole(Axis::Tp)], block: 1, first: 0 },
+                    Split { dim: 0, over: vec![mesh.whole(Axis::DpShard)], block, first },
                 ],
-                partial: vec![],
+                ..Placement::default()
             };
             let mut boxes: Vec<IndexBox> =
                 placement.boxes(&shape, &mesh).into_iter().filter(|b| !b.is_empty()).collect();

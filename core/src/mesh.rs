@@ -149,6 +149,30 @@ impl DeviceMesh {
         self.part(axis, inner_degree, self.degree(axis) / inner_degree)
     }
 
+    /// Part of several axes taken as one, the last varying fastest: the coordinate along it is
+    /// `(coordinate along all of them / stride) % degree`. Outer to inner; parts of degree 1 are left out.
+    pub fn part_of(&self, axes: &[Axis], stride: usize, degree: usize) -> Result<Vec<SubAxis>, MeshError> {
+        let mut parts = Vec::new();
+        let mut below = 1;
+        for &axis in axes.iter().rev() {
+            let own = self.degree(axis);
+            let (from, to) = (stride.max(below), (stride * degree).min(below * own));
+            if from < to {
+                let whole = from.is_multiple_of(below) && to.is_multiple_of(from) && (below * own).is_multiple_of(to);
+                if !whole {
+                    return Err(MeshError::Indivisible { axis, degree: own, part: to.div_ceil(below) });
+                }
+                parts.push(SubAxis { axis, stride: from / below, degree: to / from });
+            }
+            below *= own;
+        }
+        if !below.is_multiple_of(stride * degree) {
+            return Err(MeshError::Indivisible { axis: axes[0], degree: self.degree(axes[0]), part: stride * degree });
+        }
+        parts.reverse();
+        Ok(parts)
+    }
+
     fn part(&self, axis: Axis, stride: usize, part: usize) -> Result<SubAxis, MeshError> {
         let degree = self.degree(axis);
         if part == 0 || !degree.is_multiple_of(stride * part) {
@@ -176,10 +200,11 @@ impl DeviceMesh {
 
     /// The ranks that differ from `rank` only along `subs`, in the order of their index in the group.
     pub fn group_of(&self, rank: usize, subs: &[SubAxis]) -> Vec<usize> {
-        let mut members: Vec<usize> =
-            (0..self.world_size()).filter(|&other| self.same_outside(rank, other, subs)).collect();
-        members.sort_by_key(|&member| self.index_in_group(member, subs));
-        members
+        let step = |s: &SubAxis| s.stride * self.degrees[s.axis.index() + 1..].iter().product::<usize>();
+        let first = rank - subs.iter().map(|s| self.sub_coordinate(rank, *s) * step(s)).sum::<usize>();
+        subs.iter().fold(vec![first], |members, s| {
+            members.iter().flat_map(|&member| (0..s.degree).map(move |i| member + i * step(s))).collect()
+        })
     }
 
     /// Every group over `subs`: each rank is in exactly one.
@@ -188,18 +213,6 @@ impl DeviceMesh {
         firsts.map(|rank| self.group_of(rank, subs)).collect()
     }
 
-    fn same_outside(&self, a: usize, b: usize, subs: &[SubAxis]) -> bool {
-        Axis::ALL.iter().all(|&axis| {
-            let strip = |rank| {
-                let mut c = self.coordinate(rank, axis);
-                for s in subs.iter().filter(|s| s.axis == axis) {
-                    c -= ((c / s.stride) % s.degree) * s.stride;
-                }
-                c
-            };
-            strip(a) == strip(b)
-        })
-    }
 }
 
 #[cfg(test)]
@@ -234,6 +247,20 @@ mod tests {
         expect_test::expect!["dp_shard has degree 3, which 2 does not divide: 3 / 2 leaves 1"]
             .assert_eq(&mesh.inner(Axis::DpShard, 2).unwrap_err().to_string());
         assert!(DeviceMesh::new(&[(Axis::Cp, 0)]).is_err());
+    }
+
+    #[test]
+    fn several_axes_taken_as_one_are_cut_where_their_degrees_allow() {
+        let mesh = DeviceMesh::new(&[(Axis::DpShard, 4), (Axis::Cp, 2)]).unwrap();
+        let part = |stride, degree| mesh.part_of(&[Axis::DpShard, Axis::Cp], stride, degree);
+        assert_eq!(part(1, 1).unwrap(), []);
+        assert_eq!(mesh.groups(&part(1, 2).unwrap()), [[0, 1], [2, 3], [4, 5], [6, 7]]);
+        assert_eq!(mesh.groups(&part(1, 4).unwrap()), [[0, 1, 2, 3], [4, 5, 6, 7]]);
+        assert_eq!(mesh.groups(&part(2, 4).unwrap()), [[0, 2, 4, 6], [1, 3, 5, 7]]);
+        assert_eq!(mesh.groups(&part(4, 2).unwrap()), [[0, 4], [1, 5], [2, 6], [3, 7]]);
+        for (stride, degree) in [(1, 3), (1, 16), (2, 8)] {
+            assert!(part(stride, degree).is_err(), "{stride} {degree}");
+        }
     }
 
     proptest! {

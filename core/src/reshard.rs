@@ -167,7 +167,7 @@ mod tests {
                 Placement::replicated(),
                 Placement::sharded(over(&[Axis::DpShard]), block),
                 Placement::sharded(over(&[Axis::Tp, Axis::DpShard]), 1),
-                Placement { splits: vec![crate::Split { dim: 1, over: over(&[Axis::Tp]), block: 1 }], partial: vec![] },
+                Placement { splits: vec![crate::Split { dim: 1, over: over(&[Axis::Tp]), block: 1, first: 0 }], ..Placement::default() },
             ];
             let shape = [rows, columns];
             for from in &layouts {

@@ -1,0 +1,241 @@
+//! A training step as data: what a rank computes and communicates, in order.
+//!
+//! The trainer interprets a [`Program`]; the prover walks the very same one for every rank without devices, and counts
+//! its [`Call`]s. Nothing here knows sizes, tensors or communicators: what an instruction moves is worked out beside it
+//! (`tangelo-planner`), how it is done by its interpreter (`tangelo-trainer`).
+//!
+//! ```text
+//!   values     x  the residual stream, [tokens of this rank, D]
+//!              w  what is being worked on: [h], [q, k, v], [o] or nothing
+//!   gradients  of x and w, on the way back
+//! ```
+//!
+//! A block is cut into [`Part`]s; a run of parts without communication between is one local graph.
+
+use crate::pipeline::Pass;
+use crate::topology::Group;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// A part of the model whose weights are gathered, freed, reduced and updated together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Unit {
+    /// The token embedding.
+    Embedding,
+    /// A block, by layer.
+    Block(usize),
+    /// The final norm and the head's own weights.
+    Head,
+}
+
+/// A part of a block, in order of computation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Part {
+    /// w = norm(x).
+    InputNorm,
+    /// w = q, k and v of w, positions applied.
+    Qkv,
+    /// w = attention of w.
+    Attend,
+    /// w = output projection of w.
+    Output,
+    /// x = x + w.
+    AttentionResidual,
+    /// w = norm(x).
+    PostNorm,
+    /// w = feed-forward of w.
+    FeedForward,
+    /// x = x + w.
+    FeedForwardResidual,
+}
+
+impl Part {
+    /// Every part, in order.
+    pub const ALL: [Part; 8] = [
+        Part::InputNorm,
+        Part::Qkv,
+        Part::Attend,
+        Part::Output,
+        Part::AttentionResidual,
+        Part::PostNorm,
+        Part::FeedForward,
+        Part::FeedForwardResidual,
+    ];
+}
+
+/// Neighbouring parts that run as one local graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Parts {
+    /// The first.
+    pub first: Part,
+    /// The last, included.
+    pub last: Part,
+}
+
+impl Parts {
+    /// The whole block.
+    pub const BLOCK: Parts = Parts { first: Part::InputNorm, last: Part::FeedForwardResidual };
+
+    /// Whether `part` is among them.
+    pub fn contains(self, part: Part) -> bool {
+        self.first <= part && part <= self.last
+    }
+}
+
+/// What ranks give each other between the parts of a block. Applied to `w` forward, to its gradients backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Exchange {
+    /// Each tensor rank's tokens, from all of them.
+    GatherSequence,
+    /// The sum over tensor ranks, of which each keeps its tokens.
+    ScatterSequence,
+    /// From some tokens of all heads to all tokens of some heads.
+    TokensToHeads,
+    /// Back.
+    HeadsToTokens,
+}
+
+/// One thing that a rank does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Instruction {
+    /// The whole batch's tokens and loss weight, from all ranks that read rows.
+    CountTokens,
+    /// Asks for a unit's weights.
+    StartGather(Unit),
+    /// Waits for them.
+    FinishGather(Unit),
+    /// Gives their memory back.
+    Release(Unit),
+    /// Makes room for a unit's gradients of one micro-batch.
+    OpenGradient(Unit),
+    /// Sends a unit's gradients of one micro-batch to the ranks that keep them.
+    StartReduce(Unit),
+    /// Waits for the sum, adds it to what this rank keeps and gives the room back.
+    FinishReduce(Unit),
+    /// Takes a micro-batch's rows and makes `x` of its tokens.
+    Embed(usize),
+    /// The embedding's gradient, from that of `x`.
+    EmbedBackward(usize),
+    /// Takes a micro-batch's rows and `x` (or its gradient) from the stage before (after).
+    Receive(Pass, usize),
+    /// Gives `x` (or its gradient) to the stage after (before).
+    Send(Pass, usize),
+    /// Keeps `x`, to begin again from it.
+    Stash(usize),
+    /// Begins again from the `x` kept last.
+    Restore(usize),
+    /// Runs parts of a block; with a graph where `keep`.
+    Block {
+        /// Which block.
+        layer: usize,
+        /// Which parts.
+        parts: Parts,
+        /// Which micro-batch.
+        micro_batch: usize,
+        /// Whether backward will follow this run.
+        keep: bool,
+    },
+    /// Goes back through the graph kept last.
+    BlockBackward {
+        /// Which block.
+        layer: usize,
+        /// Which micro-batch.
+        micro_batch: usize,
+    },
+    /// Attention whose keys and values come from the ranks of the ring.
+    RingAttend {
+        /// Which block.
+        layer: usize,
+        /// Which micro-batch.
+        micro_batch: usize,
+        /// Whether backward will follow this run.
+        keep: bool,
+    },
+    /// Its backward.
+    RingAttendBackward {
+        /// Which block.
+        layer: usize,
+        /// Which micro-batch.
+        micro_batch: usize,
+    },
+    /// Gives and takes parts of `w`, or of its gradients.
+    Exchange {
+        /// What.
+        exchange: Exchange,
+        /// Of the values or of the gradients.
+        pass: Pass,
+        /// Which block.
+        layer: usize,
+        /// Which micro-batch.
+        micro_batch: usize,
+    },
+    /// Final norm, head and loss; with the gradient of `x` where training.
+    Loss {
+        /// Which micro-batch.
+        micro_batch: usize,
+        /// Whether gradients are made.
+        train: bool,
+    },
+    /// The loss, from all ranks.
+    ShareLoss,
+    /// Reduces the gradients of some units to the parts whose states this rank owns.
+    ReduceBucket(usize),
+    /// Sums the gradients of weights that several ranks of the model hold.
+    SumReplicated,
+    /// The global norm of the gradient.
+    Norm,
+    /// Clips and updates what this rank owns, unless loss or norm is not finite.
+    Update,
+    /// Gives the new weights of some units to the ranks that hold them.
+    PublishBucket(usize),
+}
+
+/// One rank's share of a training step.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// Forward and backward of all micro-batches.
+    pub pass: Vec<Instruction>,
+    /// Reduce, clip, update, publish.
+    pub update: Vec<Instruction>,
+    /// Forward only, of one micro-batch (number 0).
+    pub evaluate: Vec<Instruction>,
+    /// The units that each bucket reduces and publishes, as a range of the rank's units.
+    pub buckets: Vec<Range<usize>>,
+}
+
+/// What a call does to the ranks of its group, as communicators name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallKind {
+    /// Sum, everywhere.
+    AllReduce,
+    /// Concatenation, everywhere.
+    AllGather,
+    /// Sum, each keeping a part.
+    ReduceScatter,
+    /// A part for each from each.
+    AllToAll,
+    /// To the next and from the one before.
+    Shift,
+    /// To one peer.
+    Send,
+    /// From one peer.
+    Receive,
+}
+
+/// One communication call of one rank, with everything its partners must agree on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Call {
+    /// The group it runs in.
+    pub group: Group,
+    /// What it does.
+    pub kind: CallKind,
+    /// Bytes per element.
+    pub element_bytes: usize,
+    /// Elements: per rank of the group for all-gather and reduce-scatter, to each rank for all-to-all, else one number.
+    pub counts: Vec<usize>,
+    /// What each rank sends back in an all-to-all; what comes in for a shift.
+    pub counts_in: Vec<usize>,
+    /// The other rank (global) of a send or receive; where a shift goes to.
+    pub peer: Option<usize>,
+}
