@@ -203,6 +203,20 @@ pub struct Program {
     pub buckets: Vec<Range<usize>>,
 }
 
+impl Program {
+    /// Forward and backward of one micro-batch through a whole model of `num_layers` on one rank.
+    pub fn alone(num_layers: usize) -> Vec<Instruction> {
+        let block = |layer| Instruction::Block { layer, parts: Parts::BLOCK, micro_batch: 0, keep: true };
+        let back = |layer| Instruction::BlockBackward { layer, micro_batch: 0 };
+        let mut list = vec![Instruction::CountTokens, Instruction::Embed(0)];
+        list.extend((0..num_layers).map(block));
+        list.push(Instruction::Loss { micro_batch: 0, train: true });
+        list.extend((0..num_layers).rev().map(back));
+        list.extend([Instruction::EmbedBackward(0), Instruction::ShareLoss]);
+        list
+    }
+}
+
 /// What a call does to the ranks of its group, as communicators name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

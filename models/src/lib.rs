@@ -16,5 +16,6 @@ pub mod weights;
 
 pub use context::{PackContext, RopeTable};
 pub use decode::DecodeState;
-pub use model::{Head, Model, Unit};
+pub use block::Flow;
+pub use model::{Head, Model};
 pub use weights::{UnitWeights, Weight};

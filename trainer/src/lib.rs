@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod error;
 pub mod executor;
 pub mod faults;
+pub mod groups;
 pub mod init;
 pub mod micro_batch;
 pub mod open_model;
@@ -21,6 +22,7 @@ pub mod process;
 pub mod recipe;
 pub mod sample;
 pub mod shards;
+pub mod store;
 pub mod verb;
 pub mod worker;
 

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 use tangelo_configs::Plan;
-use tangelo_core::{IndexBox, ParamMeta};
+use tangelo_core::{DType, IndexBox, Level, ParamMeta};
 use tch::{Device, Tensor};
 
 /// Which state tensors this rank writes: the kind and the index among [`OwnedState`]s.
@@ -37,9 +37,10 @@ impl WritePlan {
 }
 
 fn assign(plan: &Plan, worker: &TrainWorker, kinds: &[StateKind]) -> Vec<(StateKind, usize)> {
-    let metas: Vec<&ParamMeta> = worker.model().units().iter().flat_map(|u| u.spans()).map(|s| &s.meta).collect();
-    let world_size = plan.mesh.world_size();
-    let boxes = |meta: &ParamMeta| (0..world_size).map(|rank| worker.zero().box_of(meta, rank)).collect::<Vec<_>>();
+    let metas = plan.model.parameters(DType::F32);
+    let world_size = plan.topology.mesh.world_size();
+    let box_of = |meta: &ParamMeta, rank| worker.sharding().box_at(meta, Level::States, rank);
+    let boxes = |meta: &ParamMeta| (0..world_size).map(|rank| box_of(meta, rank)).collect::<Vec<_>>();
     let held: Vec<Vec<IndexBox>> = kinds.iter().flat_map(|_| metas.iter().map(|meta| boxes(meta))).collect();
     let owned = owned_by_name(worker);
     let mine = &plan_writes(world_size, &held)[worker.rank()];
@@ -103,7 +104,7 @@ pub fn save(
 fn source(worker: &TrainWorker, kind: StateKind, index: usize) -> Source {
     let owned = &worker.optimizer().states()[index];
     let meta = meta_of(worker, owned).clone();
-    let indices = worker.zero().box_of(&meta, worker.rank());
+    let indices = worker.sharding().box_at(&meta, Level::States, worker.rank());
     // A shared view on a CPU, a copy from a GPU.
     Source { kind, meta, indices, tensor: tensor_of(owned, kind).to_device(Device::Cpu) }
 }
@@ -115,7 +116,7 @@ pub fn restore(worker: &mut TrainWorker, from: &Checkpoint, weights_only: bool) 
     let mut buffer = Vec::new();
     for owned in worker.optimizer().states() {
         let meta = meta_of(worker, owned);
-        let indices = worker.zero().box_of(meta, worker.rank());
+        let indices = worker.sharding().box_at(meta, Level::States, worker.rank());
         buffer.resize(indices.volume(), 0f32);
         for &kind in kinds {
             from.read(kind, &meta.name, &indices, &mut buffer).map_err(data_error)?;

@@ -42,7 +42,7 @@ pub fn layers(plan: &Plan) -> Vec<LayerCost> {
             model.block_parameters(layer, dtype),
             flops,
             saved,
-            plan.recomputes(layer),
+            plan.recompute(layer) != tangelo_configs::job::Recompute::None,
         ));
     }
     let head = if model.tie_word_embeddings { "norm and tied head" } else { "norm and head" };

@@ -10,6 +10,7 @@ pub mod check;
 pub mod flops;
 pub mod layers;
 pub mod memory;
+pub mod program;
 pub mod table;
 pub mod walk;
 

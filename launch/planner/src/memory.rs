@@ -21,15 +21,14 @@
 //! of a block with all activations kept, or the collectives after backward.
 
 use crate::table::{Align, Table, bytes, count};
-use tangelo_configs::job::{AsyncMode, DeviceChoice};
+use tangelo_configs::job::{AsyncMode, DeviceChoice, Recompute};
 use tangelo_configs::{BlockSpec, MixerSpec, Plan};
 use tangelo_core::DType;
 
 /// Tokens whose logits exist at once; the trainer's choice.
 pub const LOSS_CHUNK_TOKENS: usize = 512;
 
-/// Elements after which a bucket of gradients is closed; the trainer's choice.
-pub const BUCKET_ELEMENTS: usize = 16 << 20;
+pub use crate::program::BUCKET_ELEMENTS;
 
 /// Predicted bytes of one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,7 +62,7 @@ pub fn predict(plan: &Plan) -> Memory {
     let (model, training) = (&plan.model, &plan.config.training);
     let e = plan.compute_dtype().size_bytes() as u64;
     let all = model.num_parameters() as u64;
-    let owned = all.div_ceil(plan.zero_optimizer_degree as u64);
+    let owned = all.div_ceil(plan.topology.scopes.states as u64);
     let tokens = (training.local_batch_size * training.seq_len) as u64;
     let layers = 0..model.blocks.len();
     let asynchronous = plan.config.checkpoint.enable && plan.config.checkpoint.async_mode == AsyncMode::Async;
@@ -97,7 +96,7 @@ pub fn predict(plan: &Plan) -> Memory {
 pub fn saved_bytes_per_token(plan: &Plan, layer: usize) -> u64 {
     let e = plan.compute_dtype().size_bytes();
     let d = plan.model.hidden_size;
-    if plan.recomputes(layer) { (e * d) as u64 } else { operators_save(&plan.model.blocks[layer], d, e) }
+    if plan.recompute(layer) != Recompute::None { (e * d) as u64 } else { operators_save(&plan.model.blocks[layer], d, e) }
 }
 
 fn operators_save(block: &BlockSpec, hidden_size: usize, e: usize) -> u64 {
@@ -139,7 +138,7 @@ fn backward_bytes(plan: &Plan, tokens: u64, e: u64) -> u64 {
         // Gradients alive at once: of the output and the gated product with gate and up; or of the residual stream,
         // attention's output, and q, k, v before and after RoPE.
         let gradients = e * (d + 3 * f).max(2 * d + q + 2 * (q + 2 * kv)) as u64;
-        let again = if plan.recomputes(layer) { operators_save(block, d, e as usize) } else { 0 };
+        let again = if plan.recompute(layer) != Recompute::None { operators_save(block, d, e as usize) } else { 0 };
         // In fp32 a product adds to the main gradient in place; in bf16 it is made first.
         let weight_gradient = if e == 4 { 0 } else { e * (d * (2 * f).max(q + 2 * kv)) as u64 };
         times(tokens, gradients + again) + weight_gradient
@@ -200,13 +199,13 @@ impl Memory {
         use Align::{Left, Right};
         let dtype = plan.compute_dtype();
         let parameters = count(plan.model.num_parameters() as f64);
-        let share = match plan.zero_optimizer_degree {
+        let share = match plan.topology.scopes.states {
             1 => String::new(),
             ranks => format!(" / {ranks} ranks"),
         };
         let tokens = plan.config.training.local_batch_size * plan.config.training.seq_len;
         let chunk = LOSS_CHUNK_TOKENS.min(tokens);
-        let again = (0..plan.model.blocks.len()).filter(|&layer| plan.recomputes(layer)).count();
+        let again = (0..plan.model.blocks.len()).filter(|&layer| plan.recompute(layer) != Recompute::None).count();
         let mut table = Table::new(&[("memory per rank", Left), ("", Right), ("", Left)]);
         let mut row = |name: &str, n: u64, how: String| table.row([name.into(), bytes(n), how]);
         row("parameters", self.parameters, format!("{parameters} x {} B", dtype.size_bytes()));

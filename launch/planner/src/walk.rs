@@ -2,7 +2,7 @@
 
 use crate::memory::{LOSS_CHUNK_TOKENS, buckets};
 use crate::table::{Align, Table, bytes};
-use tangelo_configs::job::DeviceChoice;
+use tangelo_configs::job::{DeviceChoice, Recompute};
 use tangelo_configs::{MixerSpec, Plan};
 use tangelo_core::DType;
 
@@ -86,7 +86,7 @@ fn model_stages(plan: &Plan) -> Vec<Stage> {
         let (h, k, width, f) = (a.num_heads, a.num_kv_heads, a.head_dim, block.feed_forward.intermediate_size);
         let window = a.sliding_window.map_or(String::new(), |w| format!(", {w} tokens back"));
         let masked = if plan.config.data.document_mask { "within its document" } else { "within its sequence" };
-        let recomputed = (0..model.blocks.len()).filter(|&layer| plan.recomputes(layer)).count();
+        let recomputed = (0..model.blocks.len()).filter(|&layer| plan.recompute(layer) != Recompute::None).count();
         stages.extend([
             stage("block", "q", &[tokens, h, width], dtype, format!("{} x: each block", model.blocks.len())),
             stage("block", "k, v", &[2, tokens, k, width], dtype, String::new()),
@@ -111,7 +111,7 @@ fn model_stages(plan: &Plan) -> Vec<Stage> {
 
 fn update_stages(plan: &Plan) -> Vec<Stage> {
     let all = plan.model.num_parameters();
-    let (ranks, zero) = (plan.data_parallel_size, plan.zero_optimizer_degree);
+    let (ranks, zero) = (plan.data_parallel_size, plan.topology.scopes.states);
     let owned = all.div_ceil(zero);
     let dtype = if plan.compute_dtype() == DType::BF16 { "bf16" } else { "f32" };
     let mut stages = vec![stage("backward", "main gradients", &[all], "f32", "added up over micro-batches".into())];

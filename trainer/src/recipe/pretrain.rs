@@ -56,7 +56,7 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
             evaluation.run(&worker, &state, &loss, &mut recorder)?;
         }
         if state.step == first_step {
-            worker.data().set_timeout(Duration::from_secs(plan.config.comm.train_timeout_seconds));
+            worker.world().set_timeout(Duration::from_secs(plan.config.comm.train_timeout_seconds));
         }
         if checkpoints.due(state.step, steps, stopped) {
             checkpoints.save(&worker, &state, &mut recorder)?;

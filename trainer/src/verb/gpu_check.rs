@@ -6,14 +6,21 @@
 
 use super::generate::{Options, generate};
 use crate::error::{Result, TrainError};
-use crate::executor::{BlockExecutor, MicroBatch};
+use crate::executor::{Executor, Parts};
+use crate::groups::Groups;
+use crate::micro_batch::Rows;
+use crate::store::WeightStore;
 use crate::init;
 use crate::sample::Sampler;
 use std::time::Instant;
-use tangelo_configs::ModelSpec;
+use tangelo_configs::job::RotateMethod;
+use tangelo_configs::{ModelSpec, Sharding};
+use tangelo_core::batch::{ragged_f32, ragged_u32};
 use tangelo_core::hash::{mix64, uniform};
+use tangelo_core::{Batch, Column, LossSpec, Program, Topology};
+use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::{comm, device};
-use tangelo_models::{Model, PackContext};
+use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
 
 /// fp32 products on a GPU (TF32 off) round as a CPU's do; sums of some thousand terms stay within this.
@@ -76,43 +83,75 @@ fn small(flavor: &str) -> Result<ModelSpec> {
 
 fn model(spec: &ModelSpec, kind: Kind, device: Device) -> Model {
     let model = Model::zeros(spec, kind, device, true);
-    init::from_seed(&model, SEED);
+    model.units().iter().for_each(|unit| init::from_seed(unit, SEED, model.spec().initializer_range));
     model
 }
 
-/// `count` random tokens in documents of uneven length.
-fn batch(vocab: usize, count: usize, device: Device) -> MicroBatch {
+/// `count` random tokens in documents of uneven length, as one row.
+fn batch(vocab: usize, count: usize) -> Batch {
     let token = |i: usize| (mix64(SEED ^ i as u64) % vocab as u64) as u32;
-    let tokens: Vec<u32> = (0..count).map(token).collect();
-    let borders: Vec<i64> = vec![0, count as i64 / 3, count as i64 / 2, count as i64];
-    let positions: Vec<u32> = borders.windows(2).flat_map(|b| 0..(b[1] - b[0]) as u32).collect();
-    let targets: Vec<i64> = (0..count).map(|i| i64::from(token(i + 1))).collect();
-    let weights: Vec<f32> = (0..count).map(|i| (uniform(SEED, i as u64) + 0.5) as f32).collect();
-    MicroBatch {
-        pack: PackContext::new(&tokens, &positions, borders, device),
-        targets: Tensor::from_slice(&targets).to_device(device),
-        weights: Tensor::from_slice(&weights).to_device(device),
+    let borders = [0, count / 3, count / 2, count];
+    let documents = || borders.windows(2).enumerate();
+    let column = |values: Vec<u32>| ragged_u32(&[values]);
+    let columns = vec![
+        (Column::Tokens, column((0..count).map(token).collect())),
+        (Column::Targets, column((0..count).map(|i| token(i + 1)).collect())),
+        (Column::Positions, column(documents().flat_map(|(_, b)| 0..(b[1] - b[0]) as u32).collect())),
+        (Column::SeqId, column(documents().flat_map(|(id, b)| vec![id as u32; b[1] - b[0]]).collect())),
+        (Column::CeWeight, ragged_f32(&[(0..count).map(|i| (uniform(SEED, i as u64) + 0.5) as f32).collect()])),
+    ];
+    Batch::from_columns(columns).expect("columns of one row")
+}
+
+/// A whole model on one device, trained on one micro-batch at a time.
+struct Alone {
+    model: Model,
+    store: WeightStore,
+    groups: Groups,
+    topology: Topology,
+}
+
+impl Alone {
+    fn new(model: Model) -> std::result::Result<Alone, String> {
+        let sharding = Sharding::single(model.spec());
+        let (store, topology) = (WeightStore::new(&model, &sharding, 0), Topology::single());
+        let groups = Groups::open(Communicator::single_on(model.device()), &topology).map_err(|e| e.to_string())?;
+        Ok(Alone { model, store, groups, topology })
+    }
+
+    /// The loss of a batch; gradients are added.
+    fn forward_backward(&self, batch: &Batch) -> std::result::Result<f64, String> {
+        let parts = Parts { model: &self.model, store: &self.store, groups: &self.groups };
+        let (loss, place) = (LossSpec::next_token(), (&self.topology, 0));
+        let rows = Rows::new(batch, &loss, 1, place, RotateMethod::default(), self.model.device());
+        let rows = rows.map_err(|e| e.to_string())?;
+        let pass = Executor::new(parts, &rows, false).run(&Program::alone(self.model.num_blocks()));
+        Ok(pass.map_err(|e| e.to_string())?.shared[0])
     }
 }
 
 /// Loss, logits and every unit's gradient on `device` against the CPU in float64.
 fn compare(spec: &ModelSpec, device: Device, kind: Kind, tolerance: f64) -> std::result::Result<String, String> {
-    let executor = BlockExecutor::new(vec![false; spec.blocks.len()]);
     // The truth has the same weights: bf16 weights are bf16 numbers in float64 too.
-    let tested = model(spec, kind, device);
-    let truth = Model::zeros(spec, Kind::Double, Device::Cpu, true);
-    for (to, from) in truth.units().iter().zip(tested.units()) {
+    let tested = Alone::new(model(spec, kind, device))?;
+    let truth = Alone::new(Model::zeros(spec, Kind::Double, Device::Cpu, true))?;
+    for (to, from) in truth.model.units().iter().zip(tested.model.units()) {
         tch::no_grad(|| to.flat().shallow_clone().copy_(from.flat()));
     }
-    let run = |model: &Model| executor.forward_backward(model, &batch(spec.vocab_size, 96, model.device()), 1.0 / 96.0);
-    let (found, expected) = (run(&tested).loss_sum, run(&truth).loss_sum);
+    let batch = batch(spec.vocab_size, 96);
+    let (found, expected) = (tested.forward_backward(&batch)?, truth.forward_backward(&batch)?);
     let mut worst = ((found - expected) / expected).abs();
-    for (a, b) in tested.units().iter().zip(truth.units()) {
+    for (a, b) in tested.model.units().iter().zip(truth.model.units()) {
         let (Some(a), Some(b)) = (a.main_grad(), b.main_grad()) else { continue };
         worst = worst.max(relative_error(a, b));
     }
-    let pack = |device| batch(spec.vocab_size, 96, device).pack;
-    worst = worst.max(relative_error(&tested.logits(&pack(device)), &truth.logits(&pack(Device::Cpu))));
+    let logits = |model: &Model| {
+        let place = (&Topology::single(), 0);
+        let rows = Rows::new(&batch, &LossSpec::next_token(), 1, place, RotateMethod::default(), model.device());
+        let pack = rows.and_then(|rows| rows.micro_batch(0)).map_err(|e| e.to_string())?.pack;
+        Ok::<Tensor, String>(model.logits(&pack))
+    };
+    worst = worst.max(relative_error(&logits(&tested.model)?, &logits(&truth.model)?));
     let text = format!("largest relative error {worst:.2e}, at most {tolerance:.0e} allowed");
     if worst <= tolerance { Ok(text) } else { Err(text) }
 }
@@ -141,18 +180,18 @@ fn cached_equals_uncached(spec: &ModelSpec, device: Device) -> std::result::Resu
 fn speed(gpu: Device, kind: Kind) -> std::result::Result<String, String> {
     let shape = tangelo_configs::flavor::flavor("smollm2-135m").and_then(|flavor| flavor.spec(49_152));
     let spec = shape.map_err(|e| e.to_string())?;
-    let (model, tokens) = (model(&spec, kind, gpu), 8192);
-    let executor = BlockExecutor::new(vec![false; spec.blocks.len()]);
-    let batch = batch(spec.vocab_size, tokens, gpu);
-    let steps = || {
+    let (alone, tokens) = (Alone::new(model(&spec, kind, gpu))?, 8192);
+    let batch = batch(spec.vocab_size, tokens);
+    let steps = || -> std::result::Result<(), String> {
         for _ in 0..TIMED_STEPS {
-            executor.forward_backward(&model, &batch, 1.0);
+            alone.forward_backward(&batch)?;
         }
         tch::Cuda::synchronize(0);
+        Ok(())
     };
-    steps();
+    steps()?;
     let start = Instant::now();
-    steps();
+    steps()?;
     let rate = f64::from(TIMED_STEPS) * tokens as f64 / start.elapsed().as_secs_f64();
     let peak = device::measured_matmul_peak_flops(gpu, kind, 1.0).map_err(|e| e.to_string())?;
     let products = 6.0 * spec.num_parameters() as f64;

@@ -1,0 +1,220 @@
+//! Which box of every tensor each rank holds: the one description of a layout that the model, the optimizer, the
+//! checkpoints, the planner and the prover read.
+//!
+//! A parameter is first cut by pipeline stage (whole units) and tensor parallelism (heads, features, ids), then along
+//! dim 0, in whole chunks of rows, over the nested ZeRO scopes. A chunk is never split and its size depends on the shape
+//! alone, so sums over chunks in global order do not depend on the scope.
+
+use crate::model::{EMBEDDING, TensorCut};
+use crate::{MixerSpec, ModelSpec};
+use std::ops::Range;
+use tangelo_core::{Axis, DType, Group, IndexBox, Level, ParamMeta, Placement, Split, SubAxis, Topology, Unit};
+
+/// Elements a chunk aims at: small enough that eight ranks share a small model evenly, large enough that the square
+/// sums of an 8B model are 4 MB.
+const CHUNK_ELEMENTS: usize = 16_384;
+
+/// Rows per chunk of a parameter with rows of `row_len` elements.
+pub fn chunk_rows(row_len: usize) -> usize {
+    (CHUNK_ELEMENTS / row_len.max(1)).max(1)
+}
+
+/// How a model lies over the ranks of a job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sharding {
+    topology: Topology,
+    stage_layers: Vec<Range<usize>>,
+    tied: bool,
+    head_dim: usize,
+}
+
+impl Sharding {
+    /// A model of `spec` whose stage i holds the layers `stage_layers[i]`.
+    pub fn new(spec: &ModelSpec, topology: Topology, stage_layers: Vec<Range<usize>>) -> Sharding {
+        assert_eq!(topology.num_stages(), stage_layers.len(), "layers for every stage");
+        let head_dim = spec.blocks.first().map_or(1, |block| {
+            let MixerSpec::Attention(a) = &block.mixer;
+            a.head_dim
+        });
+        Sharding { topology, stage_layers, tied: spec.tie_word_embeddings, head_dim }
+    }
+
+    /// The whole model on one rank.
+    pub fn single(spec: &ModelSpec) -> Sharding {
+        let layers = 0..spec.blocks.len();
+        Sharding::new(spec, Topology::single(), std::iter::once(layers).collect())
+    }
+
+    /// The ranks and their groups.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The layers of a stage.
+    pub fn layers(&self, stage: usize) -> Range<usize> {
+        self.stage_layers[stage].clone()
+    }
+
+    /// Whether a stage holds the embedding.
+    pub fn is_first(&self, stage: usize) -> bool {
+        stage == 0
+    }
+
+    /// Whether a stage holds the head.
+    pub fn is_last(&self, stage: usize) -> bool {
+        stage + 1 == self.stage_layers.len()
+    }
+
+    /// Whether the last stage holds a copy of the embedding.
+    pub fn copies_embedding(&self) -> bool {
+        self.tied && self.stage_layers.len() > 1
+    }
+
+    /// The units of a stage, in execution order.
+    pub fn units(&self, stage: usize) -> Vec<Unit> {
+        let embedding = self.is_first(stage).then_some(Unit::Embedding);
+        let head = self.is_last(stage).then_some(Unit::Head);
+        embedding.into_iter().chain(self.layers(stage).map(Unit::Block)).chain(head).collect()
+    }
+
+    /// The parameters of a unit in execution order; a tied head on a stage of its own has a copy of the embedding.
+    pub fn parameters(&self, spec: &ModelSpec, unit: Unit, dtype: DType) -> Vec<ParamMeta> {
+        let mut metas = spec.unit_parameters(unit, dtype);
+        if unit == Unit::Head && self.copies_embedding() {
+            metas.extend(spec.embedding_parameters(dtype));
+        }
+        metas
+    }
+
+    /// The stages that hold a parameter.
+    fn stages_of(&self, name: &str) -> Vec<usize> {
+        let last = self.stage_layers.len() - 1;
+        if name == EMBEDDING {
+            return if self.copies_embedding() { vec![0, last] } else { vec![0] };
+        }
+        match layer_of(name) {
+            Some(layer) => (0..=last).filter(|&stage| self.stage_layers[stage].contains(&layer)).collect(),
+            None => vec![last],
+        }
+    }
+
+    /// How a parameter lies over stages and tensor ranks, whole over all others. `partial` names the axes over which
+    /// gradients of what a rank holds must still be summed.
+    pub fn model_placement(&self, meta: &ParamMeta) -> Placement {
+        let t = &self.topology;
+        let tensor = t.span(Group::Tensor).to_vec();
+        let cut = |dim, over: Vec<SubAxis>, block| {
+            let split = Split { dim, over, block, first: 0 };
+            if split.over.is_empty() { Vec::new() } else { vec![split] }
+        };
+        let (splits, partial) = match ModelSpec::tensor_cut(&meta.name) {
+            TensorCut::Whole => (Vec::new(), tensor),
+            TensorCut::Heads { dim } => (cut(dim, tensor, self.head_dim), Vec::new()),
+            TensorCut::KeyHeads => (cut(0, self.key_parts(), self.head_dim), t.span(Group::KeyReplicas).to_vec()),
+            TensorCut::Features { dim } => (cut(dim, tensor, 1), Vec::new()),
+            TensorCut::Vocabulary => (cut(0, tensor, 1), Vec::new()),
+        };
+        let only_at = (t.num_stages() > 1).then(|| (Axis::Pp, self.stages_of(&meta.name)));
+        Placement { splits, partial, only_at }
+    }
+
+    /// The part of tp whose coordinates hold different key and value heads.
+    fn key_parts(&self) -> Vec<SubAxis> {
+        let (mesh, replicas) = (&self.topology.mesh, self.topology.key_replicas);
+        let parts = mesh.degree(Axis::Tp) / replicas;
+        if parts == 1 { Vec::new() } else { vec![SubAxis { axis: Axis::Tp, stride: replicas, degree: parts }] }
+    }
+
+    /// How a parameter's weights, gradients or optimizer states lie over the ranks.
+    pub fn placement(&self, meta: &ParamMeta, level: Level) -> Placement {
+        let mut placement = self.model_placement(meta);
+        let row_len: usize = local_row_len(&placement, meta, &self.topology);
+        placement.splits.extend(self.topology.zero_splits(level, chunk_rows(row_len), [0; 3]));
+        placement
+    }
+
+    /// The box of a parameter that `rank` computes with: its stage's and tensor rank's.
+    pub fn model_box(&self, meta: &ParamMeta, rank: usize) -> IndexBox {
+        self.model_placement(meta).box_of(&meta.shape, &self.topology.mesh, rank)
+    }
+
+    /// The box that `rank` holds at `level`.
+    pub fn box_at(&self, meta: &ParamMeta, level: Level, rank: usize) -> IndexBox {
+        self.placement(meta, level).box_of(&meta.shape, &self.topology.mesh, rank)
+    }
+
+    /// The group over which the gradient of a parameter must be summed because several ranks hold the same weights and
+    /// use them for different tokens or heads; `None` where nobody else does.
+    pub fn replicated_over(&self, name: &str) -> Option<Group> {
+        let group = match ModelSpec::tensor_cut(name) {
+            TensorCut::Whole => Group::Tensor,
+            TensorCut::KeyHeads => Group::KeyReplicas,
+            _ => return None,
+        };
+        (self.topology.size(group) > 1).then_some(group)
+    }
+
+    /// Whether `rank` is the one that counts a parameter it shares with other stages or tensor ranks.
+    pub fn counts(&self, name: &str, rank: usize) -> bool {
+        let first = self.replicated_over(name).is_none_or(|group| self.topology.index(group, rank) == 0);
+        let copy = name == EMBEDDING && self.copies_embedding() && self.topology.stage(rank) != 0;
+        first && !copy
+    }
+}
+
+/// Elements per row of what a rank computes with: rows are cut the same on all ranks, so any that holds some will do.
+fn local_row_len(placement: &Placement, meta: &ParamMeta, topology: &Topology) -> usize {
+    let whole: usize = meta.shape[1..].iter().product();
+    let column_cut = placement.splits.iter().find(|s| s.dim > 0);
+    column_cut.map_or(whole, |s| {
+        let parts: usize = s.over.iter().map(|o| o.degree).product();
+        debug_assert!(parts == topology.size(Group::Tensor));
+        whole / parts
+    })
+}
+
+/// The layer in a parameter's name.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flavor::flavor;
+    use tangelo_core::{DeviceMesh, ZeroScopes};
+
+    fn sharding(spec: &ModelSpec, degrees: [usize; 5], key_replicas: usize, scopes: [usize; 3]) -> Sharding {
+        let named: Vec<_> = Axis::ALL.into_iter().zip(degrees).collect();
+        let [parameters, gradients, states] = scopes;
+        let scopes = ZeroScopes { parameters, gradients, states };
+        let topology = Topology::new(DeviceMesh::new(&named).unwrap(), 1, key_replicas, scopes).unwrap();
+        let (stages, layers) = (degrees[0], spec.blocks.len());
+        let cuts = (0..stages).map(|s| s * layers / stages..(s + 1) * layers / stages).collect();
+        Sharding::new(spec, topology, cuts)
+    }
+
+    #[test]
+    fn every_level_of_every_parameter_covers_it_once() {
+        let spec = crate::architecture::flavor_spec(&flavor("debugmodel").unwrap().model, 331).unwrap();
+        for (degrees, replicas, scopes) in [
+            ([1, 1, 1, 1, 1], 1, [1, 1, 1]),
+            ([2, 1, 2, 1, 2], 1, [1, 2, 2]),
+            ([3, 2, 2, 2, 1], 1, [2, 4, 4]),
+            ([1, 1, 1, 2, 4], 1, [1, 1, 2]),
+        ] {
+            let sharding = sharding(&spec, degrees, replicas, scopes);
+            let world = sharding.topology().mesh.world_size();
+            for meta in spec.parameters(DType::F32) {
+                for level in [Level::Parameters, Level::Gradients, Level::States] {
+                    let boxes = (0..world).map(|rank| sharding.box_at(&meta, level, rank));
+                    let mut boxes: Vec<IndexBox> = boxes.filter(|b| !b.is_empty()).collect();
+                    boxes.sort();
+                    boxes.dedup();
+                    let held: usize = boxes.iter().map(IndexBox::volume).sum();
+                    assert_eq!(held, meta.num_elements(), "{} {level:?} {degrees:?}", meta.name);
+                }
+            }
+        }
+    }
+}

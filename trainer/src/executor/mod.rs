@@ -1,0 +1,218 @@
+//! Forward and backward: the interpreter of a [`Program`](tangelo_core::Program).
+//!
+//! ```text
+//!                 a run of parts without communication between them is one small graph on detached inputs:
+//!  forward :  local graph on (x, w) -> keep inputs and outputs on the lane's tape
+//!  backward:  pop the tape; backward(outputs, gradients) -> gradients of the inputs -> drop the graph
+//! ```
+//!
+//! A micro-batch under way is a [`Lane`]. What runs again in backward, when weights are gathered and given back, what ranks
+//! exchange and in which order a pipeline takes its micro-batches are instructions, made where the layout is known
+//! (`tangelo-planner`); here each is done once, by its name. No hooks. World size 1 takes the same path.
+//!
+//! Invariant: gradients of weights accumulate in the fp32 buffers of [`tangelo_models::UnitWeights`]; no weight has a
+//! `.grad`.
+
+mod exchange;
+mod lane;
+mod loss;
+mod ring;
+
+use crate::error::Result;
+use crate::groups::Groups;
+use crate::micro_batch::Rows;
+use crate::store::WeightStore;
+use crate::worker::sum_over_ranks;
+use exchange::Exchanger;
+use lane::Lane;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+use tangelo_core::{Group, Instruction, Pass};
+use tangelo_kernels::comm::Communicator;
+use tangelo_models::Model;
+use tch::Tensor;
+
+/// Tokens of logits that exist at once: V = 128K in fp32 is then 256 MB.
+pub const LOSS_CHUNK_TOKENS: i64 = tangelo_planner::memory::LOSS_CHUNK_TOKENS as i64;
+
+/// What a pass gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PassStats {
+    /// Sum over this rank's tokens of weight * -log p(target), not normalised; 0 where another rank counts them.
+    pub loss_sum: f64,
+    /// Sum of token weights, and number of tokens, over all rows of all ranks.
+    pub totals: [f64; 2],
+    /// The loss of the whole batch, and on how many ranks this was asked to be the last step.
+    pub shared: [f64; 2],
+    /// Time computing on the way to the loss.
+    pub forward: Duration,
+    /// Time computing on the way back.
+    pub backward: Duration,
+    /// Time standing still in collectives.
+    pub communication: Duration,
+}
+
+/// What a pass works on: a rank's part of the model and its groups.
+#[derive(Clone, Copy)]
+pub struct Parts<'a> {
+    /// The part of the model.
+    pub model: &'a Model,
+    /// Where weights and gradients are kept.
+    pub store: &'a WeightStore,
+    /// The rank's communicators.
+    pub groups: &'a Groups,
+}
+
+/// Runs micro-batches through this rank's part of the model.
+pub struct Executor<'a> {
+    model: &'a Model,
+    store: &'a WeightStore,
+    groups: &'a Groups,
+    exchanger: Exchanger<'a>,
+    rows: &'a Rows<'a>,
+    /// Coefficient of the loss over the whole batch's weight.
+    scale: f64,
+    /// Whether this rank was asked to stop; travels with the loss, so that all ranks learn it in the same step.
+    stop: bool,
+    lanes: HashMap<usize, Lane>,
+    stats: PassStats,
+}
+
+impl<'a> Executor<'a> {
+    /// An executor for one pass over `rows`.
+    pub fn new(parts: Parts<'a>, rows: &'a Rows<'a>, stop: bool) -> Executor<'a> {
+        let Parts { model, store, groups } = parts;
+        let exchanger = Exchanger::new(groups, rows.place);
+        let (lanes, stats) = (HashMap::new(), PassStats::default());
+        Executor { model, store, groups, exchanger, rows, scale: 0.0, stop, lanes, stats }
+    }
+
+    /// Does what the program says, from its first instruction to its last.
+    pub fn run(mut self, program: &[Instruction]) -> Result<PassStats> {
+        for &instruction in program {
+            let (start, waited) = (Instant::now(), self.groups.waited());
+            self.step(instruction)?;
+            let waited = self.groups.waited() - waited;
+            let computed = start.elapsed().saturating_sub(waited);
+            self.stats.communication += waited;
+            *(if is_backward(instruction) { &mut self.stats.backward } else { &mut self.stats.forward }) += computed;
+        }
+        Ok(self.stats)
+    }
+
+    fn step(&mut self, instruction: Instruction) -> Result<()> {
+        use Instruction as I;
+        let (model, store, groups) = (self.model, self.store, self.groups);
+        match instruction {
+            I::StartGather(_) | I::StartReduce(_) => {}
+            I::FinishGather(unit) => store.gather(model, unit, groups)?,
+            I::Release(unit) => store.release(model, unit),
+            I::OpenGradient(unit) => store.open_gradient(model, unit),
+            I::FinishReduce(unit) => store.reduce(model, unit, groups)?,
+            I::Embed(m) => self.embed(m)?,
+            I::EmbedBackward(m) => self.embed_backward(m)?,
+            I::Receive(pass, m) => self.receive(pass, m)?,
+            I::Send(pass, m) => self.send(pass, m)?,
+            I::Stash(m) => self.lane(m).stash(),
+            I::Restore(m) => self.lane(m).restore(),
+            I::Block { layer, parts, micro_batch, keep } => self.lane(micro_batch).run(model, layer, parts, keep),
+            I::BlockBackward { micro_batch, .. } => self.lane(micro_batch).back(),
+            I::RingAttend { layer, micro_batch, keep } => self.ring(layer, micro_batch, keep)?,
+            I::RingAttendBackward { layer, micro_batch } => self.ring_backward(layer, micro_batch)?,
+            I::Exchange { exchange, pass, layer, micro_batch } => {
+                let lane = self.lanes.get_mut(&micro_batch).expect("a micro-batch under way");
+                let layout = lane.layout();
+                self.exchanger.apply(exchange, lane.side(pass), layout, model.block_shape(layer))?;
+            }
+            I::Loss { micro_batch, train } => self.loss(micro_batch, train)?,
+            I::CountTokens => self.count_tokens()?,
+            I::ShareLoss => self.share_loss()?,
+            I::ReduceBucket(_) | I::SumReplicated | I::Norm | I::Update | I::PublishBucket(_) => {
+                unreachable!("{instruction:?} belongs to the update")
+            }
+        }
+        Ok(())
+    }
+
+    fn lane(&mut self, micro_batch: usize) -> &mut Lane {
+        self.lanes.get_mut(&micro_batch).expect("a program opens a micro-batch before it uses it")
+    }
+
+    /// The whole batch's weight normalises every micro-batch, however rows are cut.
+    fn count_tokens(&mut self) -> Result<()> {
+        let own = self.rows.totals()?;
+        let totals = self.groups.get(Group::Batch).map_or(Ok(own.to_vec()), |comm| sum_over_ranks(comm, &own))?;
+        self.stats.totals = [totals[0], totals[1]];
+        self.scale = if totals[0] > 0.0 { self.rows.coefficient / totals[0] } else { 0.0 };
+        Ok(())
+    }
+
+    fn share_loss(&mut self) -> Result<()> {
+        let own = [self.stats.loss_sum, f64::from(u8::from(self.stop))];
+        let sums = sum_over_ranks(self.groups.world(), &own)?;
+        self.stats.shared = [sums[0] * self.scale, sums[1]];
+        Ok(())
+    }
+
+    // ---- ends of a stage -------------------------------------------------------------------------------------------
+
+    fn embed(&mut self, m: usize) -> Result<()> {
+        let batch = self.rows.micro_batch(m)?;
+        let x = tch::no_grad(|| self.model.embed(&batch.pack.tokens));
+        let x = self.exchanger.scatter_sequence(x, batch.layout)?;
+        self.lanes.insert(m, Lane::new(self.model, batch, x));
+        Ok(())
+    }
+
+    fn embed_backward(&mut self, m: usize) -> Result<()> {
+        let lane = self.lanes.remove(&m).expect("a micro-batch under way");
+        let gradient = self.exchanger.gather_sequence(lane.x_gradient(), lane.layout())?;
+        tch::no_grad(|| self.model.embed_backward(&lane.batch.pack.tokens, &gradient));
+        Ok(())
+    }
+
+    fn receive(&mut self, pass: Pass, m: usize) -> Result<()> {
+        let stages = self.stages();
+        if pass == Pass::Backward {
+            let lane = self.lanes.get_mut(&m).expect("a micro-batch under way");
+            let gradient = lane.x().empty_like();
+            stages.recv(&gradient, stages.rank() + 1)?;
+            lane.set_x_gradient(gradient);
+            return Ok(());
+        }
+        let batch = self.rows.micro_batch(m)?;
+        let tokens = self.exchanger.own_tokens(batch.layout) as i64;
+        let options = (self.model.kind(), self.model.device());
+        let x = Tensor::empty([tokens, self.model.spec().hidden_size as i64], options);
+        stages.recv(&x, stages.rank() - 1)?;
+        self.lanes.insert(m, Lane::new(self.model, batch, x));
+        Ok(())
+    }
+
+    fn send(&mut self, pass: Pass, m: usize) -> Result<()> {
+        let stages = self.stages();
+        match pass {
+            Pass::Forward => stages.send(&self.lanes[&m].x().contiguous(), stages.rank() + 1)?,
+            Pass::Backward => {
+                let lane = self.lanes.remove(&m).expect("a micro-batch under way");
+                stages.send(&lane.x_gradient().contiguous(), stages.rank() - 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stages(&self) -> &'a Communicator {
+        self.groups.get(Group::Stages).expect("only pipelines send and receive")
+    }
+}
+
+fn is_backward(instruction: Instruction) -> bool {
+    matches!(
+        instruction,
+        Instruction::BlockBackward { .. }
+            | Instruction::RingAttendBackward { .. }
+            | Instruction::EmbedBackward(_)
+            | Instruction::Restore(_)
+            | Instruction::Exchange { pass: Pass::Backward, .. }
+    )
+}
