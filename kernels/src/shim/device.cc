@@ -4,9 +4,13 @@
 
 #include <c10/core/CachingDeviceAllocator.h>
 
+#include <cstdlib>
+
 // Operations that have a deterministic form use it; one that has none warns once and runs all the same.
 extern "C" char* tangelo_use_deterministic_operations() {
   return tangelo::guarded([] {
+    // cuBLAS wants it for equal bits and reads it when it starts; what the user has set stays.
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
     at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
     at::globalContext().setDeterministicCuDNN(true);
     at::globalContext().setBenchmarkCuDNN(false);

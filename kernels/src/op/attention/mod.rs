@@ -7,7 +7,6 @@
 
 mod fused;
 pub mod reference;
-pub mod spans;
 
 use tch::Tensor;
 

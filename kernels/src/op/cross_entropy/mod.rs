@@ -8,7 +8,6 @@
 #![allow(unsafe_code)]
 
 pub mod reference;
-pub mod vocab_parallel;
 
 use tch::Tensor;
 

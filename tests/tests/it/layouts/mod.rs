@@ -1,0 +1,65 @@
+//! Every layout against one rank in float64: losses and the gradient of every parameter, two steps each.
+
+mod harness;
+mod table;
+
+use crate::support;
+use harness::{Case, Found, Truth};
+use std::collections::HashMap;
+use tangelo_kernels::device;
+
+/// Of the loss, relative: a mean of some 600 tokens' losses, each rounded to fp32 a few times (6e-8).
+const MAX_LOSS_ERROR: f64 = 1e-6;
+/// Of a gradient, ||g - g64|| / ||g64||: fp32 rounding (6e-8) through some hundred sums of 64 to 320 terms.
+const MAX_GRADIENT_ERROR: f64 = 1e-5;
+
+#[test]
+fn every_layout_equals_one_rank_in_float64() {
+    device::set_threads(1);
+    let seed = support::fresh_seed();
+    let mut truths: HashMap<&str, Truth> = HashMap::new();
+    let mut failures = Vec::new();
+    for line in table::LAYOUTS.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let case = Case::parse(line, seed);
+        let truth = truths.entry(case.model).or_insert_with(|| Truth::new(&case));
+        let found = case.run();
+        match compare(&found, truth) {
+            Ok([loss, gradient]) => println!("{line:60} loss {loss:.1e} gradient {gradient:.1e}"),
+            Err(message) => failures.push(format!("{line}: {message}")),
+        }
+    }
+    assert!(failures.is_empty(), "{} layouts differ:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// The worst errors of loss and gradients over both steps.
+fn compare(found: &Found, truth: &Truth) -> Result<[f64; 2], String> {
+    let mut worst = [0f64; 2];
+    for (step, (got, want)) in found.steps.iter().zip(&truth.steps).enumerate() {
+        let loss = (got.loss / want.loss - 1.0).abs();
+        // Also where it is not a number.
+        if !(loss <= MAX_LOSS_ERROR) {
+            return Err(format!("step {step}: loss {} instead of {} ({loss:.1e})", got.loss, want.loss));
+        }
+        worst[0] = worst[0].max(loss);
+        if !got.gradients.keys().eq(want.gradients.keys()) {
+            let names: Vec<_> = got.gradients.keys().collect();
+            return Err(format!("step {step}: gradients of {names:?}"));
+        }
+        let mut wrong = Vec::new();
+        for (name, gradient) in &got.gradients {
+            let error = harness::relative_error(gradient, &want.gradients[name]);
+            if !(error <= MAX_GRADIENT_ERROR) {
+                wrong.push(format!("{name} {error:.1e}"));
+            }
+            worst[1] = worst[1].max(error);
+        }
+        if !wrong.is_empty() {
+            return Err(format!("step {step}: loss {loss:.1e}, gradients off: {}", wrong.join(", ")));
+        }
+        let norm = (got.norm / want.norm - 1.0).abs();
+        if !(norm <= MAX_GRADIENT_ERROR) {
+            return Err(format!("step {step}: norm {} instead of {}", got.norm, want.norm));
+        }
+    }
+    Ok(worst)
+}
