@@ -7,6 +7,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use tangelo_kernels::op::attention::spans::{self, Running, Span};
 use tangelo_kernels::op::{self, AdamW, AdamWState, DecaySegment};
 use tangelo_kernels::{autograd, op::cpu_kernels_name};
 use tch::{Device, Kind, Tensor};
@@ -38,6 +39,7 @@ fn main() {
         bench_rope(kind);
         bench_swiglu(kind);
         bench_attention(kind);
+        bench_spans(kind);
         bench_loss(kind);
     }
     bench_update();
@@ -184,6 +186,36 @@ fn bench_attention(kind: Kind) {
         })
     };
     report("attention forward alone", forward(&|| op::attention(&q, &k, &v, &BOUNDS, 0.125, None)), forward(&theirs));
+}
+
+/// All keys in one call, beside attention over whole documents.
+fn bench_spans(kind: Kind) {
+    let [q, dout] = [(); 2].map(|()| random(&[TOKENS, HEADS, HEAD_DIM], kind));
+    let [k, v] = [(); 2].map(|()| random(&[TOKENS, KV_HEADS, HEAD_DIM], kind));
+    let all: Vec<Span> = BOUNDS
+        .windows(2)
+        .map(|bounds| Span { queries: bounds[0]..bounds[1], keys: bounds[0]..bounds[1], offset: 0 })
+        .collect();
+    let sums = [&q, &k, &v].map(|x| x.zeros_like().to_kind(Kind::Float));
+    let forward = || {
+        let mut running = Running::new(&q);
+        spans::attend(&q, &k, &v, &all, 0.125, None, &mut running);
+        running
+    };
+    let ours = fastest(|| {
+        let Running { out, lse } = forward();
+        let [dq, dk, dv] = &sums;
+        spans::attend_backward(&q, &k, &v, &out, &dout, &lse, &all, 0.125, None, dq, dk, dv);
+    });
+    let leaves = [&q, &k, &v].map(|x| x.copy().set_requires_grad(true));
+    let whole = || op::attention(&leaves[0], &leaves[1], &leaves[2], &BOUNDS, 0.125, None);
+    report("spans, beside our attention", ours, fastest(|| autograd::backward(&[&whole()], &[&dout])));
+    let whole = tch::no_grad(|| {
+        fastest(|| {
+            let _ = black_box(whole());
+        })
+    });
+    report("spans forward alone", fastest(|| drop(black_box(forward()))), whole);
 }
 
 fn bench_loss(kind: Kind) {

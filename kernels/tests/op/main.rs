@@ -9,5 +9,6 @@ mod attention;
 mod common;
 mod loss;
 mod pointwise;
+mod spans;
 mod update;
 mod weights;
