@@ -8,6 +8,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use tangelo_kernels::op::attention::spans::{self, Running, Span};
+use tangelo_kernels::op::cross_entropy::vocab_parallel;
 use tangelo_kernels::op::{self, AdamW, AdamWState, DecaySegment};
 use tangelo_kernels::{autograd, op::cpu_kernels_name};
 use tch::{Device, Kind, Tensor};
@@ -41,6 +42,7 @@ fn main() {
         bench_attention(kind);
         bench_spans(kind);
         bench_loss(kind);
+        bench_vocab_parallel(kind);
     }
     bench_update();
 }
@@ -237,6 +239,28 @@ fn bench_loss(kind: Kind) {
     for chunk in [128, 256, 512, 1024] {
         report(&format!("head and loss, chunks of {chunk}"), ours(chunk), theirs);
     }
+}
+
+/// One rank that holds every row, beside the operator for whole heads.
+fn bench_vocab_parallel(kind: Kind) {
+    const CHUNK: i64 = 256;
+    let (hidden, head) = (random(&[TOKENS, HIDDEN], kind), random(&[VOCABULARY, HIDDEN], kind));
+    let targets = Tensor::randint(VOCABULARY, [TOKENS], (Kind::Int64, Device::Cpu));
+    let weights = Tensor::ones([TOKENS], (Kind::Float, Device::Cpu));
+    let main_grad = Tensor::zeros([VOCABULARY, HIDDEN], (Kind::Float, Device::Cpu));
+    let ours = fastest(|| {
+        for first in (0..TOKENS).step_by(CHUNK as usize) {
+            let [hidden, targets, weights] = [&hidden, &targets, &weights].map(|x| x.narrow(0, first, CHUNK));
+            let chunk = vocab_parallel::local_logits(&hidden, &head, &targets, 0);
+            let (lse, _) = vocab_parallel::merge_stats(&chunk.stats.unsqueeze(0));
+            let main = Some(&main_grad);
+            let _ = vocab_parallel::chunk_gradients(chunk, &hidden, &head, &targets, 0, &lse, &weights, main);
+        }
+    });
+    let theirs = fastest(|| {
+        black_box(op::cross_entropy_chunked(&hidden, &head, &targets, &weights, 1.0, Some(&main_grad), CHUNK));
+    });
+    report("vocab_parallel, beside our loss", ours, theirs);
 }
 
 fn bench_update() {

@@ -133,6 +133,24 @@ unsafe extern "C" {
         chunk: i64,
         out: *mut TensorOut,
     ) -> Message;
+    pub(crate) fn tangelo_local_logits(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        start: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_chunk_gradients(
+        logits: TensorRef,
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        start: i64,
+        lse: TensorRef,
+        scales: TensorRef,
+        main_grad: TensorRef,
+        out: *mut TensorOut,
+    ) -> Message;
     pub(crate) fn tangelo_adamw(
         master: TensorRef,
         exp_avg: TensorRef,

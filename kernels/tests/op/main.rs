@@ -11,4 +11,5 @@ mod loss;
 mod pointwise;
 mod spans;
 mod update;
+mod vocab_parallel;
 mod weights;

@@ -54,6 +54,11 @@ struct Typed {
   void (*attention_backward_running)(const AttentionShape& shape, const void* q, const void* k, const void* v,
                                      const void* out, const void* dout, const float* lse, void* dq, float* dk,
                                      float* dv, int64_t dkv_stride, float* scratch);
+  // Of a row of some of the logits: the largest (minus infinity where `width` is 0), the sum of exp(logit - largest),
+  // and the one of `target`, minus infinity where that is -1.
+  void (*softmax_stats_row)(const void* logits, int64_t width, int64_t target, float* stats);
+  // Such a row becomes (exp(logit - lse) - one hot) * scale; exactly 0 where the scale is.
+  void (*softmax_gradient_row)(void* logits, int64_t width, int64_t target, float lse, float scale);
 };
 
 struct AdamWScalars {
