@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tangelo_kernels::op::attention::spans::{self, Running, Span};
 use tangelo_kernels::op::cross_entropy::vocab_parallel;
-use tangelo_kernels::op::{self, AdamW, AdamWState, DecaySegment};
+use tangelo_kernels::op::{self, AdamW, AdamWState, DecaySegment, muon};
 use tangelo_kernels::{autograd, op::cpu_kernels_name};
 use tch::{Device, Kind, Tensor};
 
@@ -45,6 +45,7 @@ fn main() {
         bench_vocab_parallel(kind);
     }
     bench_update();
+    bench_newton_schulz();
 }
 
 fn random(shape: &[i64], kind: Kind) -> Tensor {
@@ -291,4 +292,15 @@ fn bench_update() {
             let _ = black_box(buffers[3].norm());
         }),
     );
+}
+
+fn bench_newton_schulz() {
+    for shape in [[HIDDEN, HIDDEN], [2 * FEED_FORWARD, HIDDEN]] {
+        let m = random(&shape, Kind::Float);
+        report(
+            &format!("newton_schulz {shape:?}"),
+            fastest(|| drop(black_box(muon::newton_schulz(&m, 5, 1e-7)))),
+            fastest(|| drop(black_box(muon::reference::newton_schulz(&m, 5, 1e-7)))),
+        );
+    }
 }

@@ -151,6 +151,13 @@ unsafe extern "C" {
         main_grad: TensorRef,
         out: *mut TensorOut,
     ) -> Message;
+    pub(crate) fn tangelo_newton_schulz(
+        m: TensorRef,
+        steps: usize,
+        eps: f64,
+        coefficients: *const f64,
+        out: *mut TensorOut,
+    ) -> Message;
     pub(crate) fn tangelo_adamw(
         master: TensorRef,
         exp_avg: TensorRef,

@@ -8,6 +8,7 @@
 mod attention;
 mod common;
 mod loss;
+mod muon;
 mod pointwise;
 mod spans;
 mod update;
