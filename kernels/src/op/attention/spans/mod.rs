@@ -170,11 +170,12 @@ pub fn attend_backward(
     });
 }
 
-/// Spans as the kernels take them (every query sees a key, every key has a query behind it), and the window in keys,
-/// beyond every distance where there is none.
+/// Spans as the kernels take them (every query sees a key, every key has a query behind it), and the window in keys, at
+/// most one beyond every distance.
 fn for_kernels(spans: &[Span], window: Option<i64>) -> (Vec<AttentionSpan>, i64) {
     let reach = |span: &Span| span.offset + span.queries.end - span.queries.start;
-    let window = window.unwrap_or_else(|| spans.iter().map(reach).max().unwrap_or(1).max(1));
+    let longest = spans.iter().map(reach).max().unwrap_or(1).max(1);
+    let window = window.map_or(longest, |window| window.min(longest));
     let mut trimmed: Vec<Span> = spans.iter().filter_map(|span| span.trimmed(window)).collect();
     // Spans that share queries become neighbours; those of the same first query stay in the caller's order.
     trimmed.sort_by_key(|span| span.queries.start);
