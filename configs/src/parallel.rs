@@ -10,10 +10,13 @@ use tangelo_core::{Axis, DeviceMesh, MeshError, Topology, ZeroScopes};
 /// Turns -1 degrees into numbers and builds the mesh.
 pub(crate) fn resolve_mesh(config: &mut JobConfig, world_size: usize) -> Result<DeviceMesh, ConfigError> {
     let p = &mut config.parallelism;
-    let others = p.data_parallel_replicate_degree
-        * p.tensor_parallel_degree
-        * p.pipeline_parallel_degree
-        * p.context_parallel_degree;
+    let others = [
+        p.data_parallel_replicate_degree,
+        p.tensor_parallel_degree,
+        p.pipeline_parallel_degree,
+        p.context_parallel_degree,
+    ];
+    let others = others.into_iter().fold(1, usize::saturating_mul);
     if p.data_parallel_shard_degree == -1 {
         p.data_parallel_shard_degree = (world_size / others).max(1) as i64;
     }

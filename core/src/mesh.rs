@@ -125,7 +125,8 @@ impl DeviceMesh {
 
     /// Number of ranks.
     pub fn world_size(&self) -> usize {
-        self.degrees.iter().product()
+        // Absurd degrees are refused by their number, not by an overflow.
+        self.degrees.iter().fold(1, |product: usize, &degree| product.saturating_mul(degree))
     }
 
     /// Number of coordinates along `axis`.

@@ -204,14 +204,22 @@ pub struct Program {
 }
 
 impl Program {
-    /// Forward and backward of one micro-batch through a whole model of `num_layers` on one rank.
-    pub fn alone(num_layers: usize) -> Vec<Instruction> {
-        let block = |layer| Instruction::Block { layer, parts: Parts::BLOCK, micro_batch: 0, keep: true };
-        let back = |layer| Instruction::BlockBackward { layer, micro_batch: 0 };
+    /// Forward and backward of one micro-batch through a whole model on one rank, with a block for each of `again`: whether
+    /// it keeps only its input and runs again.
+    pub fn alone(again: &[bool]) -> Vec<Instruction> {
+        let block = |layer, keep| Instruction::Block { layer, parts: Parts::BLOCK, micro_batch: 0, keep };
         let mut list = vec![Instruction::CountTokens, Instruction::Embed(0)];
-        list.extend((0..num_layers).map(block));
+        for (layer, &again) in again.iter().enumerate() {
+            list.extend(again.then_some(Instruction::Stash(0)));
+            list.push(block(layer, !again));
+        }
         list.push(Instruction::Loss { micro_batch: 0, train: true });
-        list.extend((0..num_layers).rev().map(back));
+        for (layer, &again) in again.iter().enumerate().rev() {
+            if again {
+                list.extend([Instruction::Restore(0), block(layer, true)]);
+            }
+            list.push(Instruction::BlockBackward { layer, micro_batch: 0 });
+        }
         list.extend([Instruction::EmbedBackward(0), Instruction::ShareLoss]);
         list
     }

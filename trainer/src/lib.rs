@@ -8,6 +8,7 @@
 //! Invariants: one thread (the device thread) touches tensors; a step's decisions (skip, stop, resume) are the same on
 //! every rank; the update has the same bits for every ZeRO scope. Deliberately absent: hooks and callbacks.
 
+pub mod alone;
 pub mod checkpoint;
 pub mod error;
 pub mod executor;

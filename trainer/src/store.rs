@@ -13,8 +13,15 @@ use crate::shards::{Cut, Place};
 use tangelo_configs::Sharding;
 use tangelo_core::{Group, Level, Unit};
 use tangelo_kernels::autograd;
+use tangelo_kernels::comm::Pending;
 use tangelo_models::Model;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
+
+/// A tensor that is being filled by other ranks.
+pub struct Arriving {
+    tensor: Tensor,
+    pending: Pending,
+}
 
 /// The shards of one rank, by unit of its stage.
 #[derive(Debug)]
@@ -83,18 +90,26 @@ impl WeightStore {
         self.gradients[unit].as_ref().unwrap_or_else(own)
     }
 
-    /// Fills a unit's flat weights from the ranks that keep them.
-    pub fn gather(&self, model: &Model, unit: Unit, groups: &Groups) -> Result<()> {
+    /// Asks the ranks that keep a unit's weights for them.
+    pub fn start_gather(&self, model: &Model, unit: Unit, groups: &Groups) -> Arriving {
         let index = model.unit_index(unit);
-        let (Some(own), Some(comm)) = (&self.weights[index], groups.get(Group::Parameters)) else { return Ok(()) };
+        let own = self.weights[index].as_ref().expect("weights that are gathered are cut");
+        let comm = groups.beside(Group::Parameters).expect("weights are cut over a group");
         let cut = &self.gathers[index];
         let all = Tensor::empty([cut.len() as i64], (own.kind(), own.device()));
-        comm.all_gather_into(&all, own, cut.counts())?;
+        let pending = comm.start_all_gather_into(all.shallow_clone(), own.shallow_clone(), cut.counts().to_vec());
+        Arriving { tensor: all, pending }
+    }
+
+    /// Fills a unit's flat weights with what arrives.
+    pub fn finish_gather(&self, model: &Model, unit: Unit, arriving: Arriving) -> Result<()> {
+        let index = model.unit_index(unit);
+        arriving.pending.wait()?;
         let weights = &model.units()[index];
         tch::no_grad(|| {
             autograd::preserving_version(weights.flat(), || {
                 weights.hold_weights(true);
-                cut.unpack(&all, |_| weights.flat());
+                self.gathers[index].unpack(&arriving.tensor, |_| weights.flat());
             });
         });
         Ok(())
@@ -117,18 +132,25 @@ impl WeightStore {
         }
     }
 
-    /// Sums a unit's gradients of one micro-batch over the ranks that cut them, and adds this rank's part to what it keeps.
-    pub fn reduce(&self, model: &Model, unit: Unit, groups: &Groups) -> Result<()> {
+    /// Sends a unit's gradients of one micro-batch to the ranks that keep their sum, and gives their room back.
+    pub fn start_reduce(&self, model: &Model, unit: Unit, groups: &Groups) -> Arriving {
         let index = model.unit_index(unit);
-        let (Some(kept), Some(comm)) = (&self.gradients[index], groups.get(Group::Gradients)) else { return Ok(()) };
+        let comm = groups.beside(Group::Gradients).expect("gradients are cut over a group");
         let cut = &self.reduces[index];
         let unit = &model.units()[index];
         let grad = unit.main_grad().expect("a trained model has gradients");
         let packed = tch::no_grad(|| cut.pack(|_| grad, grad.kind(), grad.device()));
         unit.hold_gradients(false);
-        let sum = Tensor::empty([cut.own_len() as i64], (grad.kind(), grad.device()));
-        comm.reduce_scatter(&sum, &packed, cut.counts())?;
-        tch::no_grad(|| _ = kept.shallow_clone().g_add_(&sum));
+        let sum = Tensor::empty([cut.own_len() as i64], (packed.kind(), packed.device()));
+        let pending = comm.start_reduce_scatter(sum.shallow_clone(), packed, cut.counts().to_vec());
+        Arriving { tensor: sum, pending }
+    }
+
+    /// Adds the sum that arrives to what this rank keeps.
+    pub fn finish_reduce(&self, model: &Model, unit: Unit, arriving: Arriving) -> Result<()> {
+        arriving.pending.wait()?;
+        let kept = self.gradients[model.unit_index(unit)].as_ref().expect("gradients that are reduced are cut");
+        tch::no_grad(|| _ = kept.shallow_clone().g_add_(&arriving.tensor));
         Ok(())
     }
 
@@ -164,10 +186,4 @@ impl WeightStore {
 /// Type of gradients: wider than weights where those are bf16, as wide as them in float64 checks.
 pub fn gradient_kind(model: &Model) -> Kind {
     if model.kind() == Kind::Double { Kind::Double } else { Kind::Float }
-}
-
-/// A tensor of zeros in the gradients' type.
-pub fn gradient_zeros(model: &Model, len: usize) -> Tensor {
-    let device: Device = model.device();
-    Tensor::zeros([len as i64], (gradient_kind(model), device))
 }

@@ -3,7 +3,7 @@
 use crate::{FakeAssets, machine};
 use expect_test::{Expect, expect};
 use std::path::{Path, PathBuf};
-use tangelo_configs::job::{ComputeType, DeviceChoice};
+use tangelo_configs::job::{ComputeType, DeviceChoice, Recompute};
 use tangelo_configs::model::Family;
 use tangelo_configs::resolve::{load, load_str, resolve};
 use tangelo_configs::{ConfigError, MixerSpec, ModelAssets, ModelSpec, Plan, Resources, flavor, hf_config};
@@ -150,8 +150,8 @@ fn every_default_is_filled_in() {
     "#]]
     .assert_eq(&plan.to_toml().unwrap());
     assert_eq!((plan.data_parallel_size, plan.global_batch_size), (4, 8));
-    assert_eq!((plan.gradient_accumulation_steps, plan.zero_optimizer_degree), (1, 4));
-    assert_eq!((plan.mesh.world_size(), plan.mesh.degree(Axis::DpShard)), (4, 4));
+    assert_eq!((plan.gradient_accumulation_steps, plan.topology.scopes.states), (1, 4));
+    assert_eq!((plan.topology.mesh.world_size(), plan.topology.mesh.degree(Axis::DpShard)), (4, 4));
     assert_eq!((plan.model.bos_token_id, &plan.model.eos_token_ids[..]), (Some(1), &[999][..]));
     assert_eq!(plan.tokens_per_step(), 512);
     let schedule = plan.schedule();
@@ -218,7 +218,7 @@ fn degrees_multiply_to_the_world_size() {
             --set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4, but sharding of parameters (ZeRO-3) is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)"#]],
     );
     let hybrid = plan(&["parallelism.data_parallel_replicate_degree=2"], 6);
-    assert_eq!((hybrid.data_parallel_size, hybrid.zero_optimizer_degree), (6, 3));
+    assert_eq!((hybrid.data_parallel_size, hybrid.topology.scopes.states), (6, 3));
 }
 
 #[test]
@@ -248,8 +248,8 @@ fn absurd_sizes_are_refused_and_overflow_nothing() {
 
 #[test]
 fn zero_scopes_nest() {
-    assert_eq!(plan(&["parallelism.zero_optimizer_degree=2"], 4).zero_optimizer_degree, 2);
-    assert_eq!(plan(&["parallelism.zero_optimizer_degree=1"], 4).zero_optimizer_degree, 1);
+    assert_eq!(plan(&["parallelism.zero_optimizer_degree=2"], 4).topology.scopes.states, 2);
+    assert_eq!(plan(&["parallelism.zero_optimizer_degree=1"], 4).topology.scopes.states, 1);
     fails(
         &["parallelism.zero_optimizer_degree=4"],
         6,
@@ -616,7 +616,7 @@ fn assets_give_shape_tokenizer_and_weights() {
 fn selective_recomputation_takes_every_kth_block() {
     let marks = |sets: &[&str]| {
         let p = plan(sets, 1);
-        (0..4).map(|l| p.recomputes(l)).collect::<Vec<_>>()
+        (0..4).map(|l| p.recompute(l) != Recompute::None).collect::<Vec<_>>()
     };
     assert_eq!(marks(&[]), [false; 4]);
     assert_eq!(marks(&["activation_checkpoint.mode=full"]), [true; 4]);

@@ -22,11 +22,6 @@ impl<'a> Exchanger<'a> {
         Exchanger { tensor: groups.get(Group::Tensor), heads: groups.get(Group::Heads), place }
     }
 
-    /// This rank's place among those that share a sequence.
-    pub fn place(&self) -> SequencePlace {
-        self.place
-    }
-
     /// Tokens in this rank's residual stream.
     pub fn own_tokens(&self, layout: SequenceLayout) -> usize {
         self.tensor_counts(layout)[self.place.tensor]

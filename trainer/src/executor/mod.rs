@@ -21,14 +21,14 @@ mod ring;
 use crate::error::Result;
 use crate::groups::Groups;
 use crate::micro_batch::Rows;
-use crate::store::WeightStore;
+use crate::store::{Arriving, WeightStore};
 use crate::worker::sum_over_ranks;
 use exchange::Exchanger;
 use lane::Lane;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
-use tangelo_core::{Group, Instruction, Pass};
-use tangelo_kernels::comm::Communicator;
+use tangelo_core::{Group, Instruction, Pass, Unit};
+use tangelo_kernels::comm::Pending;
 use tangelo_models::Model;
 use tch::Tensor;
 
@@ -75,6 +75,11 @@ pub struct Executor<'a> {
     /// Whether this rank was asked to stop; travels with the loss, so that all ranks learn it in the same step.
     stop: bool,
     lanes: HashMap<usize, Lane>,
+    /// Weights, by unit, and gradients on their way.
+    gathering: HashMap<Unit, Arriving>,
+    reducing: HashMap<Unit, Arriving>,
+    /// Values and gradients on their way to neighbours.
+    sent: Vec<Pending>,
     stats: PassStats,
 }
 
@@ -83,8 +88,20 @@ impl<'a> Executor<'a> {
     pub fn new(parts: Parts<'a>, rows: &'a Rows<'a>, stop: bool) -> Executor<'a> {
         let Parts { model, store, groups } = parts;
         let exchanger = Exchanger::new(groups, rows.place);
-        let (lanes, stats) = (HashMap::new(), PassStats::default());
-        Executor { model, store, groups, exchanger, rows, scale: 0.0, stop, lanes, stats }
+        Executor {
+            model,
+            store,
+            groups,
+            exchanger,
+            rows,
+            scale: 0.0,
+            stop,
+            lanes: HashMap::new(),
+            gathering: HashMap::new(),
+            reducing: HashMap::new(),
+            sent: Vec::new(),
+            stats: PassStats::default(),
+        }
     }
 
     /// Does what the program says, from its first instruction to its last.
@@ -104,11 +121,18 @@ impl<'a> Executor<'a> {
         use Instruction as I;
         let (model, store, groups) = (self.model, self.store, self.groups);
         match instruction {
-            I::StartGather(_) | I::StartReduce(_) => {}
-            I::FinishGather(unit) => store.gather(model, unit, groups)?,
+            I::StartGather(unit) => _ = self.gathering.insert(unit, store.start_gather(model, unit, groups)),
+            I::FinishGather(unit) => {
+                let arriving = self.gathering.remove(&unit).expect(STARTED);
+                store.finish_gather(model, unit, arriving)?;
+            }
             I::Release(unit) => store.release(model, unit),
             I::OpenGradient(unit) => store.open_gradient(model, unit),
-            I::FinishReduce(unit) => store.reduce(model, unit, groups)?,
+            I::StartReduce(unit) => _ = self.reducing.insert(unit, store.start_reduce(model, unit, groups)),
+            I::FinishReduce(unit) => {
+                let arriving = self.reducing.remove(&unit).expect(STARTED);
+                store.finish_reduce(model, unit, arriving)?;
+            }
             I::Embed(m) => self.embed(m)?,
             I::EmbedBackward(m) => self.embed_backward(m)?,
             I::Receive(pass, m) => self.receive(pass, m)?,
@@ -148,6 +172,7 @@ impl<'a> Executor<'a> {
     }
 
     fn share_loss(&mut self) -> Result<()> {
+        self.sent.drain(..).try_for_each(|sent| sent.wait().map(drop))?;
         let own = [self.stats.loss_sum, f64::from(u8::from(self.stop))];
         let sums = sum_over_ranks(self.groups.world(), &own)?;
         self.stats.shared = [sums[0] * self.scale, sums[1]];
@@ -172,11 +197,11 @@ impl<'a> Executor<'a> {
     }
 
     fn receive(&mut self, pass: Pass, m: usize) -> Result<()> {
-        let stages = self.stages();
+        let neighbours = self.groups.neighbours();
         if pass == Pass::Backward {
             let lane = self.lanes.get_mut(&m).expect("a micro-batch under way");
             let gradient = lane.x().empty_like();
-            stages.recv(&gradient, stages.rank() + 1)?;
+            neighbours.gradients_in.as_ref().expect(NOT_AN_END).recv(&gradient)?;
             lane.set_x_gradient(gradient);
             return Ok(());
         }
@@ -184,27 +209,30 @@ impl<'a> Executor<'a> {
         let tokens = self.exchanger.own_tokens(batch.layout) as i64;
         let options = (self.model.kind(), self.model.device());
         let x = Tensor::empty([tokens, self.model.spec().hidden_size as i64], options);
-        stages.recv(&x, stages.rank() - 1)?;
+        neighbours.values_in.as_ref().expect(NOT_AN_END).recv(&x)?;
         self.lanes.insert(m, Lane::new(self.model, batch, x));
         Ok(())
     }
 
+    /// Sends without waiting: the stage goes on with its next action.
     fn send(&mut self, pass: Pass, m: usize) -> Result<()> {
-        let stages = self.stages();
-        match pass {
-            Pass::Forward => stages.send(&self.lanes[&m].x().contiguous(), stages.rank() + 1)?,
+        let neighbours = self.groups.neighbours();
+        let sent = match pass {
+            Pass::Forward => {
+                neighbours.values_out.as_ref().expect(NOT_AN_END).start_send(self.lanes[&m].x().contiguous())
+            }
             Pass::Backward => {
                 let lane = self.lanes.remove(&m).expect("a micro-batch under way");
-                stages.send(&lane.x_gradient().contiguous(), stages.rank() - 1)?;
+                neighbours.gradients_out.as_ref().expect(NOT_AN_END).start_send(lane.x_gradient().contiguous())
             }
-        }
+        };
+        self.sent.push(sent);
         Ok(())
     }
-
-    fn stages(&self) -> &'a Communicator {
-        self.groups.get(Group::Stages).expect("only pipelines send and receive")
-    }
 }
+
+const STARTED: &str = "a program starts what it finishes";
+const NOT_AN_END: &str = "the first stage has none before it, the last none after it";
 
 fn is_backward(instruction: Instruction) -> bool {
     matches!(

@@ -70,14 +70,7 @@ impl Ring<'_> {
     fn turn(&self, kv: &Tensor, source: usize) -> Result<Tensor> {
         let received = self.room(kv, source, kv.kind());
         let (rank, size) = (self.comm.rank(), self.size());
-        let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
-        if rank % 2 == 0 {
-            self.comm.send(kv, to)?;
-            self.comm.recv(&received, from)?;
-        } else {
-            self.comm.recv(&received, from)?;
-            self.comm.send(kv, to)?;
-        }
+        self.comm.shift(kv, (rank + 1) % size, &received, (rank + size - 1) % size)?;
         Ok(received)
     }
 

@@ -6,19 +6,14 @@
 
 use super::generate::{Options, generate};
 use crate::error::{Result, TrainError};
-use crate::executor::{Executor, Parts};
-use crate::groups::Groups;
-use crate::micro_batch::Rows;
-use crate::store::WeightStore;
+use crate::alone::Alone;
 use crate::init;
 use crate::sample::Sampler;
 use std::time::Instant;
-use tangelo_configs::job::RotateMethod;
-use tangelo_configs::{ModelSpec, Sharding};
+use tangelo_configs::ModelSpec;
 use tangelo_core::batch::{ragged_f32, ragged_u32};
 use tangelo_core::hash::{mix64, uniform};
-use tangelo_core::{Batch, Column, LossSpec, Program, Topology};
-use tangelo_kernels::comm::Communicator;
+use tangelo_core::{Batch, Column};
 use tangelo_kernels::{comm, device};
 use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
@@ -103,55 +98,33 @@ fn batch(vocab: usize, count: usize) -> Batch {
     Batch::from_columns(columns).expect("columns of one row")
 }
 
-/// A whole model on one device, trained on one micro-batch at a time.
-struct Alone {
-    model: Model,
-    store: WeightStore,
-    groups: Groups,
-    topology: Topology,
+fn alone(model: Model) -> std::result::Result<Alone, String> {
+    Alone::new(model).map_err(|e| e.to_string())
 }
 
-impl Alone {
-    fn new(model: Model) -> std::result::Result<Alone, String> {
-        let sharding = Sharding::single(model.spec());
-        let (store, topology) = (WeightStore::new(&model, &sharding, 0), Topology::single());
-        let groups = Groups::open(Communicator::single_on(model.device()), &topology).map_err(|e| e.to_string())?;
-        Ok(Alone { model, store, groups, topology })
-    }
-
-    /// The loss of a batch; gradients are added.
-    fn forward_backward(&self, batch: &Batch) -> std::result::Result<f64, String> {
-        let parts = Parts { model: &self.model, store: &self.store, groups: &self.groups };
-        let (loss, place) = (LossSpec::next_token(), (&self.topology, 0));
-        let rows = Rows::new(batch, &loss, 1, place, RotateMethod::default(), self.model.device());
-        let rows = rows.map_err(|e| e.to_string())?;
-        let pass = Executor::new(parts, &rows, false).run(&Program::alone(self.model.num_blocks()));
-        Ok(pass.map_err(|e| e.to_string())?.shared[0])
-    }
+/// The loss of a batch; gradients are added.
+fn pass(alone: &Alone, batch: &Batch) -> std::result::Result<f64, String> {
+    let again = vec![false; alone.model().num_blocks()];
+    alone.forward_backward(batch, &again).map_err(|e| e.to_string())
 }
 
 /// Loss, logits and every unit's gradient on `device` against the CPU in float64.
 fn compare(spec: &ModelSpec, device: Device, kind: Kind, tolerance: f64) -> std::result::Result<String, String> {
     // The truth has the same weights: bf16 weights are bf16 numbers in float64 too.
-    let tested = Alone::new(model(spec, kind, device))?;
-    let truth = Alone::new(Model::zeros(spec, Kind::Double, Device::Cpu, true))?;
-    for (to, from) in truth.model.units().iter().zip(tested.model.units()) {
+    let tested = alone(model(spec, kind, device))?;
+    let truth = alone(Model::zeros(spec, Kind::Double, Device::Cpu, true))?;
+    for (to, from) in truth.model().units().iter().zip(tested.model().units()) {
         tch::no_grad(|| to.flat().shallow_clone().copy_(from.flat()));
     }
     let batch = batch(spec.vocab_size, 96);
-    let (found, expected) = (tested.forward_backward(&batch)?, truth.forward_backward(&batch)?);
+    let (found, expected) = (pass(&tested, &batch)?, pass(&truth, &batch)?);
     let mut worst = ((found - expected) / expected).abs();
-    for (a, b) in tested.model.units().iter().zip(truth.model.units()) {
+    for (a, b) in tested.model().units().iter().zip(truth.model().units()) {
         let (Some(a), Some(b)) = (a.main_grad(), b.main_grad()) else { continue };
         worst = worst.max(relative_error(a, b));
     }
-    let logits = |model: &Model| {
-        let place = (&Topology::single(), 0);
-        let rows = Rows::new(&batch, &LossSpec::next_token(), 1, place, RotateMethod::default(), model.device());
-        let pack = rows.and_then(|rows| rows.micro_batch(0)).map_err(|e| e.to_string())?.pack;
-        Ok::<Tensor, String>(model.logits(&pack))
-    };
-    worst = worst.max(relative_error(&logits(&tested.model)?, &logits(&truth.model)?));
+    let logits = |alone: &Alone| alone.logits(&batch).map_err(|e| e.to_string());
+    worst = worst.max(relative_error(&logits(&tested)?, &logits(&truth)?));
     let text = format!("largest relative error {worst:.2e}, at most {tolerance:.0e} allowed");
     if worst <= tolerance { Ok(text) } else { Err(text) }
 }
@@ -180,11 +153,11 @@ fn cached_equals_uncached(spec: &ModelSpec, device: Device) -> std::result::Resu
 fn speed(gpu: Device, kind: Kind) -> std::result::Result<String, String> {
     let shape = tangelo_configs::flavor::flavor("smollm2-135m").and_then(|flavor| flavor.spec(49_152));
     let spec = shape.map_err(|e| e.to_string())?;
-    let (alone, tokens) = (Alone::new(model(&spec, kind, gpu))?, 8192);
+    let (trained, tokens) = (alone(model(&spec, kind, gpu))?, 8192);
     let batch = batch(spec.vocab_size, tokens);
     let steps = || -> std::result::Result<(), String> {
         for _ in 0..TIMED_STEPS {
-            alone.forward_backward(&batch)?;
+            pass(&trained, &batch)?;
         }
         tch::Cuda::synchronize(0);
         Ok(())
