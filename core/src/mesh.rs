@@ -213,7 +213,6 @@ impl DeviceMesh {
         let firsts = (0..self.world_size()).filter(|&rank| self.index_in_group(rank, subs) == 0);
         firsts.map(|rank| self.group_of(rank, subs)).collect()
     }
-
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@
 //! | thread | waits for | unblocked by | bounded by |
 //! |---|---|---|---|
 //! | a group's thread | a message | the peer; its death (connection closed); abort; failure of another group | the call's deadline |
-//! | a thread whose call fails | the one that failed first, which asks as follows | that one | `2 * BLAME_WAIT` |
+//! | a thread whose call fails | the one that failed first, which asks as follows | that one | `5 * BLAME_WAIT` |
 //! | failing rank | a thread that asks the store for the blame of the rank it lost | the store | `BLAME_WAIT` |
 #![allow(unsafe_code)]
 
@@ -269,10 +269,6 @@ impl Mesh {
         unsafe { tangelo_gloo_abort(self.raw) };
     }
 
-    fn blame_key(&self, rank: usize) -> String {
-        format!("{}/blame/{rank}", self.prefix)
-    }
-
     /// Finds out with whom it began, and tells those that will see this rank leave. Later failures of this rank only
     /// follow from the first one.
     fn settle(&self, failure: Failure) -> Failure {
@@ -282,19 +278,27 @@ impl Mesh {
         }
         let failure = match &failure.kind {
             CommErrorKind::PeerLost { rank: Some(rank), .. } => self.follow(*rank, BLAME_WAIT).unwrap_or(failure),
-            CommErrorKind::Timeout { rank: Some(rank), .. } => self.follow(*rank, BLAME_WAIT / 2).unwrap_or(failure),
+            CommErrorKind::Timeout { rank: Some(rank), .. } => {
+                // At once: those that wait for this rank run into their deadlines now, too, and ask only for so long.
+                self.blame(&failure.kind);
+                self.follow(*rank, BLAME_WAIT / 2).unwrap_or(failure)
+            }
             _ => failure,
         };
-        let culprit = match failure.kind {
-            CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => rank,
-            _ => self.rank,
-        };
-        // Only helps others: where the store is gone they say what they saw themselves.
-        let (store, key) = (self.store.clone(), self.blame_key(self.rank));
-        let text = format!("{culprit}\n{}", failure.kind);
-        _ = within(BLAME_WAIT / 2, move || store.set(&key, text.as_bytes()));
+        self.blame(&failure.kind);
         *settled = Some(failure.kind.clone());
         failure
+    }
+
+    /// Says in the store with whom it began. Only helps others: where the store is gone they say what they saw
+    /// themselves.
+    fn blame(&self, kind: &CommErrorKind) {
+        let culprit = match kind {
+            CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => *rank,
+            _ => self.rank,
+        };
+        let (store, key, text) = (self.store.clone(), blame_key(&self.prefix, self.rank), format!("{culprit}\n{kind}"));
+        _ = within(BLAME_WAIT / 2, move || store.set(&key, text.as_bytes()));
     }
 
     /// A connection that Gloo finds closed. It closes all of them when any wait runs into its deadline: then the thread
@@ -310,22 +314,40 @@ impl Mesh {
         CommErrorKind::PeerLost { rank: Some(peer), detail: detail.to_owned() }.into()
     }
 
-    /// What a lost rank wrote before it left, as this rank's own failure.
+    /// What a lost rank wrote before it left, and those that it blames, as this rank's own failure.
     fn follow(&self, rank: usize, patience: Duration) -> Option<Failure> {
-        let (store, key, begin) = (self.store.clone(), self.blame_key(rank), Instant::now());
+        let (store, prefix, begin) = (self.store.clone(), self.prefix.clone(), Instant::now());
+        let (mut seen, mut next, mut found) = (vec![self.rank], rank, None);
         let read = move || loop {
-            match store.get(&key).ok()? {
-                Some(text) => return Some(text),
-                None if begin.elapsed() >= patience => return None,
+            let Ok(text) = store.get(&blame_key(&prefix, next)) else { return found };
+            let blame = text.as_deref().map(read_blame);
+            match blame {
+                Some(Some((culprit, detail))) if culprit == next => return Some((culprit, detail)),
+                // Two that wait for each other: no rank blames itself for what it waited for.
+                Some(Some((culprit, _))) if seen.contains(&culprit) => return found,
+                Some(Some((culprit, detail))) => {
+                    found = Some((culprit, format!("rank {next} left: {detail}")));
+                    seen.push(next);
+                    next = culprit;
+                }
+                Some(None) => return found,
+                None if begin.elapsed() >= patience => return found,
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
         };
-        let text = String::from_utf8_lossy(&within(patience * 2, read)??).into_owned();
-        let (culprit, detail) = text.split_once('\n')?;
-        let culprit = culprit.parse().ok()?;
-        let detail = if culprit == rank { detail.to_owned() } else { format!("rank {rank} left: {detail}") };
+        let (culprit, detail) = within(patience * 2, read)??;
         Some(CommErrorKind::PeerLost { rank: Some(culprit), detail }.into())
     }
+}
+
+fn blame_key(prefix: &str, rank: usize) -> String {
+    format!("{prefix}/blame/{rank}")
+}
+
+fn read_blame(text: &[u8]) -> Option<(usize, String)> {
+    let text = String::from_utf8_lossy(text);
+    let (culprit, detail) = text.split_once('\n')?;
+    Some((culprit.parse().ok()?, detail.to_owned()))
 }
 
 /// The answer of the store, if it comes in time. A server that is stopped keeps its connections and answers nothing, and
