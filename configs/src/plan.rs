@@ -3,8 +3,8 @@
 use crate::job::{ComputeType, DecayType, Recompute, RecomputeMode, ReshardAfterForward};
 use crate::{ConfigError, JobConfig, ModelSpec, Sharding};
 use serde::{Deserialize, Serialize};
-use tangelo_core::schedule::{DecayShape, LrSchedule};
 use std::ops::Range;
+use tangelo_core::schedule::{DecayShape, LrSchedule};
 use tangelo_core::{DType, Topology};
 
 /// A resolved job.

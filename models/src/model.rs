@@ -218,7 +218,14 @@ impl Model {
     }
 
     /// Some parts of block `layer`.
-    pub fn block_parts(&self, layer: usize, parts: Parts, flow: Flow, pack: &PackContext, angles: &BlockAngles) -> Flow {
+    pub fn block_parts(
+        &self,
+        layer: usize,
+        parts: Parts,
+        flow: Flow,
+        pack: &PackContext,
+        angles: &BlockAngles,
+    ) -> Flow {
         let at = layer - self.layers.start;
         self.blocks[at].run(parts, &self.block_weights[at], flow, pack, angles.of(at), None)
     }

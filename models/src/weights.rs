@@ -148,6 +148,13 @@ impl UnitWeights {
         self.fused(&[name])
     }
 
+    /// One parameter's values alone, which must be held; its gradient need not be.
+    pub fn value(&self, name: &str) -> Tensor {
+        let span = self.span(name).unwrap_or_else(|| panic!("the unit has no parameter {name}"));
+        let shape: Vec<i64> = span.shape().iter().map(|&n| n as i64).collect();
+        self.flat.narrow(0, span.offset as i64, span.len as i64).view(shape.as_slice())
+    }
+
     /// Parameters that lie next to each other and agree in all dims but the first, as one: rows concatenated.
     pub fn fused(&self, names: &[&str]) -> Weight {
         let spans: Vec<&ParamSpan> =

@@ -36,7 +36,7 @@ pub fn from_seed(unit: &UnitWeights, seed: u64, std: f64) {
     tch::no_grad(|| {
         for span in unit.spans() {
             let whole = initial_values(&span.meta, seed, std);
-            unit.weight(&span.meta.name).value.copy_(&part_of(&whole, &span.held));
+            unit.value(&span.meta.name).copy_(&part_of(&whole, &span.held));
         }
     });
 }
@@ -56,7 +56,7 @@ const READ_ELEMENTS: usize = 16 << 20;
 /// buffer, and the values.
 pub fn from_source(unit: &UnitWeights, source: &dyn TensorSource, also: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
     for span in unit.spans() {
-        let value = unit.weight(&span.meta.name).value;
+        let value = unit.value(&span.meta.name);
         let rows = span.held.ranges[0];
         let whole_row: usize = span.meta.shape[1..].iter().product();
         let step = (READ_ELEMENTS / whole_row.max(1)).clamp(1, rows.len().max(1));

@@ -150,13 +150,17 @@ impl Cut {
     /// All owners' pieces, one owner after the other.
     pub fn pack<'a>(&self, buffer: impl Fn(usize) -> &'a Tensor, kind: Kind, device: Device) -> Tensor {
         let packed = Tensor::empty([self.len() as i64], (kind, device));
-        each(self.pieces.iter().flatten(), |piece, at| narrow(&packed, &at).copy_(&narrow(buffer(piece.unit), &piece.range)));
+        each(self.pieces.iter().flatten(), |piece, at| {
+            narrow(&packed, &at).copy_(&narrow(buffer(piece.unit), &piece.range))
+        });
         packed
     }
 
     /// The reverse of [`Cut::pack`].
     pub fn unpack<'a>(&self, packed: &Tensor, buffer: impl Fn(usize) -> &'a Tensor) {
-        each(self.pieces.iter().flatten(), |piece, at| narrow(buffer(piece.unit), &piece.range).copy_(&narrow(packed, &at)));
+        each(self.pieces.iter().flatten(), |piece, at| {
+            narrow(buffer(piece.unit), &piece.range).copy_(&narrow(packed, &at))
+        });
     }
 
     /// This rank's pieces.
@@ -189,7 +193,9 @@ pub fn narrow(flat: &Tensor, range: &Range<usize>) -> Tensor {
 /// Adds a piece, joined to the last one where they touch, so that one copy moves both.
 fn push(pieces: &mut Vec<Piece>, piece: Piece) {
     match pieces.last_mut() {
-        Some(last) if last.unit == piece.unit && last.range.end == piece.range.start => last.range.end = piece.range.end,
+        Some(last) if last.unit == piece.unit && last.range.end == piece.range.start => {
+            last.range.end = piece.range.end
+        }
         _ => pieces.push(piece),
     }
 }

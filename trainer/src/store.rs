@@ -47,9 +47,8 @@ impl WeightStore {
             let one = |unit| Cut::new(model, sharding, unit..unit + 1, &flat, level, group, rank);
             (0..units.len()).map(one).collect()
         };
-        let shard = |place: &Place, kind| {
-            place.shard_len().map(|len| Tensor::zeros([len as i64], (kind, model.device())))
-        };
+        let shard =
+            |place: &Place, kind| place.shard_len().map(|len| Tensor::zeros([len as i64], (kind, model.device())));
         let store = WeightStore {
             weights: weight_places.iter().map(|p| shard(p, model.kind())).collect(),
             gradients: gradient_places.iter().map(|p| shard(p, gradient_kind(model))).collect(),

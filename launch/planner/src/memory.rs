@@ -96,7 +96,11 @@ pub fn predict(plan: &Plan) -> Memory {
 pub fn saved_bytes_per_token(plan: &Plan, layer: usize) -> u64 {
     let e = plan.compute_dtype().size_bytes();
     let d = plan.model.hidden_size;
-    if plan.recompute(layer) != Recompute::None { (e * d) as u64 } else { operators_save(&plan.model.blocks[layer], d, e) }
+    if plan.recompute(layer) != Recompute::None {
+        (e * d) as u64
+    } else {
+        operators_save(&plan.model.blocks[layer], d, e)
+    }
 }
 
 fn operators_save(block: &BlockSpec, hidden_size: usize, e: usize) -> u64 {

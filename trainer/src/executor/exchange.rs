@@ -35,7 +35,9 @@ impl<'a> Exchanger<'a> {
     pub fn apply(&self, what: Exchange, work: &mut Vec<Tensor>, layout: SequenceLayout, block: &Block) -> Result<()> {
         let taken = std::mem::take(work);
         *work = match what {
-            Exchange::GatherSequence => taken.into_iter().map(|h| self.gather_sequence(h, layout)).collect::<Result<_>>()?,
+            Exchange::GatherSequence => {
+                taken.into_iter().map(|h| self.gather_sequence(h, layout)).collect::<Result<_>>()?
+            }
             Exchange::ScatterSequence => {
                 taken.into_iter().map(|h| self.scatter_sequence(h, layout)).collect::<Result<_>>()?
             }

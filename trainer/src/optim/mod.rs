@@ -89,9 +89,8 @@ impl Optimizer {
             .map(|(unit, range)| owned_state(model, sharding, store, unit, range, config))
             .collect();
         let cut = |places: &[_], group| {
-            let one = |bucket: &Range<usize>| {
-                Cut::new(model, sharding, bucket.clone(), places, Level::States, group, rank)
-            };
+            let one =
+                |bucket: &Range<usize>| Cut::new(model, sharding, bucket.clone(), places, Level::States, group, rank);
             buckets.iter().map(one).collect()
         };
         Optimizer {

@@ -57,8 +57,7 @@ impl ChunkOrder {
         groups: &Groups,
     ) -> Result<f64> {
         let counted = states.iter().zip(&self.counted).filter(|(_, counted)| **counted).map(|(state, _)| state);
-        let local: Vec<f64> =
-            counted.flat_map(|s| op::chunk_square_sums(&gradient(s), s.range.chunk_len)).collect();
+        let local: Vec<f64> = counted.flat_map(|s| op::chunk_square_sums(&gradient(s), s.range.chunk_len)).collect();
         let all = self.gather(local, groups)?;
         let mut next: Vec<usize> = self.counts.iter().scan(0, |at, &n| Some(std::mem::replace(at, *at + n))).collect();
         let mut total = 0.0;

@@ -5,8 +5,8 @@
 //! communicators, and speed. Without a GPU it says so and succeeds.
 
 use super::generate::{Options, generate};
-use crate::error::{Result, TrainError};
 use crate::alone::Alone;
+use crate::error::{Result, TrainError};
 use crate::init;
 use crate::sample::Sampler;
 use std::time::Instant;

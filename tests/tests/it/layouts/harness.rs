@@ -177,7 +177,8 @@ impl Case {
                     break;
                 }
             }
-            let weight = |i: usize| if ids.get(i + 1) == Some(&ids[i]) { 0.5 + (draw(2000 + i) % 4) as f32 } else { 0.0 };
+            let weight =
+                |i: usize| if ids.get(i + 1) == Some(&ids[i]) { 0.5 + (draw(2000 + i) % 4) as f32 } else { 0.0 };
             weights.push((0..SEQ_LEN).map(weight).collect::<Vec<f32>>());
             let values = [tokens[..SEQ_LEN].to_vec(), tokens[1..].to_vec(), positions, ids];
             columns.iter_mut().zip(values).for_each(|(column, value)| column.push(value));
@@ -196,7 +197,10 @@ impl Case {
     /// Both steps on all ranks.
     pub fn run(&self) -> Found {
         let plan = self.plan();
-        let group = local::group(self.ranks, &CommOptions { timeout: std::time::Duration::from_secs(60), ..CommOptions::default() });
+        let group = local::group(
+            self.ranks,
+            &CommOptions { timeout: std::time::Duration::from_secs(60), ..CommOptions::default() },
+        );
         let parts: Vec<Vec<RankStep>> = std::thread::scope(|scope| {
             let threads: Vec<_> = group.into_iter().map(|comm| scope.spawn(|| self.rank(&plan, comm))).collect();
             threads.into_iter().map(|thread| thread.join().expect("a rank ends well")).collect()
@@ -209,13 +213,15 @@ impl Case {
         let rank = comm.rank();
         let mut worker = TrainWorker::new(plan, rank, comm, Device::Cpu).expect("a worker");
         {
-            let _alone = INITIALISING.lock().expect("no panic while drawing");
+            let _alone = INITIALISING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             worker.start_from_seed(self.seed);
         }
         let (reader, share) = (plan.topology.index(Group::Batch, rank), ROWS / plan.data_parallel_size);
         let step = |step| {
             let batch = self.batch(step, reader * share..(reader + 1) * share);
-            let loss = worker.forward_backward(&batch, &LossSpec::next_token(), false).unwrap_or_else(|e| panic!("rank {rank}: {e}"));
+            let loss = worker
+                .forward_backward(&batch, &LossSpec::next_token(), false)
+                .unwrap_or_else(|e| panic!("rank {rank}: {e}"));
             let stats = worker.optim_step(LR, &loss).unwrap_or_else(|e| panic!("rank {rank}: {e}"));
             assert!(!stats.skipped);
             RankStep { loss: loss.loss, norm: stats.grad_norm, gradients: owned_gradients(&worker) }
