@@ -49,22 +49,30 @@ fn mesh_error(e: MeshError) -> ConfigError {
 /// scope divides the next (AMSP, arXiv 2311.00257).
 fn check_zero_scopes(p: &Parallelism, weights: usize) -> Result<(), ConfigError> {
     let mut found = Found::default();
-    let all = "data_parallel_shard_degree` x `context_parallel_degree";
-    let chain = [
-        (all, weights),
+    let divides = |found: &mut Found, (inner, m): (&str, usize), (outer, n): (&str, usize)| {
+        found.require(n.is_multiple_of(m), || {
+            let reason = if m > n { format!("{m} > {n}") } else { format!("{n} / {m} leaves {}", n % m) };
+            format!(
+                "`parallelism.{inner}` = {m} must divide {outer} = {n}, but {reason}; scopes nest: data_parallel_shard x \
+                 context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
+            )
+        });
+    };
+    let [states, gradients, parameters] = [
         ("zero_optimizer_degree", p.zero_optimizer_degree as usize),
         ("zero_gradient_degree", p.zero_gradient_degree as usize),
         ("zero_parameter_degree", p.zero_parameter_degree as usize),
     ];
-    for pair in chain.windows(2) {
-        let ((outer, n), (inner, m)) = (pair[0], pair[1]);
-        found.require(n.is_multiple_of(m), || {
-            let reason = if m > n { format!("{m} > {n}") } else { format!("{n} / {m} leaves {}", n % m) };
-            format!(
-                "`parallelism.{inner}` = {m} must divide `parallelism.{outer}` = {n}, but {reason}; scopes nest: \
-                 data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
-            )
-        });
+    let all = format!(
+        "`parallelism.data_parallel_shard_degree` {} x `parallelism.context_parallel_degree` {}",
+        p.data_parallel_shard_degree, p.context_parallel_degree
+    );
+    for scope in [parameters, states] {
+        divides(&mut found, scope, (&all, weights));
+    }
+    if found.is_empty() {
+        divides(&mut found, gradients, ("`parallelism.zero_optimizer_degree`", states.1));
+        divides(&mut found, parameters, ("`parallelism.zero_gradient_degree`", gradients.1));
     }
     found.result()
 }

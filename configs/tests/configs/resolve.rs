@@ -267,6 +267,43 @@ fn zero_scopes_nest() {
 }
 
 #[test]
+fn shapes_that_do_not_divide_are_refused_with_the_arithmetic() {
+    let refused = |sets: &[&str], ranks: usize, expected: Expect| fails(sets, ranks, expected);
+    refused(&["parallelism.tensor_parallel_degree=3"], 3, expect![]);
+    refused(&["parallelism.pipeline_parallel_degree=7"], 7, expect![]);
+    refused(
+        &["parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_stage_layers=[1, 1, 1]"],
+        2,
+        expect![],
+    );
+    refused(
+        &["parallelism.context_parallel_degree=4", "parallelism.context_parallel_head_degree=3"],
+        4,
+        expect![],
+    );
+    refused(&["parallelism.context_parallel_degree=64", "parallelism.context_parallel_head_degree=64"], 64, expect![]);
+    refused(
+        &["parallelism.tensor_parallel_degree=2", "validation.enable=true", "validation.sample_tokens=4", "validation.prompts=['a']"],
+        2,
+        expect![],
+    );
+    refused(&["activation_checkpoint.layers=[{first=3,last=1,recompute='full'}]"], 1, expect![]);
+}
+
+#[test]
+fn a_scope_of_weights_takes_gradients_along() {
+    let plan = plan(&["parallelism.zero_parameter_degree=2"], 4);
+    let scopes = plan.topology.scopes;
+    assert_eq!((scopes.parameters, scopes.gradients, scopes.states), (2, 2, 4));
+}
+
+#[test]
+fn stages_are_as_even_as_layers_divide() {
+    let layers = plan(&["parallelism.pipeline_parallel_degree=2", "model.num_hidden_layers=5"], 2).stage_layers;
+    assert_eq!(layers, [0..3, 3..5]);
+}
+
+#[test]
 fn schedules_fit_their_length() {
     fails(
         &["training.steps=100"],

@@ -70,6 +70,66 @@ fn layouts_agree() {
     }
 }
 
+/// Degrees by the last word of their key, `head` for `context_parallel_head_degree`.
+fn layout(words: &str) -> Vec<String> {
+    let key = |name: &str| match name {
+        "dp" => "data_parallel_shard_degree",
+        "tp" => "tensor_parallel_degree",
+        "pp" => "pipeline_parallel_degree",
+        "cp" => "context_parallel_degree",
+        "head" => "context_parallel_head_degree",
+        "weights" => "zero_parameter_degree",
+        "rotate" => "context_parallel_rotate_method",
+        other => panic!("no key for {other}"),
+    };
+    let set = |word: &str| {
+        let (name, value) = word.split_once('=').expect("name=value");
+        ["--set".to_owned(), format!("parallelism.{}={value}", key(name))]
+    };
+    words.split(' ').flat_map(set).collect()
+}
+
+#[test]
+fn hybrid_layouts_of_real_processes_agree_with_one() {
+    let job = Job::new(support::fresh_seed());
+    let one = job.run("one", 1, &[]).losses();
+    for (ranks, words) in [
+        (2, "tp=2"),
+        (2, "cp=2 rotate='ring'"),
+        (2, "pp=2"),
+        (2, "dp=2 weights=2"),
+        (4, "cp=4 head=2 rotate='allgather'"),
+        (4, "tp=2 pp=2"),
+        (4, "dp=2 cp=2 head=2 weights=4"),
+        (4, "tp=2 cp=2 rotate='ring'"),
+    ] {
+        let sets = layout(words);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let found = job.run(&words.replace([' ', '\''], "-"), ranks, &sets).losses();
+        assert_eq!(found.len(), one.len(), "{words}");
+        for ((step, found), (_, expected)) in found.into_iter().zip(&one) {
+            // Sums in another order: some 1e-7 per step, amplified by 20 updates.
+            assert!((found - expected).abs() < 1e-5, "{words}, step {step}: {found} against {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_in_another_hybrid_layout() {
+    let job = Job::new(support::fresh_seed());
+    let undisturbed = job.run("undisturbed", 1, &[]).losses();
+    for (ranks, words, steps) in [(4, "tp=2 pp=2", 6), (2, "cp=2 rotate='ring' weights=2", 13), (2, "pp=2", 20)] {
+        let mut sets = layout(words);
+        sets.extend(["--set".into(), format!("training.steps={steps}")]);
+        job.run("parts", ranks, &sets.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    let parts = job.finished("parts").losses();
+    assert_eq!(parts.len(), undisturbed.len());
+    for ((step, found), (_, expected)) in parts.into_iter().zip(undisturbed) {
+        assert!((found - expected).abs() < 1e-5, "step {step}: {found} against {expected}");
+    }
+}
+
 #[test]
 fn a_run_goes_on_with_another_number_of_ranks() {
     let job = Job::new(support::fresh_seed());

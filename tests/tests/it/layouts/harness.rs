@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 use tangelo_configs::resolve::{self, Resources};
 use tangelo_configs::{ModelAssets, ModelSpec, Plan};
 use tangelo_core::batch::{ragged_f32, ragged_u32};
@@ -17,12 +18,16 @@ const ROWS: usize = 16;
 const SEQ_LEN: usize = 40;
 const VOCAB: usize = 331;
 const STEPS: usize = 2;
-const LR: f64 = 1e-2;
+pub const LR: f64 = 1e-2;
 /// Large, so that the update is smooth where gradients vanish: with a small one it is their sign.
 const EPS: f64 = 1e-2;
 
 /// libtorch's generator is one for all threads.
-static INITIALISING: Mutex<()> = Mutex::new(());
+pub fn no_one_else_draws<R>(draw: impl FnOnce() -> R) -> R {
+    static DRAWING: Mutex<()> = Mutex::new(());
+    let _alone = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
+    draw()
+}
 
 /// Gradients by parameter, and what the step said.
 pub struct Step {
@@ -148,7 +153,7 @@ impl Case {
         self.sets.extend(more);
     }
 
-    fn plan(&self) -> Plan {
+    pub fn plan(&self) -> Plan {
         let config = resolve::load_str(JOB, "job.toml", &self.sets).unwrap_or_else(|e| panic!("{e}"));
         let resources = Resources {
             world_size: self.ranks,
@@ -196,29 +201,41 @@ impl Case {
 
     /// Both steps on all ranks.
     pub fn run(&self) -> Found {
-        let plan = self.plan();
-        let group = local::group(
-            self.ranks,
-            &CommOptions { timeout: std::time::Duration::from_secs(60), ..CommOptions::default() },
-        );
-        let parts: Vec<Vec<RankStep>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = group.into_iter().map(|comm| scope.spawn(|| self.rank(&plan, comm))).collect();
-            threads.into_iter().map(|thread| thread.join().expect("a rank ends well")).collect()
-        });
-        let steps = (0..STEPS).map(|step| join(parts.iter().map(|rank| &rank[step]).collect(), &plan.model)).collect();
+        let parts: Vec<Vec<RankStep>> = self.on_all_ranks(|plan, comm| self.rank(plan, comm));
+        let spec = self.plan().model;
+        let steps = (0..STEPS).map(|step| join(parts.iter().map(|rank| &rank[step]).collect(), &spec)).collect();
         Found { steps }
+    }
+
+    /// Runs `rank` on a thread of its own for each rank.
+    pub fn on_all_ranks<R: Send>(&self, rank: impl Fn(&Plan, Communicator) -> R + Sync) -> Vec<R> {
+        let plan = self.plan();
+        let options = CommOptions { timeout: Duration::from_secs(60), ..CommOptions::default() };
+        std::thread::scope(|scope| {
+            let start = |comm| scope.spawn(|| rank(&plan, comm));
+            let threads: Vec<_> = local::group(self.ranks, &options).into_iter().map(start).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a rank ends well")).collect()
+        })
+    }
+
+    /// The seed of weights and batches.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The rows of `step` that the `reader`-th of the ranks that read rows gets.
+    pub fn rank_batch(&self, plan: &Plan, step: usize, reader: usize) -> Batch {
+        let share = ROWS / plan.data_parallel_size;
+        self.batch(step, reader * share..(reader + 1) * share)
     }
 
     fn rank(&self, plan: &Plan, comm: Communicator) -> Vec<RankStep> {
         let rank = comm.rank();
         let mut worker = TrainWorker::new(plan, rank, comm, Device::Cpu).expect("a worker");
-        {
-            let _alone = INITIALISING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            worker.start_from_seed(self.seed);
-        }
-        let (reader, share) = (plan.topology.index(Group::Batch, rank), ROWS / plan.data_parallel_size);
+        no_one_else_draws(|| worker.start_from_seed(self.seed));
+        let reader = plan.topology.index(Group::Batch, rank);
         let step = |step| {
-            let batch = self.batch(step, reader * share..(reader + 1) * share);
+            let batch = self.rank_batch(plan, step, reader);
             let loss = worker
                 .forward_backward(&batch, &LossSpec::next_token(), false)
                 .unwrap_or_else(|e| panic!("rank {rank}: {e}"));
