@@ -103,6 +103,11 @@ impl TrainWorker {
         &self.sharding
     }
 
+    /// The gradients that this rank keeps of a unit, by its place in the model: a view.
+    pub fn kept_gradient(&self, unit: usize) -> &Tensor {
+        self.store.gradients(&self.model, unit)
+    }
+
     /// The communicator over all ranks.
     pub fn world(&self) -> &Communicator {
         self.groups.world()

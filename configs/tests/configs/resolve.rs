@@ -106,13 +106,19 @@ fn every_default_is_filled_in() {
         zero_parameter_degree = 1
         zero_gradient_degree = 1
         zero_optimizer_degree = 4
+        fsdp_reshard_after_forward = "default"
         tensor_parallel_degree = 1
         pipeline_parallel_degree = 1
+        pipeline_parallel_schedule = "1F1B"
+        pipeline_parallel_stage_layers = []
         context_parallel_degree = 1
+        context_parallel_head_degree = 1
+        context_parallel_rotate_method = "allgather"
 
         [activation_checkpoint]
         mode = "none"
         selective_ac_option = "2"
+        layers = []
 
         [checkpoint]
         enable = true
@@ -213,9 +219,9 @@ fn degrees_multiply_to_the_world_size() {
     fails(
         &["parallelism.tensor_parallel_degree=2", "parallelism.zero_parameter_degree=4"],
         4,
-        expect![[r#"
-            --set parallelism.tensor_parallel_degree=2: `parallelism.tensor_parallel_degree` = 2, but tensor parallelism is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)
-            --set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4, but sharding of parameters (ZeRO-3) is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)"#]],
+        expect![
+            "--set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4 must divide `parallelism.data_parallel_shard_degree` 2 x `parallelism.context_parallel_degree` 1 = 2, but 4 > 2; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
+        ],
     );
     let hybrid = plan(&["parallelism.data_parallel_replicate_degree=2"], 6);
     assert_eq!((hybrid.data_parallel_size, hybrid.topology.scopes.states), (6, 3));
@@ -254,14 +260,14 @@ fn zero_scopes_nest() {
         &["parallelism.zero_optimizer_degree=4"],
         6,
         expect![
-            "--set parallelism.zero_optimizer_degree=4: `parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            "--set parallelism.zero_optimizer_degree=4: `parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` 6 x `parallelism.context_parallel_degree` 1 = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
         ],
     );
     fails(
         &["parallelism.zero_optimizer_degree=8"],
         4,
         expect![
-            "--set parallelism.zero_optimizer_degree=8: `parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            "--set parallelism.zero_optimizer_degree=8: `parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` 4 x `parallelism.context_parallel_degree` 1 = 4, but 8 > 4; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
         ],
     );
 }
@@ -269,25 +275,60 @@ fn zero_scopes_nest() {
 #[test]
 fn shapes_that_do_not_divide_are_refused_with_the_arithmetic() {
     let refused = |sets: &[&str], ranks: usize, expected: Expect| fails(sets, ranks, expected);
-    refused(&["parallelism.tensor_parallel_degree=3"], 3, expect![]);
-    refused(&["parallelism.pipeline_parallel_degree=7"], 7, expect![]);
+    refused(
+        &["parallelism.tensor_parallel_degree=3"],
+        3,
+        expect![[r#"
+        --set parallelism.tensor_parallel_degree=3: `model.intermediate_size` = 512 is not a multiple of `parallelism.tensor_parallel_degree` = 3: 512 / 3 leaves 2; take a degree that divides it
+        --set parallelism.tensor_parallel_degree=3: `model.num_key_value_heads` = 2 and `parallelism.tensor_parallel_degree` = 3: one must be a multiple of the other, so that each rank has whole heads or several ranks share one"#]],
+    );
+    refused(
+        &["parallelism.pipeline_parallel_degree=7"],
+        7,
+        expect![
+            "--set parallelism.pipeline_parallel_degree=7: `parallelism.pipeline_parallel_degree` = 7, but the model has 4 layers: a stage needs at least one; lower it to 4 or less"
+        ],
+    );
     refused(
         &["parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_stage_layers=[1, 1, 1]"],
         2,
-        expect![],
+        expect![
+            "--set parallelism.pipeline_parallel_stage_layers=[1, 1, 1]: `parallelism.pipeline_parallel_stage_layers` = [1, 1, 1] are 3 layers in 3 stages; expected 4 layers in 2 stages (`parallelism.pipeline_parallel_degree`), at least one in each"
+        ],
     );
     refused(
         &["parallelism.context_parallel_degree=4", "parallelism.context_parallel_head_degree=3"],
         4,
-        expect![],
+        expect![[r#"
+            --set parallelism.context_parallel_head_degree=3: `parallelism.context_parallel_head_degree` = 3 must divide `parallelism.context_parallel_degree` = 4: 4 / 3 leaves 1
+            --set parallelism.context_parallel_head_degree=3: 2 key heads per tensor rank and `parallelism.context_parallel_head_degree` = 3: one must be a multiple of the other"#]],
     );
-    refused(&["parallelism.context_parallel_degree=64", "parallelism.context_parallel_head_degree=64"], 64, expect![]);
     refused(
-        &["parallelism.tensor_parallel_degree=2", "validation.enable=true", "validation.sample_tokens=4", "validation.prompts=['a']"],
-        2,
-        expect![],
+        &["parallelism.context_parallel_degree=64", "parallelism.context_parallel_head_degree=64"],
+        64,
+        expect![
+            "--set parallelism.context_parallel_head_degree=64: 6 query heads per tensor rank (`model.num_attention_heads` 6 / `parallelism.tensor_parallel_degree` 1) are not a multiple of `parallelism.context_parallel_head_degree` = 64: 6 / 64 leaves 6; exchange fewer heads, the rest of `parallelism.context_parallel_degree` becomes a ring"
+        ],
     );
-    refused(&["activation_checkpoint.layers=[{first=3,last=1,recompute='full'}]"], 1, expect![]);
+    refused(
+        &[
+            "parallelism.tensor_parallel_degree=2",
+            "validation.enable=true",
+            "validation.sample_tokens=4",
+            "validation.prompts=['a']",
+        ],
+        2,
+        expect![
+            "--set validation.sample_tokens=4: `validation.sample_tokens` = 4 needs the whole model on rank 0: with tensor, pipeline or parameter sharding (`zero_parameter_degree`) set it to 0 and sample from checkpoints with `tangelo generate`"
+        ],
+    );
+    refused(
+        &["activation_checkpoint.layers=[{first=3,last=1,recompute='full'}]"],
+        1,
+        expect![
+            "--set activation_checkpoint.layers=[{first=3,last=1,recompute='full'}]: `activation_checkpoint.layers.0`: `first` = 3 lies behind `last` = 1"
+        ],
+    );
 }
 
 #[test]
@@ -355,7 +396,7 @@ fn everything_wrong_is_said_at_once() {
             --set optimizer.lr=-1: `optimizer.lr` = -1; it must be a number of at least 0
             --set optimizer.beta2=1.0: `optimizer.beta2` = 1; it must be in [0, 1)
             --set data.validation_fraction=1: `data.validation_fraction` = 1; it must be in [0, 1)
-            --set activation_checkpoint.selective_ac_option=op: `activation_checkpoint.selective_ac_option` = "op"; a whole number k in quotes is offered (every k-th block is recomputed), operator by operator ("op") is not
+            --set activation_checkpoint.selective_ac_option=op: `activation_checkpoint.selective_ac_option` = "op"; offered are a whole number k in quotes (every k-th block is recomputed), "attention" and "feed_forward"; operator by operator ("op") is not
             --set checkpoint.interval=0: `checkpoint.interval` = 0; it must be at least 1
             --set checkpoint.initial_load_in_hf=true: `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
             --set validation.sample_tokens=3: `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]],
