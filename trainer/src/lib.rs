@@ -1,7 +1,7 @@
-//! What a rank runs: recipes, the block executor, optimizers, checkpoints; the binary `tangelo-worker`.
+//! What a rank runs: recipes, the executor of programs, optimizers, checkpoints; the binary `tangelo-worker`.
 //!
 //! ```text
-//! bin/tangelo-worker -> recipe::pretrain -> TrainWorker { BlockExecutor -> models, Optimizer -> comm } -> checkpoint
+//! bin/tangelo-worker -> recipe::pretrain -> TrainWorker { Executor -> models, Optimizer -> comm } -> checkpoint
 //!                    -> verb::{generate, score, eval, export}
 //! ```
 //!

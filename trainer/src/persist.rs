@@ -41,7 +41,7 @@ fn assign(plan: &Plan, worker: &TrainWorker, kinds: &[StateKind]) -> Vec<(StateK
     let world_size = plan.topology.mesh.world_size();
     let box_of = |meta: &ParamMeta, rank| worker.sharding().box_at(meta, Level::States, rank);
     let boxes = |meta: &ParamMeta| (0..world_size).map(|rank| box_of(meta, rank)).collect::<Vec<_>>();
-    let held: Vec<Vec<IndexBox>> = kinds.iter().flat_map(|_| metas.iter().map(|meta| boxes(meta))).collect();
+    let held: Vec<Vec<IndexBox>> = kinds.iter().flat_map(|_| metas.iter().map(boxes)).collect();
     let owned = owned_by_name(worker);
     let mine = &plan_writes(world_size, &held)[worker.rank()];
     let locate = |&tensor: &usize| (kinds[tensor / metas.len()], owned[metas[tensor % metas.len()].name.as_str()]);

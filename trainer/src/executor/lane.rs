@@ -105,9 +105,11 @@ impl Lane {
         let flow = tch::with_grad(|| model.block_parts(layer, parts, flow, &self.batch.pack, &self.angles));
         self.x = flow.x.detach();
         self.work = flow.work.iter().map(Tensor::detach).collect();
+        // The graph goes back from these; their values leave with the exchange that follows.
+        let work_out: Vec<Tensor> = flow.work.into_iter().map(without_values).collect();
         let passed = flow.x.is_leaf();
         let x_out = (!passed).then_some(flow.x);
-        self.tape.push(Kept::Segment(Segment { x_in, work_in, x_out, work_out: flow.work }));
+        self.tape.push(Kept::Segment(Segment { x_in, work_in, x_out, work_out }));
     }
 
     /// Goes back through the graph kept last.
@@ -144,4 +146,11 @@ impl Lane {
             _ => unreachable!("ring attention was kept here"),
         }
     }
+}
+
+/// The output of a graph, as a place to go back from, without the memory of its values.
+fn without_values(mut output: Tensor) -> Tensor {
+    let empty = Tensor::empty([0], (output.kind(), output.device()));
+    output.set_data(&empty);
+    output
 }

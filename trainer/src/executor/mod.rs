@@ -114,6 +114,9 @@ impl<'a> Executor<'a> {
             self.stats.communication += waited;
             *(if is_backward(instruction) { &mut self.stats.backward } else { &mut self.stats.forward }) += computed;
         }
+        let waited = self.groups.waited();
+        self.sent.drain(..).try_for_each(|sent| sent.wait().map(drop))?;
+        self.stats.communication += self.groups.waited() - waited;
         Ok(self.stats)
     }
 
@@ -172,7 +175,6 @@ impl<'a> Executor<'a> {
     }
 
     fn share_loss(&mut self) -> Result<()> {
-        self.sent.drain(..).try_for_each(|sent| sent.wait().map(drop))?;
         let own = [self.stats.loss_sum, f64::from(u8::from(self.stop))];
         let sums = sum_over_ranks(self.groups.world(), &own)?;
         self.stats.shared = [sums[0] * self.scale, sums[1]];
