@@ -11,8 +11,9 @@ use crate::store::WeightStore;
 use std::time::{Duration, Instant};
 use tangelo_configs::job::{ComputeType, RotateMethod};
 use tangelo_configs::{Plan, Sharding};
-use tangelo_core::{Batch, Group, Instruction, LossSpec, Program};
+use tangelo_core::{Batch, Group, Instruction, LossSpec, Program, env};
 use tangelo_kernels::comm::Communicator;
+use tangelo_kernels::device;
 use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
 
@@ -33,6 +34,8 @@ pub struct LossStats {
     pub communication: Duration,
     /// Whether any rank asked to stop after this step.
     pub stop: bool,
+    /// Peak bytes of tensors that this rank's pass allocated, where they are counted.
+    pub allocated: Option<u64>,
 }
 
 /// The model, the optimizer and the groups of one rank.
@@ -48,6 +51,7 @@ pub struct TrainWorker {
     rotate_method: RotateMethod,
     /// AdamW updates done so far.
     num_updates: u64,
+    counts_allocations: bool,
 }
 
 /// libtorch's type for the resolved compute type.
@@ -85,6 +89,8 @@ impl TrainWorker {
             rows_per_micro_batch: plan.config.training.local_batch_size,
             rotate_method: plan.config.parallelism.context_parallel_rotate_method,
             num_updates: 0,
+            counts_allocations: !device.is_cuda()
+                && std::env::var_os(env::COUNT_ALLOCATIONS).is_some_and(|v| !v.is_empty()),
         })
     }
 
@@ -185,8 +191,14 @@ impl TrainWorker {
     /// `stop` travels with the loss: every rank learns in the same step that one of them was asked to end.
     pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec, stop: bool) -> Result<LossStats> {
         let rows = self.rows(batch, loss)?;
-        let pass = Executor::new(self.parts(), &rows, stop).run(&self.program.pass)?;
+        let run = || Executor::new(self.parts(), &rows, stop).run(&self.program.pass);
+        let (pass, allocated) = match self.counts_allocations {
+            true => device::count_allocations(run),
+            false => (run(), 0),
+        };
+        let pass = pass?;
         Ok(LossStats {
+            allocated: self.counts_allocations.then_some(allocated),
             loss: pass.shared[0],
             total_weight: pass.totals[0],
             tokens: pass.totals[1] as u64,

@@ -106,13 +106,17 @@ impl<'a> Executor<'a> {
 
     /// Does what the program says, from its first instruction to its last.
     pub fn run(mut self, program: &[Instruction]) -> Result<PassStats> {
+        let mut again = false;
         for &instruction in program {
+            // What runs again on the way back is part of it.
+            again = matches!(instruction, Instruction::Restore(_)) || again && !is_backward(instruction);
             let (start, waited) = (Instant::now(), self.groups.waited());
             self.step(instruction)?;
             let waited = self.groups.waited() - waited;
             let computed = start.elapsed().saturating_sub(waited);
             self.stats.communication += waited;
-            *(if is_backward(instruction) { &mut self.stats.backward } else { &mut self.stats.forward }) += computed;
+            *(if again || is_backward(instruction) { &mut self.stats.backward } else { &mut self.stats.forward }) +=
+                computed;
         }
         let waited = self.groups.waited();
         self.sent.drain(..).try_for_each(|sent| sent.wait().map(drop))?;
@@ -242,7 +246,6 @@ fn is_backward(instruction: Instruction) -> bool {
         Instruction::BlockBackward { .. }
             | Instruction::RingAttendBackward { .. }
             | Instruction::EmbedBackward(_)
-            | Instruction::Restore(_)
             | Instruction::Exchange { pass: Pass::Backward, .. }
     )
 }

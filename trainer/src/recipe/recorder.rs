@@ -247,8 +247,12 @@ impl Recorder {
             (Metric::MemoryBytes, memory),
             (Metric::PredictedMemoryBytes, self.predicted_bytes),
         ];
+        let counted = match loss.allocated {
+            Some(bytes) => Some((Metric::PassAllocationBytes, max_over_ranks(worker, bytes as f64)?)),
+            None => None,
+        };
         if let Some(sinks) = &mut self.sinks {
-            sinks.metrics.record(state.step, &values);
+            sinks.metrics.record(state.step, &[&values[..], counted.as_slice()].concat());
         }
         if self.is_alone() {
             let (step, steps, loss) = (state.step, self.steps, loss.loss);
