@@ -39,6 +39,7 @@ fn every_call_is_the_one_that_was_predicted() {
         let case = Case::parse(line, seed);
         let (plan, made) = (case.plan(), case.record());
         let sizes = Sizes::new(&plan);
+        assert_eq!(made.iter().any(|(calls, _)| calls.is_empty()), made.len() == 1, "{line}");
         for (rank, (calls, bytes)) in made.into_iter().enumerate() {
             let predicted = predict(&plan, &sizes, rank);
             let sent: usize = predicted.iter().map(|call| bytes_sent(&plan, call, rank)).sum();
