@@ -1,7 +1,7 @@
 //! The walk of a batch: every stage of a training step, with the tensors that leave it, their shapes and bytes, on the rank
 //! with the most of each.
 
-use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, buckets, predict};
+use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, predict, stage_buckets};
 use crate::table::{Align, Table, bytes};
 use tangelo_configs::job::{DeviceChoice, Recompute};
 use tangelo_configs::{MixerSpec, Plan};
@@ -125,7 +125,8 @@ fn model_stages(plan: &Plan) -> Vec<Stage> {
 
 fn update_stages(plan: &Plan) -> Vec<Stage> {
     let (size, scopes) = (|group| plan.topology.size(group), plan.topology.scopes);
-    let all = predict(plan).num_parameters as usize;
+    let largest = predict(plan);
+    let all = largest.num_parameters as usize;
     let (ranks, zero) = (size(Group::States) * size(Group::Replicas), scopes.states);
     let (kept, owned) = (all.div_ceil(scopes.gradients), all.div_ceil(zero));
     let dtype = if plan.compute_dtype() == DType::BF16 { "bf16" } else { "f32" };
@@ -136,7 +137,11 @@ fn update_stages(plan: &Plan) -> Vec<Stage> {
     }
     if ranks > scopes.gradients {
         let verb = if zero == ranks { "reduce-scatter" } else { "all-reduce" };
-        let note = format!("{verb} over {} ranks, {} bucket(s)", ranks / scopes.gradients, buckets(plan).len());
+        let note = format!(
+            "{verb} over {} ranks, {} bucket(s)",
+            ranks / scopes.gradients,
+            stage_buckets(plan, largest.stage).len()
+        );
         stages.push(stage("reduce", "main gradients", &[kept], "f32", note));
     }
     let clip = match plan.config.training.max_norm {

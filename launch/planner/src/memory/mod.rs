@@ -166,7 +166,8 @@ pub fn buckets(plan: &Plan) -> Vec<usize> {
     stages.map(|n| n as usize).collect()
 }
 
-fn stage_buckets(plan: &Plan, stage: usize) -> Vec<u64> {
+/// The same for one stage.
+pub(crate) fn stage_buckets(plan: &Plan, stage: usize) -> Vec<u64> {
     let units = StageUnits::new(plan, stage).elements;
     let buckets = program::build(plan, stage).buckets;
     buckets.into_iter().map(|bucket| units[bucket].iter().map(|(_, n)| n).sum()).collect()
