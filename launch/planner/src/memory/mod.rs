@@ -25,7 +25,8 @@
 //!
 //! The peak is what persists plus the largest of what comes and goes: the loss, or the backward of a block, with all
 //! activations kept; the embedding, with those of the other micro-batches in flight; or the collectives after backward.
-//! Of all stages, the one with the highest peak is shown.
+//! Of all stages, the one with the highest peak is shown. Scopes are taken to cut evenly: they deal whole chunks of rows, so
+//! the first ranks of a large scope hold more than that, by a chunk of each parameter at most.
 
 mod activations;
 mod units;
