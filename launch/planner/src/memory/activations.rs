@@ -97,38 +97,31 @@ impl<'a> LocalBlock<'a> {
         times(self.tokens.attended, bytes)
     }
 
-    /// A norm's input and output, and its inverse root.
+    /// A norm's input, its inverse root, and its output as the product after it reads it: under tensor parallelism gathered,
+    /// with the scattered sum that goes into the residual stream.
     fn norm(&self) -> u64 {
-        self.own(2 * self.e * self.hidden + 4)
-    }
-
-    /// Under tensor parallelism: the gathered norm, the partial sums and their scattered sum.
-    fn sequence_copies(&self) -> u64 {
-        let copies = self.context(2 * self.e * self.hidden) + self.own(self.e * self.hidden);
-        if self.is_split(Group::Tensor) { copies } else { 0 }
+        let stream = self.e * self.hidden;
+        let output =
+            if self.is_split(Group::Tensor) { self.context(stream) + self.own(stream) } else { self.own(stream) };
+        self.own(stream + 4) + output
     }
 
     /// What attention, from its norm to its residual, keeps for backward.
     fn attention(&self) -> u64 {
-        let (e, qkv) = (self.e, self.queries + 2 * self.keys);
-        let attended_qkv = self.attended_queries + 2 * self.attended_keys;
-        let mut bytes = self.norm() + self.sequence_copies() + self.context(e * qkv);
-        bytes += self.attended(e * self.attended_queries + 4 * self.attended_heads);
+        let inside = 2 * self.attended_queries + 2 * self.attended_keys;
+        let mut bytes = self.norm() + self.attended(self.e * inside + 4 * self.attended_heads);
         if self.has_head_norms {
-            bytes += self.context(e * (self.queries + self.keys) + 4 * (self.query_heads + self.key_heads));
+            bytes += self.context(self.e * (self.queries + self.keys) + 4 * (self.query_heads + self.key_heads));
         }
         if self.is_split(Group::Heads) {
-            bytes += self.attended(e * attended_qkv) + self.context(e * self.queries);
-        }
-        if self.is_split(Group::Ring) {
-            bytes += self.attended(e * 2 * self.attended_keys);
+            bytes += self.context(self.e * self.queries);
         }
         bytes
     }
 
     /// What the feed-forward, from its norm to its residual, keeps for backward.
     fn feed_forward(&self) -> u64 {
-        self.norm() + self.sequence_copies() + self.context(self.e * 3 * self.features)
+        self.norm() + self.context(self.e * 3 * self.features)
     }
 
     /// What is kept from forward to backward.

@@ -141,9 +141,10 @@ pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
 /// - second norm: input D (the residual stream) and output D (which the gate and up product keeps); 4 bytes;
 /// - feed-forward: gate and up 2F, their gated product F (which the down projection keeps).
 ///
-/// Norms are of T_o tokens, the rest of T_c. What ranks exchange is there on both sides: under tensor parallelism the
-/// gathered norms and the partial sums 4 D (T_c) and the scattered sums 2 D (T_o); where heads are exchanged, q, k, v and
-/// the output once more, in attention's share of heads and T_a tokens; in a ring, keys and values once more side by side.
+/// Norms are of T_o tokens, attention of T_a, the rest of T_c. What is exchanged is kept where it arrives: under tensor
+/// parallelism the norms' outputs are gathered (T_c), and the sums that go into the residual stream are kept, 2 D (T_o);
+/// where heads are exchanged, q, k, v and the output are those of attention's share of heads, and the output H d comes back
+/// (T_c).
 ///
 /// The block's output is the next one's input. Weights are not copied.
 pub fn saved_bytes(plan: &Plan, layer: usize) -> u64 {

@@ -6,7 +6,7 @@
 //! 2. *pairing*: the k-th send of every channel meets a k-th receive of the same size;
 //! 3. *progress*: ranks advance until all have ended. A call waits for all members; weights and gradients travel beside
 //!    the computation and are waited for where they are used; a receive waits for its send; sends wait for nothing, but
-//!    before the loss is shared all of them must have been received.
+//!    a pass ends only when all of them were received.
 //!
 //! One simulated order is enough: the calls of each group and channel have a fixed order, so what a rank is given does not
 //! depend on who is faster, and a step that can end in one order ends in all. Parts may be looked at apart for the same
@@ -32,6 +32,9 @@ use tangelo_core::{Call, Group, Instruction, Topology};
 
 /// Parts of a program, in the order in which they are run.
 pub const PARTS: [&str; 3] = ["pass", "update", "evaluate"];
+
+/// The part that computes nothing of micro-batches.
+const UPDATE: usize = 1;
 
 /// Groups whose calls run beside the computation.
 const BESIDE: [Group; 2] = [Group::Parameters, Group::Gradients];
@@ -125,7 +128,6 @@ impl Schedule {
                 Instruction::FinishReduce(unit) => {
                     push(Does::Await(Group::Gradients, started[&Instruction::StartReduce(unit)]));
                 }
-                Instruction::ShareLoss if self.topology.num_stages() > 1 => push(Does::AwaitSent),
                 _ => {}
             }
             let beside = match instruction {
@@ -142,6 +144,9 @@ impl Schedule {
                 sizes.calls(kind, rank).into_iter().map(|call| intern(&mut self.calls, &mut self.known, call)).collect()
             });
             calls.iter().for_each(|&call| push(Does::Call(call)));
+        }
+        if self.topology.num_stages() > 1 && part != UPDATE {
+            list.push(Step { instruction: program.len() as u32 - 1, does: Does::AwaitSent });
         }
         self.programs[stage][part] = program;
         self.lists.push(list);

@@ -1,5 +1,4 @@
 //! The proof: whole layouts pass it, planted mismatches are caught and named.
-#![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
