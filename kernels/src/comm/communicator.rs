@@ -15,14 +15,11 @@ use run::{Run, parts};
 use std::cell::{Cell, RefCell};
 use std::panic::Location;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tangelo_core::hash;
+use tangelo_core::program::SMALL_ALL_REDUCE_BYTES;
 use tch::{Device, Kind, Tensor};
-
-/// Up to this many bytes an all-reduce is one exchange of whole tensors instead of two of parts: same bits, half the
-/// round trips.
-const SMALL_ALL_REDUCE_BYTES: usize = 16 << 10;
 
 /// How long a communicator waits, and where its tensors live.
 #[derive(Clone, Debug)]
@@ -53,6 +50,23 @@ pub struct CommStats {
     /// Seconds that the rank itself stood still for them: all of a call's, or, of a call in the
     /// [`Background`](super::Background), those spent waiting for its end.
     pub exposed_seconds: f64,
+}
+
+/// A call that was made, as [`Communicator::record_calls`] notes it. Ranks are within the group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallRecord {
+    /// Name of the group.
+    pub group: String,
+    /// What was called.
+    pub operation: Operation,
+    /// Bytes per element.
+    pub element_bytes: usize,
+    /// Elements: per rank for all-gather and reduce-scatter, to each rank for all-to-all, else one number.
+    pub counts: Vec<usize>,
+    /// What comes in, where that is not said by `counts`: from each rank of an all-to-all, for a shift.
+    pub counts_in: Vec<usize>,
+    /// The other rank of a send or receive; where a shift goes to.
+    pub peer: Option<usize>,
 }
 
 /// One rank's end of a group. See the [module](super) for what all calls have in common.
@@ -160,6 +174,31 @@ impl Communicator {
         self.shared.stats()
     }
 
+    /// Notes from now on every call that moves tensors, of this communicator and of all split from the same one: what
+    /// was predicted can be laid beside what was done. The calls of one group are in order.
+    pub fn record_calls(&self) {
+        _ = self.shared.calls_made.set(Mutex::default());
+    }
+
+    /// The calls noted since the last time.
+    pub fn take_recorded_calls(&self) -> Vec<CallRecord> {
+        let lock =
+            |calls: &Mutex<Vec<CallRecord>>| std::mem::take(&mut *calls.lock().unwrap_or_else(PoisonError::into_inner));
+        self.shared.calls_made.get().map(lock).unwrap_or_default()
+    }
+
+    fn note_call(&self, operation: Operation, kind: Kind, counts: &[usize], counts_in: &[usize], peer: Option<usize>) {
+        let Some(calls) = self.shared.calls_made.get() else { return };
+        calls.lock().unwrap_or_else(PoisonError::into_inner).push(CallRecord {
+            group: self.name.clone(),
+            operation,
+            element_bytes: kind.elt_size_in_bytes(),
+            counts: counts.to_vec(),
+            counts_in: counts_in.to_vec(),
+            peer,
+        });
+    }
+
     /// Sets the deadline of later calls, of this communicator and of all split from the same one: the first step may
     /// take longer than the others.
     pub fn set_timeout(&self, timeout: Duration) {
@@ -215,6 +254,7 @@ impl Communicator {
     #[track_caller]
     pub fn all_reduce_with(&self, tensor: &Tensor, op: ReduceOp) -> Result<(), CommError> {
         let signature = signature(&[tensor.numel(), op as usize]);
+        self.note_call(Operation::AllReduce, tensor.kind(), &[tensor.numel()], &[], None);
         self.call(Operation::AllReduce, tensor.kind(), signature, |run| {
             let flat = run.flat("tensor", tensor)?;
             let num_bytes = flat.numel() * flat.kind().elt_size_in_bytes();
@@ -236,7 +276,9 @@ impl Communicator {
         self.call(Operation::AllGather, input.kind(), signature, |run| {
             let input = run.flat("input", input)?;
             let output = Tensor::f_empty([run.size() as i64 * input.numel() as i64], (input.kind(), input.device()))?;
-            run.all_gather(&output, &input, &vec![input.numel(); run.size()])?;
+            let counts = vec![input.numel(); run.size()];
+            self.note_call(Operation::AllGather, input.kind(), &counts, &[], None);
+            run.all_gather(&output, &input, &counts)?;
             let shape: Vec<i64> = match shape.split_first() {
                 Some((first, rest)) => [first * run.size() as i64].into_iter().chain(rest.iter().copied()).collect(),
                 None => vec![run.size() as i64],
@@ -249,6 +291,7 @@ impl Communicator {
     /// The input may be this rank's part of the output.
     #[track_caller]
     pub fn all_gather_into(&self, output: &Tensor, input: &Tensor, counts: &[usize]) -> Result<(), CommError> {
+        self.note_call(Operation::AllGather, input.kind(), counts, &[], None);
         self.call(Operation::AllGather, input.kind(), signature(counts), |run| {
             let (output, input) = (run.flat("output", output)?, run.flat("input", input)?);
             run.expect_kind("output", &output, &[input.kind()])?;
@@ -263,6 +306,7 @@ impl Communicator {
     /// part of the input.
     #[track_caller]
     pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor, counts: &[usize]) -> Result<(), CommError> {
+        self.note_call(Operation::ReduceScatter, input.kind(), counts, &[], None);
         self.call(Operation::ReduceScatter, input.kind(), signature(counts), |run| {
             let (output, input) = (run.flat("output", output)?, run.flat("input", input)?);
             run.expect_kind("output", &output, &[input.kind(), accumulation_kind(input.kind())])?;
@@ -282,6 +326,7 @@ impl Communicator {
         out_counts: &[usize],
         in_counts: &[usize],
     ) -> Result<(), CommError> {
+        self.note_call(Operation::AllToAll, input.kind(), in_counts, out_counts, None);
         self.call(Operation::AllToAll, input.kind(), 0, |run| {
             let (output, input) = (run.flat("output", output)?, run.flat("input", input)?);
             run.expect_kind("output", &output, &[input.kind()])?;
@@ -344,6 +389,7 @@ impl Communicator {
     pub fn shift(&self, send: &Tensor, to: usize, receive: &Tensor, from: usize) -> Result<(), CommError> {
         let sequence =
             |peer: usize, direction: usize| self.pair_sequences.borrow().get(peer).map_or(0, |pair| pair[direction]);
+        self.note_call(Operation::Shift, send.kind(), &[send.numel()], &[receive.numel()], Some(to));
         let mut call = self.describe(Operation::Shift, send.kind(), 0);
         (call.lane, call.sequence, call.receive_sequence) = (Lane::PointToPoint, sequence(to, 0), sequence(from, 1));
         self.run(call, [Some(to), Some(from)], |run| {
@@ -368,6 +414,7 @@ impl Communicator {
     fn point_to_point(&self, operation: Operation, tensor: &Tensor, peer: usize) -> Result<(), CommError> {
         let direction = usize::from(operation == Operation::Receive);
         let sequence = self.pair_sequences.borrow().get(peer).map_or(0, |pair| pair[direction]);
+        self.note_call(operation, tensor.kind(), &[tensor.numel()], &[], Some(peer));
         let mut call = self.describe(operation, tensor.kind(), signature(&[tensor.numel()]));
         (call.lane, call.sequence, call.receive_sequence) = (Lane::PointToPoint, sequence, sequence);
         self.run(call, [Some(peer), None], |run| {

@@ -38,7 +38,7 @@ mod store;
 
 pub use backend::AbortHandle;
 pub use background::{Background, Pending};
-pub use communicator::{CommOptions, CommStats, Communicator};
+pub use communicator::{CallRecord, CommOptions, CommStats, Communicator};
 pub use error::{CommError, CommErrorKind, Operation};
 pub use reduce::ReduceOp;
 pub use store::{Store, StoreError, StoreOptions};

@@ -1,6 +1,6 @@
 //! What all groups split from one communicator share, on whatever threads they are.
 
-use super::CommStats;
+use super::{CallRecord, CommStats};
 use crate::comm::position::Recorder;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -18,6 +18,8 @@ pub(crate) struct Shared {
     /// What the first failed call of any group said.
     pub failure: OnceLock<String>,
     pub recorder: OnceLock<Recorder>,
+    /// Calls made, where somebody wants to see them.
+    pub calls_made: OnceLock<Mutex<Vec<CallRecord>>>,
 }
 
 impl Shared {
@@ -31,6 +33,7 @@ impl Shared {
             next_group: Mutex::new(1),
             failure: OnceLock::new(),
             recorder: OnceLock::new(),
+            calls_made: OnceLock::new(),
         }
     }
 

@@ -14,8 +14,10 @@
 //! again first, from where it was stashed.
 
 mod block;
+mod calls;
 
 use block::Group as Recomputed;
+pub use calls::Sizes;
 use std::ops::Range;
 use tangelo_configs::Plan;
 use tangelo_configs::job::PipelineSchedule as Schedule;

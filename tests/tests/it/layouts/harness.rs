@@ -9,7 +9,7 @@ use tangelo_configs::{ModelAssets, ModelSpec, Plan};
 use tangelo_core::batch::{ragged_f32, ragged_u32};
 use tangelo_core::hash::mix64;
 use tangelo_core::{Batch, Column, Group, IndexBox, Level, LossSpec};
-use tangelo_kernels::comm::{CommOptions, Communicator, local};
+use tangelo_kernels::comm::{CallRecord, CommOptions, Communicator, local};
 use tangelo_trainer::worker::TrainWorker;
 use tch::{Device, Kind, Tensor};
 
@@ -230,20 +230,36 @@ impl Case {
     }
 
     fn rank(&self, plan: &Plan, comm: Communicator) -> Vec<RankStep> {
-        let rank = comm.rank();
-        let mut worker = TrainWorker::new(plan, rank, comm, Device::Cpu).expect("a worker");
+        let mut worker = self.worker(plan, comm);
+        (0..STEPS).map(|step| self.step(plan, &mut worker, step)).collect()
+    }
+
+    /// One step on all ranks: the calls of each, and the bytes that it sent.
+    pub fn record(&self) -> Vec<(Vec<CallRecord>, u64)> {
+        self.on_all_ranks(|plan, comm| {
+            let mut worker = self.worker(plan, comm);
+            worker.world().record_calls();
+            let before = worker.world().stats().bytes_sent;
+            self.step(plan, &mut worker, 0);
+            (worker.world().take_recorded_calls(), worker.world().stats().bytes_sent - before)
+        })
+    }
+
+    fn worker(&self, plan: &Plan, comm: Communicator) -> TrainWorker {
+        let mut worker = TrainWorker::new(plan, comm.rank(), comm, Device::Cpu).expect("a worker");
         no_one_else_draws(|| worker.start_from_seed(self.seed));
-        let reader = plan.topology.index(Group::Batch, rank);
-        let step = |step| {
-            let batch = self.rank_batch(plan, step, reader);
-            let loss = worker
-                .forward_backward(&batch, &LossSpec::next_token(), false)
-                .unwrap_or_else(|e| panic!("rank {rank}: {e}"));
-            let stats = worker.optim_step(LR, &loss).unwrap_or_else(|e| panic!("rank {rank}: {e}"));
-            assert!(!stats.skipped);
-            RankStep { loss: loss.loss, norm: stats.grad_norm, gradients: owned_gradients(&worker) }
-        };
-        (0..STEPS).map(step).collect()
+        worker
+    }
+
+    fn step(&self, plan: &Plan, worker: &mut TrainWorker, step: usize) -> RankStep {
+        let rank = worker.rank();
+        let batch = self.rank_batch(plan, step, plan.topology.index(Group::Batch, rank));
+        let loss = worker
+            .forward_backward(&batch, &LossSpec::next_token(), false)
+            .unwrap_or_else(|e| panic!("rank {rank}: {e}"));
+        let stats = worker.optim_step(LR, &loss).unwrap_or_else(|e| panic!("rank {rank}: {e}"));
+        assert!(!stats.skipped);
+        RankStep { loss: loss.loss, norm: stats.grad_norm, gradients: owned_gradients(worker) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Every layout against one rank in float64: losses and the gradient of every parameter, two steps each.
 
+mod calls;
 mod harness;
 mod moving;
 mod table;
