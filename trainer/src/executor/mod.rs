@@ -154,7 +154,12 @@ impl<'a> Executor<'a> {
             I::Loss { micro_batch, train } => self.loss(micro_batch, train)?,
             I::CountTokens => self.count_tokens()?,
             I::ShareLoss => self.share_loss()?,
-            I::ReduceBucket(_) | I::SumReplicated | I::Norm | I::Update | I::PublishBucket(_) => {
+            I::ReduceBucket(_)
+            | I::SumReplicated
+            | I::Norm
+            | I::UpdateMatrices(_)
+            | I::Update
+            | I::PublishBucket(_) => {
                 unreachable!("{instruction:?} belongs to the update")
             }
         }

@@ -18,7 +18,7 @@ mod block;
 use block::Group as Recomputed;
 use std::ops::Range;
 use tangelo_configs::Plan;
-use tangelo_configs::job::PipelineSchedule as Schedule;
+use tangelo_configs::job::{OptimizerName, PipelineSchedule as Schedule};
 use tangelo_core::pipeline::{self, Pass, PipelineSchedule};
 use tangelo_core::{DType, Group, Instruction, Program, Unit};
 
@@ -284,6 +284,9 @@ impl Builder<'_> {
             self.emit(Instruction::SumReplicated);
         }
         self.emit(Instruction::Norm);
+        if self.plan.config.optimizer.name == OptimizerName::Muon {
+            self.list.extend((0..num_buckets).map(Instruction::UpdateMatrices));
+        }
         self.emit(Instruction::Update);
         if self.is_split(Group::StatesOverParameters) {
             self.list.extend((0..num_buckets).map(Instruction::PublishBucket));
