@@ -80,6 +80,10 @@ fn every_default_is_filled_in() {
         beta2 = 0.95
         eps = 0.00000001
         weight_decay = 0.1
+        muon_momentum = 0.95
+        muon_nesterov = true
+        muon_ns_steps = 5
+        muon_adjust_lr = "match_rms_adamw"
 
         [lr_scheduler]
         warmup_steps = 200
@@ -400,6 +404,30 @@ fn everything_wrong_is_said_at_once() {
             --set checkpoint.interval=0: `checkpoint.interval` = 0; it must be at least 1
             --set checkpoint.initial_load_in_hf=true: `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
             --set validation.sample_tokens=3: `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]],
+    );
+}
+
+#[test]
+fn muons_keys_have_bounds_and_need_muon() {
+    let keys = ["muon_momentum=0.9", "muon_nesterov=false", "muon_ns_steps=7", "muon_adjust_lr='original'"];
+    let sets = keys.map(|key| format!("optimizer.{key}"));
+    let sets: Vec<&str> = std::iter::once("optimizer.name='Muon'").chain(sets.iter().map(String::as_str)).collect();
+    assert_eq!(plan(&sets, 1).config.optimizer.muon_ns_steps, 7);
+    fails(
+        &sets[1..],
+        1,
+        expect![[r#"
+        --set optimizer.muon_momentum=0.9: `optimizer.muon_momentum` is set, but `optimizer.name` = "AdamW" does not read it; set `optimizer.name` = "Muon" or remove the key
+        --set optimizer.muon_nesterov=false: `optimizer.muon_nesterov` is set, but `optimizer.name` = "AdamW" does not read it; set `optimizer.name` = "Muon" or remove the key
+        --set optimizer.muon_ns_steps=7: `optimizer.muon_ns_steps` is set, but `optimizer.name` = "AdamW" does not read it; set `optimizer.name` = "Muon" or remove the key
+        --set optimizer.muon_adjust_lr='original': `optimizer.muon_adjust_lr` is set, but `optimizer.name` = "AdamW" does not read it; set `optimizer.name` = "Muon" or remove the key"#]],
+    );
+    fails(
+        &["optimizer.name='Muon'", "optimizer.muon_momentum=1", "optimizer.muon_ns_steps=0"],
+        1,
+        expect![[r#"
+        --set optimizer.muon_momentum=1: `optimizer.muon_momentum` = 1; it must be in [0, 1)
+        --set optimizer.muon_ns_steps=0: `optimizer.muon_ns_steps` = 0; it must be from 1 to 99"#]],
     );
 }
 

@@ -32,8 +32,7 @@ pub enum StateKind {
 
 impl StateKind {
     /// Every kind.
-    pub const ALL: [StateKind; 4] =
-        [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Momentum];
+    pub const ALL: [StateKind; 4] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Momentum];
     /// What AdamW has of a parameter.
     pub const ADAMW: [StateKind; 3] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
     /// What Muon has of a hidden matrix.

@@ -145,14 +145,7 @@ impl Matrix {
         whole
     }
 
-    fn apply(
-        &self,
-        update: &Tensor,
-        model: &Model,
-        store: &WeightStore,
-        states: &[OwnedState],
-        options: &muon::Muon,
-    ) {
+    fn apply(&self, update: &Tensor, model: &Model, store: &WeightStore, states: &[OwnedState], options: &muon::Muon) {
         let state = &states[self.state];
         let options = muon::Muon { weight_decay: state.weight_decay, ..*options };
         let update = part_of(update, &self.held);

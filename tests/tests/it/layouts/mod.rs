@@ -13,9 +13,10 @@ use tangelo_kernels::device;
 
 /// Of the loss, relative: a mean of some 600 tokens' losses, each rounded to fp32 a few times (6e-8).
 const MAX_LOSS_ERROR: f64 = 1e-6;
-/// Of a gradient, ||g - g64|| / ||g64||: fp32 rounding (6e-8) through some hundred sums of 64 to 320 terms. It holds under
-/// Muon too, which makes the rounding of a gradient's smallest singular values up to 3.4445^5 = 485 times as large: as a
-/// part of the update it is 485 x 1e-7 at most, and the update changes weights by a tenth.
+/// Of a gradient, ||g - g64|| / ||g64||: fp32 rounding (6e-8) through some hundred sums of 64 to 320 terms. It holds
+/// under Muon too, which makes errors beside a gradient's smallest singular values up to 3.4445^5 = 485 times as large: an
+/// error of 1e-6 is at most 485e-6 in an update of norm sqrt(64), which changes weights by a tenth, so that they are off by
+/// 6e-6 before the second step.
 const MAX_GRADIENT_ERROR: f64 = 1e-5;
 
 #[test]
