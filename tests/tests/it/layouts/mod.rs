@@ -41,13 +41,17 @@ fn every_layout_equals_one_rank_in_float64() {
     assert!(failures.is_empty(), "{} layouts differ:\n{}", failures.len(), failures.join("\n"));
 }
 
+/// Whether an error is small enough; not where it is not a number.
+fn is_within(error: f64, most: f64) -> bool {
+    error <= most
+}
+
 /// The worst errors of loss and gradients over both steps.
 fn compare(found: &Found, truth: &Truth) -> Result<[f64; 2], String> {
     let mut worst = [0f64; 2];
     for (step, (got, want)) in found.steps.iter().zip(&truth.steps).enumerate() {
         let loss = (got.loss / want.loss - 1.0).abs();
-        // Also where it is not a number.
-        if !(loss <= MAX_LOSS_ERROR) {
+        if !is_within(loss, MAX_LOSS_ERROR) {
             return Err(format!("step {step}: loss {} instead of {} ({loss:.1e})", got.loss, want.loss));
         }
         worst[0] = worst[0].max(loss);
@@ -58,7 +62,7 @@ fn compare(found: &Found, truth: &Truth) -> Result<[f64; 2], String> {
         let mut wrong = Vec::new();
         for (name, gradient) in &got.gradients {
             let error = harness::relative_error(gradient, &want.gradients[name]);
-            if !(error <= MAX_GRADIENT_ERROR) {
+            if !is_within(error, MAX_GRADIENT_ERROR) {
                 wrong.push(format!("{name} {error:.1e}"));
             }
             worst[1] = worst[1].max(error);
@@ -67,7 +71,7 @@ fn compare(found: &Found, truth: &Truth) -> Result<[f64; 2], String> {
             return Err(format!("step {step}: loss {loss:.1e}, gradients off: {}", wrong.join(", ")));
         }
         let norm = (got.norm / want.norm - 1.0).abs();
-        if !(norm <= MAX_GRADIENT_ERROR) {
+        if !is_within(norm, MAX_GRADIENT_ERROR) {
             return Err(format!("step {step}: norm {} instead of {}", got.norm, want.norm));
         }
     }
