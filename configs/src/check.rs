@@ -3,7 +3,7 @@
 //! Each function collects everything that is wrong before it fails, so that a user sees it all at once.
 
 use crate::architecture::family_name;
-use crate::job::{DataSource, JobConfig, Model, Parallelism, RecomputeMode};
+use crate::job::{DataSource, JobConfig, Model, Optimizer, OptimizerName, Parallelism, RecomputeMode};
 use crate::model::Family;
 use crate::{ConfigError, MixerSpec, ModelSpec, RopeScaling};
 
@@ -18,6 +18,8 @@ const MAX_TOKENS: usize = 1 << 32;
 const MAX_VOCABULARY: usize = 1 << 24;
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 12;
+/// `torch.optim.Muon`'s bound.
+const MAX_NEWTON_SCHULZ_STEPS: usize = 99;
 /// Blocks of a model.
 pub(crate) const MAX_LAYERS: usize = 1 << 12;
 
@@ -111,6 +113,30 @@ fn optimizer(found: &mut Found, c: &JobConfig) {
     found.require(o.eps.is_finite() && o.eps > 0.0, || format!("`optimizer.eps` = {}; it must be above 0", o.eps));
     for (key, beta) in [("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)] {
         found.require((0.0..1.0).contains(&beta), || format!("`{key}` = {beta}; it must be in [0, 1)"));
+    }
+    muon(found, o);
+}
+
+fn muon(found: &mut Found, o: &Optimizer) {
+    let momentum = o.muon_momentum;
+    found.require((0.0..1.0).contains(&momentum), || {
+        format!("`optimizer.muon_momentum` = {momentum}; it must be in [0, 1)")
+    });
+    found.within("optimizer.muon_ns_steps", o.muon_ns_steps, 1, MAX_NEWTON_SCHULZ_STEPS);
+    let default = Optimizer::default();
+    for (key, changed) in [
+        ("muon_momentum", momentum != default.muon_momentum),
+        ("muon_nesterov", o.muon_nesterov != default.muon_nesterov),
+        ("muon_ns_steps", o.muon_ns_steps != default.muon_ns_steps),
+        ("muon_adjust_lr", o.muon_adjust_lr != default.muon_adjust_lr),
+    ] {
+        found.require(o.name == OptimizerName::Muon || !changed, || {
+            format!(
+                "`optimizer.{key}` is set, but `optimizer.name` = \"{}\" does not read it; set `optimizer.name` = \
+                 \"Muon\" or remove the key",
+                o.name
+            )
+        });
     }
 }
 

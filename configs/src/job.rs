@@ -7,6 +7,7 @@ use crate::model::{Family, RopeScaling};
 use crate::places::Places;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::PathBuf;
 
 /// The column with the text, unless told otherwise.
@@ -184,6 +185,14 @@ pub struct Optimizer {
     pub eps: f64,
     /// Decoupled weight decay, on matrices only.
     pub weight_decay: f64,
+    /// Decay of Muon's momentum (our own key, like the three below; with the meanings of `torch.optim.Muon`).
+    pub muon_momentum: f64,
+    /// Whether Muon's update looks ahead: the gradient moved `muon_momentum` of the way to the momentum.
+    pub muon_nesterov: bool,
+    /// Newton-Schulz iterations that make Muon's updates orthogonal.
+    pub muon_ns_steps: usize,
+    /// How Muon's learning rate follows the shape of a matrix.
+    pub muon_adjust_lr: MuonAdjustLr,
 }
 
 /// Which optimizer.
@@ -192,6 +201,30 @@ pub enum OptimizerName {
     /// Loshchilov and Hutter, arXiv 1711.05101.
     #[default]
     AdamW,
+    /// Jordan et al. 2024: momentum made orthogonal, for the matrices of the blocks; AdamW, with the same learning rate,
+    /// for embedding, head, norms and biases.
+    Muon,
+}
+
+impl fmt::Display for OptimizerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OptimizerName::AdamW => "AdamW",
+            OptimizerName::Muon => "Muon",
+        })
+    }
+}
+
+/// How Muon's learning rate follows the shape `[r, c]` of a matrix.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MuonAdjustLr {
+    /// Times 0.2 sqrt(max(r, c)): updates as large as AdamW's, whose learning rate and weight decay can be kept.
+    #[default]
+    #[serde(rename = "match_rms_adamw")]
+    MatchRmsAdamW,
+    /// Times sqrt(max(1, r / c)).
+    #[serde(rename = "original")]
+    Original,
 }
 
 /// `[lr_scheduler]`: warm-up, plateau, decay.
@@ -550,7 +583,18 @@ impl Data {
 
 impl Default for Optimizer {
     fn default() -> Optimizer {
-        Optimizer { name: OptimizerName::AdamW, lr: 8e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
+        Optimizer {
+            name: OptimizerName::AdamW,
+            lr: 8e-4,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            muon_momentum: 0.95,
+            muon_nesterov: true,
+            muon_ns_steps: 5,
+            muon_adjust_lr: MuonAdjustLr::MatchRmsAdamW,
+        }
     }
 }
 

@@ -246,9 +246,14 @@ impl ModelSpec {
         self.parameters(DType::F32).iter().map(ParamMeta::num_elements).sum()
     }
 
+    /// Whether a parameter is a matrix between the hidden states of a block: what Muon is meant for.
+    pub fn is_hidden_matrix(name: &str) -> bool {
+        name.ends_with("_proj.weight")
+    }
+
     /// Weight decay applies to matrices only: not to norms, biases or the embedding table.
     pub fn decays(name: &str) -> bool {
-        name.ends_with("_proj.weight") || name == LM_HEAD
+        ModelSpec::is_hidden_matrix(name) || name == LM_HEAD
     }
 }
 

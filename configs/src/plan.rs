@@ -1,6 +1,6 @@
 //! What a job resolves to: the only form of a configuration that the rest of the program sees.
 
-use crate::job::{ComputeType, DecayType, Recompute, RecomputeMode, ReshardAfterForward};
+use crate::job::{ComputeType, DecayType, OptimizerName, Recompute, RecomputeMode, ReshardAfterForward};
 use crate::{ConfigError, JobConfig, ModelSpec, Sharding};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -84,7 +84,11 @@ impl Plan {
 
     /// Which box of each tensor each rank holds.
     pub fn sharding(&self) -> Sharding {
-        Sharding::new(&self.model, self.topology.clone(), self.stage_layers.clone())
+        let sharding = Sharding::new(&self.model, self.topology.clone(), self.stage_layers.clone());
+        match self.config.optimizer.name {
+            OptimizerName::AdamW => sharding,
+            OptimizerName::Muon => sharding.with_whole_matrices(&self.model),
+        }
     }
 }
 

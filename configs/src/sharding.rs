@@ -4,11 +4,17 @@
 //! A parameter is first cut by pipeline stage (whole units) and tensor parallelism (heads, features, ids), then along
 //! dim 0, in whole chunks of rows, over the nested ZeRO scopes. A chunk is never split and its size depends on the shape
 //! alone, so sums over chunks in global order do not depend on the scope.
+//!
+//! Under Muon, which needs whole matrices, the hidden ones are not cut over ZeRO scopes: each has one owner, chosen by
+//! [`owners`]. A tensor rank's part of a matrix is owned by the rank with the same coordinates otherwise.
 
 use crate::model::{EMBEDDING, TensorCut};
 use crate::{MixerSpec, ModelSpec};
+use std::collections::BTreeMap;
 use std::ops::Range;
-use tangelo_core::{Axis, DType, Group, IndexBox, Level, ParamMeta, Placement, Split, SubAxis, Topology, Unit};
+use tangelo_core::{
+    Axis, DType, Group, IndexBox, Level, ParamMeta, Placement, Split, SubAxis, Topology, Unit, ZeroScopes,
+};
 
 /// Elements a chunk aims at: small enough that eight ranks share a small model evenly, large enough that the square
 /// sums of an 8B model are 4 MB.
@@ -26,6 +32,8 @@ pub struct Sharding {
     stage_layers: Vec<Range<usize>>,
     tied: bool,
     head_dim: usize,
+    /// The owners of matrices that no ZeRO scope cuts, by name: for each, which coordinate of each nested cut comes first.
+    owners: BTreeMap<String, [usize; 3]>,
 }
 
 impl Sharding {
@@ -36,7 +44,19 @@ impl Sharding {
             let MixerSpec::Attention(a) = &block.mixer;
             a.head_dim
         });
-        Sharding { topology, stage_layers, tied: spec.tie_word_embeddings, head_dim }
+        let (tied, owners) = (spec.tie_word_embeddings, BTreeMap::new());
+        Sharding { topology, stage_layers, tied, head_dim, owners }
+    }
+
+    /// The same with hidden matrices owned whole, as Muon needs them.
+    pub fn with_whole_matrices(mut self, spec: &ModelSpec) -> Sharding {
+        self.owners = owners(&self, spec);
+        self
+    }
+
+    /// Whether ZeRO scopes leave a parameter whole: then its owner updates it with Muon.
+    pub fn is_whole(&self, name: &str) -> bool {
+        self.owners.contains_key(name)
     }
 
     /// The whole model on one rank.
@@ -129,7 +149,12 @@ impl Sharding {
     pub fn placement(&self, meta: &ParamMeta, level: Level) -> Placement {
         let mut placement = self.model_placement(meta);
         let row_len: usize = local_row_len(&placement, meta, &self.topology);
-        placement.splits.extend(self.topology.zero_splits(level, chunk_rows(row_len), [0; 3]));
+        // A block of all rows goes to the first coordinate whole.
+        let (block, first) = match self.owners.get(&meta.name) {
+            Some(&owner) => (meta.shape[0], owner),
+            None => (chunk_rows(row_len), [0; 3]),
+        };
+        placement.splits.extend(self.topology.zero_splits(level, block, first));
         placement
     }
 
@@ -162,6 +187,32 @@ impl Sharding {
     }
 }
 
+/// Who owns each hidden matrix: a function of shapes, stages and scopes alone. Through the layers of a stage, the matrices
+/// of each from the largest to the smallest, each goes where least is owned so far: first among the parts that weights
+/// are cut into, then among those of gradients within it, then of states; the first of equals.
+fn owners(sharding: &Sharding, spec: &ModelSpec) -> BTreeMap<String, [usize; 3]> {
+    let ZeroScopes { parameters, gradients, states } = sharding.topology.scopes;
+    let mut owners = BTreeMap::new();
+    for layers in &sharding.stage_layers {
+        // Elements owned so far by part of each level; a part is numbered as ranks are: coordinates of inner cuts first.
+        let mut owned = [vec![0usize; parameters], vec![0; gradients], vec![0; states]];
+        for layer in layers.clone() {
+            let mut metas = spec.block_parameters(layer, DType::F32);
+            metas.retain(|meta| ModelSpec::is_hidden_matrix(&meta.name));
+            metas.sort_by_key(|meta| std::cmp::Reverse(meta.num_elements()));
+            for meta in metas {
+                let load = |part: usize| (owned[0][part % parameters], owned[1][part % gradients], owned[2][part]);
+                let part = (0..states).min_by_key(|&part| load(part)).unwrap_or(0);
+                for (level, of) in owned.iter_mut().zip([parameters, gradients, states]) {
+                    level[part % of] += meta.num_elements();
+                }
+                owners.insert(meta.name, [part % parameters, part % gradients / parameters, part / gradients]);
+            }
+        }
+    }
+    owners
+}
+
 /// Elements per row of what a rank computes with: rows are cut the same on all ranks, so any that holds some will do.
 fn local_row_len(placement: &Placement, meta: &ParamMeta, topology: &Topology) -> usize {
     let whole: usize = meta.shape[1..].iter().product();
@@ -182,7 +233,7 @@ fn layer_of(name: &str) -> Option<usize> {
 mod tests {
     use super::*;
     use crate::flavor::flavor;
-    use tangelo_core::{DeviceMesh, ZeroScopes};
+    use tangelo_core::DeviceMesh;
 
     fn sharding(spec: &ModelSpec, degrees: [usize; 5], key_replicas: usize, scopes: [usize; 3]) -> Sharding {
         let named: Vec<_> = Axis::ALL.into_iter().zip(degrees).collect();
@@ -203,17 +254,44 @@ mod tests {
             ([3, 2, 2, 2, 1], 1, [2, 4, 4]),
             ([1, 1, 1, 2, 4], 1, [1, 1, 2]),
         ] {
-            let sharding = sharding(&spec, degrees, replicas, scopes);
-            let world = sharding.topology().mesh.world_size();
+            let cut = sharding(&spec, degrees, replicas, scopes);
+            let whole = cut.clone().with_whole_matrices(&spec);
+            let world = cut.topology().mesh.world_size();
             for meta in spec.parameters(DType::F32) {
-                for level in [Level::Parameters, Level::Gradients, Level::States] {
-                    let boxes = (0..world).map(|rank| sharding.box_at(&meta, level, rank));
-                    let mut boxes: Vec<IndexBox> = boxes.filter(|b| !b.is_empty()).collect();
-                    boxes.sort();
-                    boxes.dedup();
-                    let held: usize = boxes.iter().map(IndexBox::volume).sum();
+                for (level, sharding) in LEVELS.into_iter().flat_map(|level| [(level, &cut), (level, &whole)]) {
+                    let held: usize = distinct(sharding, &meta, level, 0..world).iter().map(IndexBox::volume).sum();
                     assert_eq!(held, meta.num_elements(), "{} {level:?} {degrees:?}", meta.name);
                 }
+            }
+        }
+    }
+
+    const LEVELS: [Level; 3] = [Level::Parameters, Level::Gradients, Level::States];
+
+    /// The different boxes that `ranks` hold.
+    fn distinct(sharding: &Sharding, meta: &ParamMeta, level: Level, ranks: Range<usize>) -> Vec<IndexBox> {
+        let boxes = ranks.map(|rank| sharding.box_at(meta, level, rank));
+        let mut boxes: Vec<IndexBox> = boxes.filter(|b| !b.is_empty()).collect();
+        boxes.sort();
+        boxes.dedup();
+        boxes
+    }
+
+    #[test]
+    fn a_hidden_matrix_has_one_owner_and_owners_have_about_as_much() {
+        let spec = crate::architecture::flavor_spec(&flavor("smollm2-135m").unwrap().model, 49152).unwrap();
+        for (dp, scopes) in [(2, [1, 1, 2]), (4, [1, 2, 4]), (8, [8, 8, 8]), (8, [2, 4, 8]), (16, [1, 16, 16])] {
+            let sharding = sharding(&spec, [1, 1, dp, 1, 1], 1, scopes).with_whole_matrices(&spec);
+            let metas = spec.parameters(DType::F32).into_iter().filter(|m| ModelSpec::is_hidden_matrix(&m.name));
+            let metas: Vec<ParamMeta> = metas.collect();
+            assert_eq!(metas.len(), 7 * spec.blocks.len());
+            for level in LEVELS {
+                let whole = |meta| distinct(&sharding, meta, level, 0..dp) == [IndexBox::full(&meta.shape)];
+                assert!(metas.iter().all(whole), "{scopes:?} {level:?}");
+                let owned = |rank| metas.iter().map(|m| sharding.box_at(m, level, rank).volume()).sum::<usize>();
+                let (least, most) = ((0..dp).map(owned).min().unwrap(), (0..dp).map(owned).max().unwrap());
+                let largest = metas.iter().map(ParamMeta::num_elements).max().unwrap();
+                assert!(most - least <= largest, "{scopes:?} {level:?}: {least} to {most}");
             }
         }
     }

@@ -188,7 +188,15 @@ pub enum Instruction {
     SumReplicated,
     /// The global norm of the gradient.
     Norm,
-    /// Clips and updates what this rank owns, unless loss or norm is not finite.
+    /// Muon's update of the hidden matrices of a bucket's units that this rank owns, clipped; nothing where loss or norm is
+    /// not finite.
+    ///
+    /// Where tensor parallelism cuts matrices, one all-gather over [`Group::Tensor`] in fp32 makes the updates of all of
+    /// them whole. A tensor rank's count is the sum, over the matrices of the bucket whose states it owns, of the elements
+    /// of its part; a part that several tensor ranks hold (of k and v) is sent by the first of them only. All ranks of the
+    /// group own parts of the same matrices; where these are none, nothing is called.
+    UpdateMatrices(usize),
+    /// Clips and updates what else this rank owns with AdamW, unless loss or norm is not finite.
     Update,
     /// Gives the new weights of some units to the ranks that hold them.
     PublishBucket(usize),

@@ -49,7 +49,7 @@ pub struct TrainWorker {
     rank: usize,
     rows_per_micro_batch: usize,
     rotate_method: RotateMethod,
-    /// AdamW updates done so far.
+    /// Updates done so far.
     num_updates: u64,
     counts_allocations: bool,
 }
@@ -119,7 +119,7 @@ impl TrainWorker {
         self.groups.world()
     }
 
-    /// AdamW updates done so far.
+    /// Updates done so far.
     pub fn num_updates(&self) -> u64 {
         self.num_updates
     }
@@ -235,6 +235,9 @@ impl TrainWorker {
                     stats.grad_norm = self.optimizer.grad_norm(model, store, groups)?;
                     stats.skipped = !(stats.grad_norm.is_finite() && loss_is_finite);
                 }
+                Instruction::UpdateMatrices(bucket) if !stats.skipped => {
+                    self.optimizer.update_matrices(bucket, model, store, groups, (lr, stats.grad_norm))?;
+                }
                 Instruction::Update if !stats.skipped => {
                     self.num_updates += 1;
                     self.optimizer.update(model, store, self.num_updates, lr, stats.grad_norm);
@@ -242,7 +245,7 @@ impl TrainWorker {
                 Instruction::PublishBucket(bucket) if !stats.skipped => {
                     self.optimizer.publish_bucket(bucket, model, store, groups)?;
                 }
-                Instruction::Update | Instruction::PublishBucket(_) => {}
+                Instruction::UpdateMatrices(_) | Instruction::Update | Instruction::PublishBucket(_) => {}
                 other => unreachable!("{other:?} belongs to the pass"),
             }
         }

@@ -21,35 +21,58 @@ fn assert_learned(run: &Run) {
 }
 
 /// N + M steps equal N, stop, M: every tensor of the checkpoint (weights, both moments) and every loss, to the bit.
-fn check_resume(ranks: usize, dtype: &str) {
+fn check_resume(ranks: usize, dtype: &str, sets: &[&str]) {
     let job = Job::new(support::fresh_seed());
     let dtype = format!("training.mixed_precision_param={dtype:?}");
-    let whole = job.run("whole", ranks, &["--set", &dtype]);
+    let sets = [&["--set", &dtype], sets].concat();
+    let whole = job.run("whole", ranks, &sets);
     assert_learned(&whole);
-    job.run("parts", ranks, &["--set", &dtype, "--set", "training.steps=7"]);
-    let parts = job.run("parts", ranks, &["--set", &dtype]);
+    job.run("parts", ranks, &[&sets[..], &["--set", "training.steps=7"]].concat());
+    let parts = job.run("parts", ranks, &sets);
     assert_same_files(&parts.checkpoint(STEPS), &whole.checkpoint(STEPS), "resumed and undisturbed");
     assert_eq!(parts.losses(), whole.losses());
 }
 
 #[test]
 fn one_process_resumes_bitwise_in_fp32() {
-    check_resume(1, "float32");
+    check_resume(1, "float32", &[]);
 }
 
 #[test]
 fn one_process_resumes_bitwise_in_bf16() {
-    check_resume(1, "bfloat16");
+    check_resume(1, "bfloat16", &[]);
 }
 
 #[test]
 fn three_processes_resume_bitwise_in_fp32() {
-    check_resume(3, "float32");
+    check_resume(3, "float32", &[]);
 }
 
 #[test]
 fn three_processes_resume_bitwise_in_bf16() {
-    check_resume(3, "bfloat16");
+    check_resume(3, "bfloat16", &[]);
+}
+
+const MUON: [&str; 2] = ["--set", "optimizer.name=Muon"];
+
+#[test]
+fn muon_resumes_bitwise_in_fp32() {
+    check_resume(2, "float32", &[&MUON[..], &["--set", "parallelism.tensor_parallel_degree=2"]].concat());
+}
+
+#[test]
+fn muon_resumes_bitwise_in_bf16() {
+    check_resume(3, "bfloat16", &[&MUON[..], &["--set", "parallelism.zero_parameter_degree=3"]].concat());
+}
+
+#[test]
+fn muon_does_not_depend_on_zero_scopes() {
+    let job = Job::new(support::fresh_seed());
+    let run = |name: &str, degree: &str| job.run(name, 2, &[&MUON[..], &["--set", degree]].concat());
+    let zero = run("zero", "parallelism.zero_optimizer_degree=2");
+    let plain = run("plain", "parallelism.zero_optimizer_degree=1");
+    assert_learned(&zero);
+    assert_eq!(zero.losses(), plain.losses(), "ZeRO-1 and plain data parallel");
 }
 
 #[test]

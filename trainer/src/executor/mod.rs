@@ -6,7 +6,7 @@
 //!  backward:  pop the tape; backward(outputs, gradients) -> gradients of the inputs -> drop the graph
 //! ```
 //!
-//! A micro-batch under way is a [`Lane`]. What runs again in backward, when weights are gathered and given back, what ranks
+//! A micro-batch under way is a `Lane`. What runs again in backward, when weights are gathered and given back, what ranks
 //! exchange and in which order a pipeline takes its micro-batches are instructions, made where the layout is known
 //! (`tangelo-planner`); here each is done once, by its name. No hooks. World size 1 takes the same path.
 //!
@@ -158,7 +158,12 @@ impl<'a> Executor<'a> {
             I::Loss { micro_batch, train } => self.loss(micro_batch, train)?,
             I::CountTokens => self.count_tokens()?,
             I::ShareLoss => self.share_loss()?,
-            I::ReduceBucket(_) | I::SumReplicated | I::Norm | I::Update | I::PublishBucket(_) => {
+            I::ReduceBucket(_)
+            | I::SumReplicated
+            | I::Norm
+            | I::UpdateMatrices(_)
+            | I::Update
+            | I::PublishBucket(_) => {
                 unreachable!("{instruction:?} belongs to the update")
             }
         }

@@ -4,16 +4,18 @@
 //! a rank owns hold the sum over all ranks, elementwise in group order, whatever the bucket; the global norm is the same
 //! f64 on every rank; the decision to skip a step is therefore the same everywhere without a vote.
 
+mod muon;
 mod norm;
 
 use crate::error::Result;
 use crate::groups::Groups;
 use crate::shards::{Cut, OwnedRange, narrow, owned};
 use crate::store::{WeightStore, gradient_kind};
+use muon::Matrices;
 use norm::ChunkOrder;
 use std::ops::Range;
 use std::time::Duration;
-use tangelo_configs::job::Optimizer as OptimizerConfig;
+use tangelo_configs::job::{Optimizer as OptimizerConfig, OptimizerName};
 use tangelo_configs::model::EMBEDDING;
 use tangelo_configs::{ModelSpec, Sharding};
 use tangelo_core::{Group, Level};
@@ -34,7 +36,24 @@ pub struct StepStats {
     pub update: Duration,
 }
 
-/// First and second moments of what a rank owns, and its fp32 master weights where the model's are narrower.
+/// What an optimizer remembers of gradients; fp32.
+#[derive(Debug)]
+pub enum Moments {
+    /// Of AdamW.
+    AdamW {
+        /// First moment.
+        exp_avg: Tensor,
+        /// Second moment.
+        exp_avg_sq: Tensor,
+    },
+    /// Of Muon, whose parameters are whole matrices.
+    Muon {
+        /// Running mean of gradients.
+        momentum: Tensor,
+    },
+}
+
+/// Moments of what a rank owns, and its fp32 master weights where the model's are narrower.
 #[derive(Debug)]
 pub struct OwnedState {
     /// Index of the unit.
@@ -47,17 +66,22 @@ pub struct OwnedState {
     pub gradients_at: Range<usize>,
     /// fp32 weights: a view of the kept ones where those are fp32.
     pub master: Tensor,
-    /// First moment, fp32.
-    pub exp_avg: Tensor,
-    /// Second moment, fp32.
-    pub exp_avg_sq: Tensor,
+    /// What the optimizer remembers.
+    pub moments: Moments,
     /// Weight decay of this parameter.
     weight_decay: f64,
     /// The group that must sum this gradient because it holds the same weights.
     replicated_over: Option<Group>,
 }
 
-/// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with states cut over a ZeRO scope.
+impl OwnedState {
+    /// The kept weights where they are narrower than the master weights: a view.
+    fn model_copy(&self, model: &Model, store: &WeightStore) -> Option<Tensor> {
+        (model.kind() != Kind::Float).then(|| narrow(store.weights(model, self.unit), &self.weights_at))
+    }
+}
+
+/// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with states cut over a ZeRO scope, and Muon where the plan asks for it.
 pub struct Optimizer {
     config: OptimizerConfig,
     max_norm: f64,
@@ -66,6 +90,8 @@ pub struct Optimizer {
     /// By bucket: weights, from the ranks that own their states to those that keep them.
     publishes: Vec<Cut>,
     states: Vec<OwnedState>,
+    /// By bucket: what Muon updates.
+    matrices: Vec<Matrices>,
     chunks: ChunkOrder,
 }
 
@@ -81,7 +107,7 @@ impl Optimizer {
         config: &OptimizerConfig,
         max_norm: f64,
     ) -> Optimizer {
-        let states = (0..model.units().len())
+        let states: Vec<OwnedState> = (0..model.units().len())
             .flat_map(|unit| {
                 let ranges = owned(sharding, &model.units()[unit], Level::States, rank);
                 ranges.into_iter().map(move |range| (unit, range))
@@ -98,9 +124,15 @@ impl Optimizer {
             max_norm,
             reduces: cut(store.gradient_places(), Group::StatesOverGradients),
             publishes: cut(store.weight_places(), Group::StatesOverParameters),
+            matrices: buckets.iter().map(|units| Matrices::new(model, sharding, &states, units, rank)).collect(),
             states,
             chunks: ChunkOrder::new(model, sharding, rank),
         }
+    }
+
+    /// Which optimizer the job asked for.
+    pub fn name(&self) -> OptimizerName {
+        self.config.name
     }
 
     /// What this rank owns, in the order of units and flat buffers.
@@ -170,30 +202,33 @@ impl Optimizer {
         self.chunks.norm(&self.states, |state| gradient(state, model, store), groups)
     }
 
-    /// Clips to the largest norm allowed and updates what this rank owns. `step` counts from 1.
+    /// Clips to the largest norm allowed and updates the hidden matrices of a bucket that this rank owns, with Muon.
+    pub fn update_matrices(
+        &mut self,
+        bucket: usize,
+        model: &Model,
+        store: &WeightStore,
+        groups: &Groups,
+        (lr, grad_norm): (f64, f64),
+    ) -> Result<()> {
+        let options = muon::options(&self.config, self.max_norm, lr, grad_norm);
+        self.matrices[bucket].update(model, store, &self.states, groups, &options)
+    }
+
+    /// Clips to the largest norm allowed and updates what this rank owns, with AdamW. `step` counts from 1.
     pub fn update(&mut self, model: &Model, store: &WeightStore, step: u64, lr: f64, grad_norm: f64) {
         let c = &self.config;
-        let grad_scale = self.clip_scale(grad_norm);
+        let grad_scale = clip_scale(self.max_norm, grad_norm);
         let options = op::AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, step, grad_scale };
         for state in &self.states {
+            let Moments::AdamW { exp_avg, exp_avg_sq } = &state.moments else { continue };
             let grad = gradient(state, model, store);
-            let narrower = model.kind() != Kind::Float;
-            let copy = narrower.then(|| narrow(store.weights(model, state.unit), &state.weights_at));
-            let buffers = op::AdamWState {
-                master: &state.master,
-                exp_avg: &state.exp_avg,
-                exp_avg_sq: &state.exp_avg_sq,
-                grad: &grad,
-                model_copy: copy.as_ref(),
-            };
+            let copy = state.model_copy(model, store);
+            let buffers =
+                op::AdamWState { master: &state.master, exp_avg, exp_avg_sq, grad: &grad, model_copy: copy.as_ref() };
             let segment = op::DecaySegment { range: 0..state.range.flat.len(), weight_decay: state.weight_decay };
             op::adamw_step(buffers, &[segment], &options);
         }
-    }
-
-    fn clip_scale(&self, grad_norm: f64) -> f64 {
-        // The small constant is PyTorch's, so that clipped runs can be compared with it.
-        if self.max_norm > 0.0 { (self.max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 }
     }
 
     /// Gives a bucket's updated weights to the ranks that keep them.
@@ -210,11 +245,19 @@ impl Optimizer {
 
     /// Copies master weights into the kept narrower ones and to the other ranks that keep them (after a restore).
     pub fn publish_master(&self, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
-        for state in self.states.iter().filter(|_| model.kind() != Kind::Float) {
-            narrow(store.weights(model, state.unit), &state.weights_at).copy_(&state.master);
+        for state in &self.states {
+            if let Some(mut copy) = state.model_copy(model, store) {
+                copy.copy_(&state.master);
+            }
         }
         (0..self.publishes.len()).try_for_each(|bucket| self.publish_bucket(bucket, model, store, groups))
     }
+}
+
+/// What gradients of this norm are multiplied by.
+fn clip_scale(max_norm: f64, grad_norm: f64) -> f64 {
+    // The small constant is PyTorch's, so that clipped runs can be compared with it.
+    if max_norm > 0.0 { (max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
 /// The kept gradient of what a rank owns: a view.
@@ -240,8 +283,10 @@ fn owned_state(
         weights_at,
         gradients_at,
         master: if model.kind() == Kind::Float { own } else { own.to_kind(Kind::Float) },
-        exp_avg: zeros(),
-        exp_avg_sq: zeros(),
+        moments: match sharding.is_whole(name) {
+            true => Moments::Muon { momentum: zeros() },
+            false => Moments::AdamW { exp_avg: zeros(), exp_avg_sq: zeros() },
+        },
         weight_decay: if ModelSpec::decays(name) { config.weight_decay } else { 0.0 },
         replicated_over: sharding.replicated_over(name),
         range,

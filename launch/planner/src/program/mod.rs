@@ -20,7 +20,7 @@ use block::Group as Recomputed;
 pub use calls::Sizes;
 use std::ops::Range;
 use tangelo_configs::Plan;
-use tangelo_configs::job::PipelineSchedule as Schedule;
+use tangelo_configs::job::{OptimizerName, PipelineSchedule as Schedule};
 use tangelo_core::pipeline::{self, Pass, PipelineSchedule};
 use tangelo_core::{DType, Group, Instruction, Program, Unit};
 
@@ -286,6 +286,9 @@ impl Builder<'_> {
             self.emit(Instruction::SumReplicated);
         }
         self.emit(Instruction::Norm);
+        if self.plan.config.optimizer.name == OptimizerName::Muon {
+            self.list.extend((0..num_buckets).map(Instruction::UpdateMatrices));
+        }
         self.emit(Instruction::Update);
         if self.is_split(Group::StatesOverParameters) {
             self.list.extend((0..num_buckets).map(Instruction::PublishBucket));

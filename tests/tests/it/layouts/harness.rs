@@ -10,6 +10,7 @@ use tangelo_core::batch::{ragged_f32, ragged_u32};
 use tangelo_core::hash::mix64;
 use tangelo_core::{Batch, Column, Group, IndexBox, Level, LossSpec};
 use tangelo_kernels::comm::{CallRecord, CommOptions, Communicator, local};
+use tangelo_trainer::optim::{Moments, OwnedState};
 use tangelo_trainer::worker::TrainWorker;
 use tch::{Device, Kind, Tensor};
 
@@ -49,6 +50,8 @@ pub struct Found {
 /// A layout of the table.
 pub struct Case {
     pub model: &'static str,
+    /// Whether Muon updates the hidden matrices; else AdamW does.
+    pub muon: bool,
     seed: u64,
     ranks: usize,
     sets: Vec<String>,
@@ -101,7 +104,7 @@ impl Case {
     pub fn parse(line: &str, seed: u64) -> Case {
         let mut words = line.split_whitespace();
         let model = ["gqa", "mha", "odd"].into_iter().find(|m| words.clone().next() == Some(m)).expect("a model");
-        let mut case = Case { model, seed, ranks: 1, sets: Vec::new() };
+        let mut case = Case { model, muon: false, seed, ranks: 1, sets: Vec::new() };
         match model {
             "gqa" => {
                 let window = ["name='mistral'", "sliding_window=9"];
@@ -114,11 +117,13 @@ impl Case {
         case
     }
 
-    fn set(&mut self, section: &str, keys: &[&str]) {
+    /// Sets keys of a section, over what was set before.
+    pub fn set(&mut self, section: &str, keys: &[&str]) {
         self.sets.extend(keys.iter().map(|key| format!("{section}.{key}")));
     }
 
     fn word(&mut self, word: &str) {
+        self.muon |= word == "muon";
         let digits = word.find(|c: char| c.is_ascii_digit()).unwrap_or(word.len());
         let (name, number) = word.split_at(digits);
         let degree = |key: &str| vec![format!("parallelism.{key}={number}")];
@@ -133,6 +138,8 @@ impl Case {
             "gpipe" => vec!["parallelism.pipeline_parallel_schedule='GPipe'".into()],
             "never" => vec!["parallelism.fsdp_reshard_after_forward='never'".into()],
             "stages" => vec![format!("parallelism.pipeline_parallel_stage_layers=[{}]", number.replace('.', ","))],
+            // Without momentum the buffer is the gradient.
+            "muon" => ["name='Muon'", "muon_momentum=0.0", "muon_nesterov=false"].map(|key| format!("optimizer.{key}")).into(),
             "full" => vec!["activation_checkpoint.mode='full'".into()],
             "attn" => selective("attention"),
             "ffn" => selective("feed_forward"),
@@ -273,12 +280,16 @@ struct RankStep {
     gradients: Vec<(String, IndexBox, Tensor)>,
 }
 
-/// With beta1 = 0, the first moment is the gradient.
+/// Without momentum (beta1 = 0), the first moment is the gradient.
 fn owned_gradients(worker: &TrainWorker) -> Vec<(String, IndexBox, Tensor)> {
-    let one = |state: &tangelo_trainer::optim::OwnedState| {
+    let one = |state: &OwnedState| {
         let meta = &worker.model().units()[state.unit].spans()[state.range.param].meta;
         let indices = worker.sharding().box_at(meta, Level::States, worker.rank());
-        (meta.name.clone(), indices, state.exp_avg.copy())
+        let first = match &state.moments {
+            Moments::AdamW { exp_avg, .. } => exp_avg,
+            Moments::Muon { momentum } => momentum,
+        };
+        (meta.name.clone(), indices, first.copy())
     };
     worker.optimizer().states().iter().map(one).collect()
 }
@@ -307,11 +318,11 @@ fn join(ranks: Vec<&RankStep>, spec: &ModelSpec) -> Step {
 }
 
 impl Truth {
-    /// Two steps of the whole model in float64, AdamW by its formula.
+    /// Two steps of the whole model in float64, AdamW and Muon by their formulas.
     pub fn new(case: &Case) -> Truth {
-        let alone = Case { model: case.model, seed: case.seed, ranks: 1, sets: Vec::new() };
-        let sets = case.sets.iter().filter(|set| set.starts_with("model.")).cloned().collect();
-        let plan = Case { sets, ..alone }.plan();
+        let of_all = |set: &&String| set.starts_with("model.") || set.starts_with("optimizer.");
+        let sets = case.sets.iter().filter(of_all).cloned().collect();
+        let plan = Case { ranks: 1, sets, ..*case }.plan();
         let mut worker =
             TrainWorker::with_kind(&plan, 0, Communicator::single(), Device::Cpu, Kind::Double).expect("a worker");
         worker.start_from_seed(case.seed);
@@ -327,7 +338,10 @@ impl Truth {
                     let weight = unit.weight(&span.meta.name);
                     let grad = weight.grad().expect("gradients").copy();
                     square += grad.square().sum(Kind::Double).double_value(&[]);
-                    adamw(&span.meta.name, &weight.value, &grad, step + 1, &mut second);
+                    match case.muon && ModelSpec::is_hidden_matrix(&span.meta.name) {
+                        true => muon(&weight.value, &grad),
+                        false => adamw(&span.meta.name, &weight.value, &grad, step + 1, &mut second),
+                    }
                     gradients.insert(span.meta.name.clone(), grad);
                 }
                 let _ = unit.main_grad().expect("gradients").shallow_clone().zero_();
@@ -347,6 +361,17 @@ fn adamw(name: &str, weight: &Tensor, grad: &Tensor, step: usize, second: &mut B
     let updated = weight * decay - grad / (corrected.sqrt() + EPS) * LR;
     tch::no_grad(|| weight.shallow_clone().copy_(&updated));
     second.insert(name.to_owned(), v);
+}
+
+/// Jordan et al. 2024 without momentum: every singular value of the gradient, whose norm is made 1, goes through the odd
+/// quintic five times.
+fn muon(weight: &Tensor, grad: &Tensor) {
+    let (u, values, v) = (grad / grad.norm()).svd(true, true);
+    let quintic = |s: Tensor| &s * 3.4445 - s.pow_tensor_scalar(3) * 4.7750 + s.pow_tensor_scalar(5) * 2.0315;
+    let update = (u * (0..5).fold(values, |s, _| quintic(s))).matmul(&v.tr());
+    let longest = grad.size().into_iter().max().expect("a matrix") as f64;
+    let updated = weight * (1.0 - LR * 0.1) - update * (LR * 0.2 * longest.sqrt());
+    tch::no_grad(|| weight.shallow_clone().copy_(&updated));
 }
 
 /// ||found - truth|| / ||truth||, in float64.

@@ -1,8 +1,8 @@
 //! The layouts. A word each for what differs from one rank:
 //! `rep dp cp tp pp` degrees; `heads` the inner part of cp; `ring` rotates keys instead of gathering them;
 //! `z1.2.4` scopes of parameters, gradients and states; `never` keeps gathered weights; `gpipe`; `stages1.3` layers;
-//! `full attn ffn mixed` what is recomputed; first the model: `gqa` (8 heads on 4, tied, a window), `mha` (untied),
-//! `odd` (biases and head norms).
+//! `full attn ffn mixed` what is recomputed; `muon` the optimizer of hidden matrices; first the model: `gqa` (8 heads on
+//! 4, tied, a window), `mha` (untied), `odd` (biases and head norms).
 
 /// One layout per line.
 pub const LAYOUTS: &str = "
@@ -83,4 +83,19 @@ pub const LAYOUTS: &str = "
     gqa tp4 cp2 heads2
     gqa dp2 cp2 tp2 z4.4.4 heads2 full
     odd dp2 tp2 pp2 z2.2.2 mixed
+    gqa muon
+    odd muon
+    gqa muon dp2
+    gqa muon dp4 z1.2.4
+    mha muon dp4 z4.4.4
+    gqa muon dp8 z2.4.8
+    mha muon tp2
+    odd muon tp4
+    gqa muon tp8
+    gqa muon pp2
+    mha muon cp2 ring
+    gqa muon dp2 cp2 z2.2.4 heads2
+    gqa muon dp2 tp2 pp2 z2.2.2
+    odd muon rep2 dp2 tp2 z2.2.2
+    mha muon dp2 tp2 cp2 ring z1.2.4
 ";
