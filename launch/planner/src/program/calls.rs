@@ -14,6 +14,7 @@
 //! | `ReduceBucket` | reduce-scatter beyond the gradients' scope, then all-reduce beyond the states' |
 //! | `SumReplicated` | all-reduces of what several tensor ranks, or both ends of the pipeline, hold |
 //! | `Norm` | all-gather of float64 chunk sums over the owners of states, of one number over the parts of the model |
+//! | `UpdateMatrices` | under tensor parallelism, an all-gather in fp32 of the parts of the matrices that a rank owns |
 //! | `PublishBucket` | all-gather of new weights beyond the weights' scope |
 //!
 //! A group of one rank makes no call; neither does a sum of nothing. Everything else is called even where it is empty.
@@ -72,6 +73,8 @@ struct ModelPart {
     bucket_publishes: Vec<Vec<Counts>>,
     /// By bucket, then by place in the states' scope.
     owned: Vec<Vec<usize>>,
+    /// By bucket, then by place in the states' scope: elements of matrices whose updates this tensor rank sends.
+    matrices: Vec<Vec<usize>>,
     /// By place in the states' scope: gradients to sum over [`SUMMED`].
     replicated: Vec<[usize; 3]>,
     /// Chunks of the norm, by place in the states' scope.
@@ -144,6 +147,7 @@ impl Sizes {
             I::ReduceBucket(bucket) => self.reduce_bucket(&place, bucket),
             I::SumReplicated => self.sum_replicated(&place),
             I::Norm => self.norm(&place),
+            I::UpdateMatrices(bucket) => self.matrices(&place, bucket),
             I::PublishBucket(bucket) => {
                 let at = self.topology.index(Group::Parameters, rank);
                 let counts = Arc::clone(&self.part(&place).bucket_publishes[bucket][at]);
@@ -280,6 +284,16 @@ impl Sizes {
     }
 }
 
+impl Sizes {
+    /// The updates of matrices that tensor ranks cut, made whole on each of them; nothing where this rank owns none.
+    fn matrices(&self, place: &Place, bucket: usize) -> Vec<Call> {
+        let at = self.topology.index(Group::States, place.rank);
+        let counts: Counts = self.parts[place.stage].iter().map(|part| part.matrices[bucket][at]).collect();
+        let sent = counts.iter().any(|&n| n > 0);
+        sent.then(|| call(Group::Tensor, CallKind::AllGather, GRADIENT_BYTES, counts)).into_iter().collect()
+    }
+}
+
 impl ModelPart {
     fn of_unit(&self, unit: Unit, counts: impl Fn(&ModelPart) -> &Vec<Counts>) -> Counts {
         let index = self.units.iter().position(|&own| own == unit).expect("a program uses the units of its stage");
@@ -341,6 +355,7 @@ impl PartBuilder<'_> {
             bucket_reduces: self.by_scope(&owned, &owners, Group::Gradients),
             bucket_publishes: self.by_scope(&owned, &owners, Group::Parameters),
             owned,
+            matrices: buckets.iter().map(|bucket| self.matrices(&metas[bucket.clone()], &owners)).collect(),
             replicated: self.replicated(&metas, &owners),
             chunks: self.chunks(&metas, &owners).into(),
             units,
@@ -370,6 +385,13 @@ impl PartBuilder<'_> {
             bucket.iter().zip(&places).filter(|(_, own)| **own == place).map(|(n, _)| *n).collect()
         };
         owned.iter().map(|bucket| (0..self.topology().size(scope)).map(|p| at(bucket, p)).collect()).collect()
+    }
+
+    /// Elements of whole matrices of each owner that this tensor rank, and none before it, holds a part of.
+    fn matrices(&self, metas: &[Vec<ParamMeta>], owners: &[usize]) -> Vec<usize> {
+        let is_sent = |name: &str| self.sharding.is_whole(name) && self.sharding.counts(name, self.rank);
+        let sent: Vec<ParamMeta> = metas.iter().flatten().filter(|meta| is_sent(&meta.name)).cloned().collect();
+        self.elements(&sent, Level::States, owners)
     }
 
     /// Gradients of each owner that [`SUMMED`] groups sum.

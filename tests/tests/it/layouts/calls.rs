@@ -10,7 +10,9 @@ use tangelo_kernels::device;
 use tangelo_planner::program::{Sizes, build};
 
 /// Every dimension, both ways round the ring, every scope, and products.
-const LAYOUTS: [&str; 18] = [
+const LAYOUTS: [&str; 20] = [
+    "gqa tp8 muon",
+    "gqa dp2 tp2 pp2 z2.2.2 muon",
     "gqa",
     "mha rep2 dp2 z2.2.2",
     "gqa dp4 z2.4.4 never",
