@@ -238,8 +238,8 @@ pub struct Program {
 }
 
 impl Program {
-    /// Forward and backward of one micro-batch through a whole model on one rank, with a block for each of `again`: whether
-    /// it keeps only its input and runs again.
+    /// Forward and backward of one micro-batch through a whole model on one rank, with a block for each of `again`:
+    /// whether it keeps only its input and runs again.
     pub fn alone(again: &[bool]) -> Vec<Instruction> {
         let block = |layer, keep| Instruction::Block { layer, parts: Parts::BLOCK, micro_batch: 0, keep };
         let mut list = vec![Instruction::CountTokens, Instruction::Embed(0)];
@@ -298,7 +298,8 @@ impl CallKind {
 /// round trips.
 pub const SMALL_ALL_REDUCE_BYTES: usize = 16 << 10;
 
-/// One communication call of one rank, with everything its partners must agree on. Ranks in here are places in the group.
+/// One communication call of one rank, with everything its partners must agree on. Ranks in here are places in the
+/// group.
 ///
 /// Sends and receives run in channels, one for each pair of neighbouring [`Group::Stages`] and direction, so the sender
 /// and the receiver name it. Counts are shared: a thousand ranks make the same call.

@@ -1,4 +1,5 @@
-//! What `tangelo check` prints: the resolved job, its layers, its memory, one step of it, and the proof of its schedule.
+//! What `tangelo check` prints: the resolved job, its layers, its memory, one step of it, and the proof of its
+//! schedule.
 
 use crate::{Proof, layers, memory, prove, walk};
 use std::time::Duration;

@@ -1,11 +1,11 @@
 //! What bytes are sent for, and the fewest that each mode needs, in closed form.
 //!
-//! The closed form shares nothing with [`Sizes`](crate::program::Sizes): it counts all ranks' bytes of a step from degrees,
-//! shapes and parameters alone, so that a difference of more than a little is a bug in one of them.
+//! The closed form shares nothing with [`Sizes`](crate::program::Sizes): it counts all ranks' bytes of a step from
+//! degrees, shapes and parameters alone, so that a difference of more than a little is a bug in one of them.
 //!
-//! With N ranks, W = dp_shard x cp of which states are cut over s, gradients over g and weights over p; A = dp_replicate x
-//! dp_shard readers; R ring and h heads ranks, t tensor ranks, S stages; m micro-batches of T tokens; e bytes per element;
-//! P parameters of one tensor rank of one stage (summed over both below), in V = dp_replicate x W copies:
+//! With states cut over s ranks, gradients over g and weights over p; R ring, h heads and t tensor ranks; T tokens per
+//! micro-batch; e bytes per element; P parameters of one tensor rank of one stage (summed over both), in V =
+//! dp_replicate x dp_shard x cp copies:
 //!
 //! | for | bytes sent by all ranks |
 //! |---|---|
@@ -16,9 +16,10 @@
 //! | ring | (R - 1) T 2 d K e a tensor and heads rank for K key heads each pass, with 4 bytes more per element backward |
 //! | pipeline | T D e each way for each border between stages |
 //!
-//! The last four for each micro-batch and reader. A pass is forward, backward, and forward again where a part of a block is
-//! recomputed. An all-reduce of n bytes over c ranks needs 2 n (c - 1) in all; small ones send c n (c - 1) in one exchange
-//! instead of two, which shows in small models. What coordinates ranks (numbers of tokens, losses, norms) has no minimum.
+//! The last four for each micro-batch of each reader of rows. A pass is forward, backward, and forward again where a
+//! part of a block is recomputed; the last sum of what runs again is read by nobody, but sent, and counted here. An
+//! all-reduce of n bytes over c ranks needs 2 n (c - 1) in all; small ones send c n (c - 1) in one exchange instead of
+//! two, which shows in small models. What coordinates ranks (numbers of tokens, losses, norms) has no minimum.
 
 use tangelo_configs::job::Recompute;
 use tangelo_configs::model::EMBEDDING;

@@ -1,5 +1,5 @@
-//! The walk of a batch: every stage of a training step, with the tensors that leave it, their shapes and bytes, on the rank
-//! with the most of each.
+//! The walk of a batch: every stage of a training step, with the tensors that leave it, their shapes and bytes, on the
+//! rank with the most of each.
 
 use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, predict, stage_buckets};
 use crate::table::{Align, Table, bytes};

@@ -97,8 +97,8 @@ impl<'a> LocalBlock<'a> {
         times(self.tokens.attended, bytes)
     }
 
-    /// A norm's input, its inverse root, and its output as the product after it reads it: under tensor parallelism gathered,
-    /// with the scattered sum that goes into the residual stream.
+    /// A norm's input, its inverse root, and its output as the product after it reads it: under tensor parallelism
+    /// gathered, with the scattered sum that goes into the residual stream.
     fn norm(&self) -> u64 {
         let stream = self.e * self.hidden;
         let output =

@@ -1,10 +1,10 @@
 //! Memory of the rank with the most, predicted item by item.
 //!
 //! Every item is a documented sum, so that a measurement can be laid beside it and the difference has a place. With e
-//! bytes per element of parameters and activations (4 or 2); P parameters of one tensor rank of the stage, U of its largest
-//! block; weights cut over p ranks, gradients over g, states over z; T tokens per micro-batch, of which a rank has T_o in
-//! its residual stream (cut over cp and tp), T_c in its products (cp) and T_a in attention (ring); F micro-batches in flight
-//! at once in the stage's schedule:
+//! bytes per element of parameters and activations (4 or 2); P parameters of one tensor rank of the stage, U of its
+//! largest block; weights cut over p ranks, gradients over g, states over z; T tokens per micro-batch, of which a rank
+//! has T_o in its residual stream (cut over cp and tp), T_c in its products (cp) and T_a in attention (ring); F
+//! micro-batches in flight at once in the stage's schedule:
 //!
 //! | item | bytes |
 //! |---|---|
@@ -25,8 +25,8 @@
 //!
 //! The peak is what persists plus the largest of what comes and goes: the loss, or the backward of a block, with all
 //! activations kept; the embedding, with those of the other micro-batches in flight; or the collectives after backward.
-//! Of all stages, the one with the highest peak is shown. Scopes are taken to cut evenly: they deal whole chunks of rows, so
-//! the first ranks of a large scope hold more than that, by a chunk of each parameter at most.
+//! Of all stages, the one with the highest peak is shown. Scopes are taken to cut evenly: they deal whole chunks of
+//! rows, so the first ranks of a large scope hold more than that, by a chunk of each parameter at most.
 
 mod activations;
 mod units;
@@ -130,8 +130,8 @@ pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
     }
 }
 
-/// Bytes that block `layer` keeps from forward to backward of a micro-batch, on the rank with the most: what its operators
-/// save, but only the input of what is run again.
+/// Bytes that block `layer` keeps from forward to backward of a micro-batch, on the rank with the most: what its
+/// operators save, but only the input of what is run again.
 ///
 /// With D hidden, H and K heads of d, F the feed-forward's width, all of one tensor rank, elements per token:
 /// - first norm: input D and output D (which the q, k, v product keeps); 4 bytes for the inverse root;
@@ -142,9 +142,9 @@ pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
 /// - feed-forward: gate and up 2F, their gated product F (which the down projection keeps).
 ///
 /// Norms are of T_o tokens, attention of T_a, the rest of T_c. What is exchanged is kept where it arrives: under tensor
-/// parallelism the norms' outputs are gathered (T_c), and the sums that go into the residual stream are kept, 2 D (T_o);
-/// where heads are exchanged, q, k, v and the output are those of attention's share of heads, and the output H d comes back
-/// (T_c).
+/// parallelism the norms' outputs are gathered (T_c), and the sums that go into the residual stream are kept, 2 D
+/// (T_o); where heads are exchanged, q, k, v and the output are those of attention's share of heads, and the output H d
+/// comes back (T_c).
 ///
 /// The block's output is the next one's input. Weights are not copied.
 pub fn saved_bytes(plan: &Plan, layer: usize) -> u64 {
@@ -162,7 +162,8 @@ fn times(a: u64, b: u64) -> u64 {
     a.saturating_mul(b).min(1 << 54)
 }
 
-/// Elements of each bucket of gradients, stage by stage: neighbouring units (embedding, blocks, head) until one is full.
+/// Elements of each bucket of gradients, stage by stage: neighbouring units (embedding, blocks, head) until one is
+/// full.
 pub fn buckets(plan: &Plan) -> Vec<usize> {
     let stages = (0..plan.topology.num_stages()).flat_map(|stage| stage_buckets(plan, stage));
     stages.map(|n| n as usize).collect()

@@ -143,8 +143,8 @@ fn same_kind(a: &Call, b: &Call) -> Option<String> {
 fn unequal_pair<'a>(size: usize, call: impl Fn(usize) -> &'a Call) -> Option<(usize, usize, String)> {
     let given = |from: usize, to: usize| call(from).counts.get(to);
     let taken = |to: usize, from: usize| call(to).counts_in.get(from);
-    let pairs = (0..size).flat_map(|from| (0..size).map(move |to| (from, to)));
-    let wrong = pairs.filter(|&(from, to)| given(from, to).is_none() || given(from, to) != taken(to, from)).next();
+    let mut pairs = (0..size).flat_map(|from| (0..size).map(move |to| (from, to)));
+    let wrong = pairs.find(|&(from, to)| given(from, to).is_none() || given(from, to) != taken(to, from));
     wrong.map(|(from, to)| {
         (from, to, format!("the first gives {:?}, the second takes {:?}", given(from, to), taken(to, from)))
     })

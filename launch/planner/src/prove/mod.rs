@@ -8,9 +8,9 @@
 //!    the computation and are waited for where they are used; a receive waits for its send; sends wait for nothing, but
 //!    a pass ends only when all of them were received.
 //!
-//! One simulated order is enough: the calls of each group and channel have a fixed order, so what a rank is given does not
-//! depend on who is faster, and a step that can end in one order ends in all. Parts may be looked at apart for the same
-//! reason: ranks that all wait at the end of a part are in one of those orders.
+//! One simulated order is enough: the calls of each group and channel have a fixed order, so what a rank is given does
+//! not depend on who is faster, and a step that can end in one order ends in all. Parts may be looked at apart for the
+//! same reason: ranks that all wait at the end of a part are in one of those orders.
 //!
 //! Ranks of one stage that stand in the same places share their list of calls, and groups whose members have the same
 //! lists are compared once: 1,024 ranks take seconds. Deliberately absent: time (who waits how long), and the bound on

@@ -8,15 +8,15 @@ use tangelo_configs::Plan;
 
 /// Groups, traffic, and what was shown.
 pub fn render(plan: &Plan, proof: &Proof, took: Duration) -> String {
+    if proof.groups.is_empty() {
+        return "one rank: nothing is communicated\n".into();
+    }
     let shown = format!(
         "{} ranks, {} calls: every group agrees, every send is received, nothing waits for ever (shown in {:.1} s)\n",
         proof.num_ranks,
         count(proof.num_calls as f64),
         took.as_secs_f64()
     );
-    if proof.groups.is_empty() {
-        return "one rank: nothing is communicated\n".into();
-    }
     format!("{}\n{}\n{shown}", groups(proof), traffic(plan, proof))
 }
 

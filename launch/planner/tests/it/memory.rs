@@ -73,8 +73,8 @@ fn tensor_ranks_hold_their_part_of_the_model() {
     let two = predicted(2, &["tensor_parallel_degree=2"]);
     let norms = 8 * 2 * D + D;
     assert_eq!(two.num_parameters, (ALL - norms) / 2 + norms);
-    // Half the tokens: norms' inputs, scattered sums. All tokens: gathered norms, and half of q, k, v, output, log-sum-exp,
-    // gate, up and their product.
+    // Half the tokens: norms' inputs, scattered sums. All tokens: gathered norms, and half of q, k, v, output,
+    // log-sum-exp, gate, up and their product.
     let (own, context) = (4 * (2 + 2) * D + 2 * 4, 4 * 2 * D + 4 * (64 + 64 + 64 + 3 * 192) / 2 + 4 * 8 / 2);
     assert_eq!(saved_bytes(&plan(2, &["tensor_parallel_degree=2"]), 0), T / 2 * own + T * context);
     assert!(two.loss < predicted(1, &[]).loss);
