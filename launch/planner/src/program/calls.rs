@@ -14,6 +14,7 @@
 //! | `ReduceBucket` | reduce-scatter beyond the gradients' scope, then all-reduce beyond the states' |
 //! | `SumReplicated` | all-reduces of what several tensor ranks, or both ends of the pipeline, hold |
 //! | `Norm` | all-gather of float64 chunk sums over the owners of states, of one number over the parts of the model |
+//! | `UpdateMatrices` under tensor parallelism | all-gather of fp32 updates, where the rank owns a matrix of the bucket |
 //! | `PublishBucket` | all-gather of new weights beyond the weights' scope |
 //!
 //! A group of one rank makes no call; neither does a sum of nothing. Everything else is called even where it is empty.
@@ -72,6 +73,8 @@ struct ModelPart {
     bucket_publishes: Vec<Vec<Counts>>,
     /// By bucket, then by place in the states' scope.
     owned: Vec<Vec<usize>>,
+    /// By bucket, then by place in the states' scope: what tensor ranks send of the whole matrices owned there.
+    matrices: Vec<Vec<Counts>>,
     /// By place in the states' scope: gradients to sum over [`SUMMED`].
     replicated: Vec<[usize; 3]>,
     /// Chunks of the norm, by place in the states' scope.
@@ -144,6 +147,7 @@ impl Sizes {
             I::ReduceBucket(bucket) => self.reduce_bucket(&place, bucket),
             I::SumReplicated => self.sum_replicated(&place),
             I::Norm => self.norm(&place),
+            I::UpdateMatrices(bucket) => self.update_matrices(&place, bucket),
             I::PublishBucket(bucket) => {
                 let at = self.topology.index(Group::Parameters, rank);
                 let counts = Arc::clone(&self.part(&place).bucket_publishes[bucket][at]);
@@ -273,6 +277,12 @@ impl Sizes {
         some.map(|(group, n)| call(group, CallKind::AllReduce, GRADIENT_BYTES, [n].into())).collect()
     }
 
+    fn update_matrices(&self, place: &Place, bucket: usize) -> Vec<Call> {
+        let counts = &self.part(place).matrices[bucket][self.topology.index(Group::States, place.rank)];
+        let some = counts.iter().any(|&n| n > 0).then(|| Arc::clone(counts));
+        some.map(|counts| call(Group::Tensor, CallKind::AllGather, GRADIENT_BYTES, counts)).into_iter().collect()
+    }
+
     fn norm(&self, place: &Place) -> Vec<Call> {
         let chunks = Arc::clone(&self.part(place).chunks);
         let sums = call(Group::States, CallKind::AllGather, F64_BYTES, chunks);
@@ -341,6 +351,7 @@ impl PartBuilder<'_> {
             bucket_reduces: self.by_scope(&owned, &owners, Group::Gradients),
             bucket_publishes: self.by_scope(&owned, &owners, Group::Parameters),
             owned,
+            matrices: buckets.iter().map(|bucket| self.matrices(&metas[bucket.clone()], &owners)).collect(),
             replicated: self.replicated(&metas, &owners),
             chunks: self.chunks(&metas, &owners).into(),
             units,
@@ -370,6 +381,22 @@ impl PartBuilder<'_> {
             bucket.iter().zip(&places).filter(|(_, own)| **own == place).map(|(n, _)| *n).collect()
         };
         owned.iter().map(|bucket| (0..self.topology().size(scope)).map(|p| at(bucket, p)).collect()).collect()
+    }
+
+    /// What each tensor rank sends of the whole matrices of each owner, a part that several hold counted once.
+    fn matrices(&self, metas: &[Vec<ParamMeta>], owners: &[usize]) -> Vec<Counts> {
+        let members = self.topology().members(Group::Tensor, self.rank);
+        let mut sent = vec![vec![0; members.len()]; owners.len()];
+        for meta in metas.iter().flatten().filter(|meta| self.sharding.is_whole(&meta.name)) {
+            let owned = self.elements(std::slice::from_ref(meta), Level::States, owners);
+            for (sums, _) in sent.iter_mut().zip(owned).filter(|(_, owned)| *owned > 0) {
+                for (sum, &member) in sums.iter_mut().zip(&members) {
+                    let counts = self.sharding.counts(&meta.name, member);
+                    *sum += if counts { self.sharding.model_box(meta, member).volume() } else { 0 };
+                }
+            }
+        }
+        sent.into_iter().map(Counts::from).collect()
     }
 
     /// Gradients of each owner that [`SUMMED`] groups sum.
