@@ -6,7 +6,7 @@
 //! alone, so sums over chunks in global order do not depend on the scope.
 //!
 //! Under Muon, which needs whole matrices, the hidden ones are not cut over ZeRO scopes: each has one owner, chosen by
-//! [`owners`]. A tensor rank's part of a matrix is owned by the rank with the same coordinates otherwise.
+//! `owners`. A tensor rank's part of a matrix is owned by the rank with the same coordinates otherwise.
 
 use crate::model::{EMBEDDING, TensorCut};
 use crate::{MixerSpec, ModelSpec};
