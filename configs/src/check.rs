@@ -3,7 +3,7 @@
 //! Each function collects everything that is wrong before it fails, so that a user sees it all at once.
 
 use crate::architecture::family_name;
-use crate::job::{DataSource, JobConfig, Model, Parallelism, RecomputeMode};
+use crate::job::{DataSource, JobConfig, Model, Optimizer, OptimizerName, Parallelism, RecomputeMode};
 use crate::model::Family;
 use crate::{ConfigError, MixerSpec, ModelSpec, RopeScaling};
 
@@ -18,6 +18,8 @@ const MAX_TOKENS: usize = 1 << 32;
 const MAX_VOCABULARY: usize = 1 << 24;
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 12;
+/// `torch.optim.Muon`'s bound.
+const MAX_NEWTON_SCHULZ_STEPS: usize = 99;
 /// Blocks of a model.
 pub(crate) const MAX_LAYERS: usize = 1 << 12;
 
@@ -112,6 +114,30 @@ fn optimizer(found: &mut Found, c: &JobConfig) {
     for (key, beta) in [("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)] {
         found.require((0.0..1.0).contains(&beta), || format!("`{key}` = {beta}; it must be in [0, 1)"));
     }
+    muon(found, o);
+}
+
+fn muon(found: &mut Found, o: &Optimizer) {
+    let momentum = o.muon_momentum;
+    found.require((0.0..1.0).contains(&momentum), || {
+        format!("`optimizer.muon_momentum` = {momentum}; it must be in [0, 1)")
+    });
+    found.within("optimizer.muon_ns_steps", o.muon_ns_steps, 1, MAX_NEWTON_SCHULZ_STEPS);
+    let default = Optimizer::default();
+    for (key, changed) in [
+        ("muon_momentum", momentum != default.muon_momentum),
+        ("muon_nesterov", o.muon_nesterov != default.muon_nesterov),
+        ("muon_ns_steps", o.muon_ns_steps != default.muon_ns_steps),
+        ("muon_adjust_lr", o.muon_adjust_lr != default.muon_adjust_lr),
+    ] {
+        found.require(o.name == OptimizerName::Muon || !changed, || {
+            format!(
+                "`optimizer.{key}` is set, but `optimizer.name` = \"{}\" does not read it; set `optimizer.name` = \
+                 \"Muon\" or remove the key",
+                o.name
+            )
+        });
+    }
 }
 
 fn parallelism(found: &mut Found, p: &Parallelism) {
@@ -126,43 +152,14 @@ fn parallelism(found: &mut Found, p: &Parallelism) {
             format!("`{key}` = {degree}; it is a number of ranks, or -1 for all that are left")
         });
     }
-    for (key, degree, what) in [
-        ("tensor_parallel_degree", p.tensor_parallel_degree as i64, "tensor parallelism"),
-        ("pipeline_parallel_degree", p.pipeline_parallel_degree as i64, "pipeline parallelism"),
-        ("context_parallel_degree", p.context_parallel_degree as i64, "context parallelism"),
-        ("zero_parameter_degree", p.zero_parameter_degree, "sharding of parameters (ZeRO-3)"),
-        ("zero_gradient_degree", p.zero_gradient_degree, "sharding of gradients (ZeRO-2)"),
+    for (key, degree) in [
+        ("parallelism.tensor_parallel_degree", p.tensor_parallel_degree),
+        ("parallelism.pipeline_parallel_degree", p.pipeline_parallel_degree),
+        ("parallelism.context_parallel_degree", p.context_parallel_degree),
+        ("parallelism.context_parallel_head_degree", p.context_parallel_head_degree),
     ] {
-        found.require(degree == 1, || {
-            format!(
-                "`parallelism.{key}` = {degree}, but {what} is not offered yet; set it to 1 (data parallelism and \
-                 ZeRO-1, `parallelism.zero_optimizer_degree`, are)"
-            )
-        });
+        found.within(key, degree, 1, MAX_RANKS);
     }
-}
-
-/// The lattice of ZeRO scopes: optimizer states are spread at least as far as gradients, these as parameters, and each
-/// scope divides the next (AMSP, arXiv 2311.00257).
-pub(crate) fn check_zero_scopes(p: &Parallelism, shard: usize) -> Result<(), ConfigError> {
-    let mut found = Found::default();
-    let chain = [
-        ("data_parallel_shard_degree", shard),
-        ("zero_optimizer_degree", p.zero_optimizer_degree as usize),
-        ("zero_gradient_degree", p.zero_gradient_degree as usize),
-        ("zero_parameter_degree", p.zero_parameter_degree as usize),
-    ];
-    for pair in chain.windows(2) {
-        let ((outer, n), (inner, m)) = (pair[0], pair[1]);
-        found.require(n.is_multiple_of(m), || {
-            let reason = if m > n { format!("{m} > {n}") } else { format!("{n} / {m} leaves {}", n % m) };
-            format!(
-                "`parallelism.{inner}` = {m} must divide `parallelism.{outer}` = {n}, but {reason}; scopes nest: \
-                 data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
-            )
-        });
-    }
-    found.result()
 }
 
 fn data(found: &mut Found, c: &JobConfig) {
@@ -206,12 +203,21 @@ fn data(found: &mut Found, c: &JobConfig) {
 fn recompute(found: &mut Found, c: &JobConfig) {
     let option = &c.activation_checkpoint.selective_ac_option;
     let every = option.parse::<usize>().ok().filter(|&k| k >= 1);
-    found.require(every.is_some() || c.activation_checkpoint.mode != RecomputeMode::Selective, || {
+    let known = every.is_some() || matches!(option.as_str(), "attention" | "feed_forward");
+    found.require(known || c.activation_checkpoint.mode != RecomputeMode::Selective, || {
         format!(
-            "`activation_checkpoint.selective_ac_option` = \"{option}\"; a whole number k in quotes is offered (every \
-             k-th block is recomputed), operator by operator (\"op\") is not"
+            "`activation_checkpoint.selective_ac_option` = \"{option}\"; offered are a whole number k in quotes (every \
+             k-th block is recomputed), \"attention\" and \"feed_forward\"; operator by operator (\"op\") is not"
         )
     });
+    for (index, layers) in c.activation_checkpoint.layers.iter().enumerate() {
+        found.require(layers.first <= layers.last, || {
+            format!(
+                "`activation_checkpoint.layers.{index}`: `first` = {} lies behind `last` = {}",
+                layers.first, layers.last
+            )
+        });
+    }
 }
 
 fn saving(found: &mut Found, c: &JobConfig) {
@@ -360,10 +366,10 @@ fn rope_scaling(found: &mut Found, scaling: Option<RopeScaling>) {
 
 /// Collects what is wrong.
 #[derive(Default)]
-struct Found(Vec<String>);
+pub(crate) struct Found(Vec<String>);
 
 impl Found {
-    fn require(&mut self, holds: bool, message: impl FnOnce() -> String) {
+    pub(crate) fn require(&mut self, holds: bool, message: impl FnOnce() -> String) {
         if !holds {
             self.0.push(message());
         }
@@ -397,7 +403,11 @@ impl Found {
         self.require(value.is_finite() && value >= 1.0, || format!("`{key}` = {value}; it must be at least 1"));
     }
 
-    fn result(self) -> Result<(), ConfigError> {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn result(self) -> Result<(), ConfigError> {
         if self.0.is_empty() { Ok(()) } else { Err(ConfigError::Values(self.0)) }
     }
 }

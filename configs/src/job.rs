@@ -7,6 +7,7 @@ use crate::model::{Family, RopeScaling};
 use crate::places::Places;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::PathBuf;
 
 /// The column with the text, unless told otherwise.
@@ -184,6 +185,14 @@ pub struct Optimizer {
     pub eps: f64,
     /// Decoupled weight decay, on matrices only.
     pub weight_decay: f64,
+    /// Decay of Muon's momentum (our own key, like the three below; with the meanings of `torch.optim.Muon`).
+    pub muon_momentum: f64,
+    /// Whether Muon's update looks ahead: the gradient moved `muon_momentum` of the way to the momentum.
+    pub muon_nesterov: bool,
+    /// Newton-Schulz iterations that make Muon's updates orthogonal.
+    pub muon_ns_steps: usize,
+    /// How Muon's learning rate follows the shape of a matrix.
+    pub muon_adjust_lr: MuonAdjustLr,
 }
 
 /// Which optimizer.
@@ -192,6 +201,30 @@ pub enum OptimizerName {
     /// Loshchilov and Hutter, arXiv 1711.05101.
     #[default]
     AdamW,
+    /// Jordan et al. 2024: momentum made orthogonal, for the matrices of the blocks; AdamW, with the same learning rate,
+    /// for embedding, head, norms and biases.
+    Muon,
+}
+
+impl fmt::Display for OptimizerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OptimizerName::AdamW => "AdamW",
+            OptimizerName::Muon => "Muon",
+        })
+    }
+}
+
+/// How Muon's learning rate follows the shape `[r, c]` of a matrix.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MuonAdjustLr {
+    /// Times 0.2 sqrt(max(r, c)): updates as large as AdamW's, whose learning rate and weight decay can be kept.
+    #[default]
+    #[serde(rename = "match_rms_adamw")]
+    MatchRmsAdamW,
+    /// Times sqrt(max(1, r / c)).
+    #[serde(rename = "original")]
+    Original,
 }
 
 /// `[lr_scheduler]`: warm-up, plateau, decay.
@@ -293,19 +326,66 @@ pub struct Parallelism {
     pub data_parallel_replicate_degree: usize,
     /// Data parallel over which ZeRO scopes shard; -1: what the world size leaves.
     pub data_parallel_shard_degree: i64,
-    /// Ranks over which parameters are sharded (our own key; ZeRO-3 scope). 1: replicated.
+    /// Ranks over which parameters are sharded (our own key; ZeRO-3 scope). 1: replicated, -1: all of
+    /// `data_parallel_shard_degree` x `context_parallel_degree`, as for the two below.
     pub zero_parameter_degree: i64,
-    /// Ranks over which gradients are sharded (our own key; ZeRO-2 scope). 1: replicated.
+    /// Ranks over which gradients are sharded (our own key; ZeRO-2 scope). 1: replicated; at least the one above.
     pub zero_gradient_degree: i64,
-    /// Ranks over which optimizer states are sharded (our own key; ZeRO-1 scope). 1: replicated, -1: all of
-    /// `data_parallel_shard_degree`.
+    /// Ranks over which optimizer states are sharded (our own key; ZeRO-1 scope). 1: replicated; at least the one above.
     pub zero_optimizer_degree: i64,
-    /// Tensor parallel.
+    /// Whether gathered weights are given back between forward and backward, where `zero_parameter_degree` is above 1.
+    pub fsdp_reshard_after_forward: ReshardAfterForward,
+    /// Tensor parallel, with the sequence split between matrices.
     pub tensor_parallel_degree: usize,
     /// Pipeline stages.
     pub pipeline_parallel_degree: usize,
-    /// Context parallel.
+    /// In which order a stage takes its micro-batches.
+    pub pipeline_parallel_schedule: PipelineSchedule,
+    /// Layers of each stage, first to last (our own key). Empty: as even as they divide.
+    pub pipeline_parallel_stage_layers: Vec<usize>,
+    /// Context parallel: the sequence is split.
     pub context_parallel_degree: usize,
+    /// Inner part of `context_parallel_degree` over which heads are exchanged for tokens, Ulysses (our own key). 1: none;
+    /// the whole degree: nothing else.
+    pub context_parallel_head_degree: usize,
+    /// How keys and values reach the queries of the other part of `context_parallel_degree`.
+    pub context_parallel_rotate_method: RotateMethod,
+}
+
+/// Whether gathered weights are given back between forward and backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReshardAfterForward {
+    /// `always` without pipeline stages, `never` with them.
+    #[default]
+    Default,
+    /// Given back after each block's forward, gathered again for its backward.
+    Always,
+    /// Kept until the step ends: one gather per step, the memory of whole weights.
+    Never,
+}
+
+/// In which order a stage takes its micro-batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PipelineSchedule {
+    /// One forward, one backward, once the pipeline is full.
+    #[default]
+    #[serde(rename = "1F1B")]
+    OneFOneB,
+    /// All forward, then all backward.
+    GPipe,
+}
+
+/// How keys and values reach the queries of other ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RotateMethod {
+    /// All at once: fewest calls, the memory of all keys and values.
+    #[default]
+    Allgather,
+    /// Round the ring, a rank's share at a time.
+    #[serde(alias = "alltoall")]
+    Ring,
 }
 
 /// `[activation_checkpoint]`
@@ -314,8 +394,38 @@ pub struct Parallelism {
 pub struct ActivationCheckpoint {
     /// What is recomputed.
     pub mode: RecomputeMode,
-    /// With `selective`: every k-th block is recomputed.
+    /// With `selective`: `"2"` recomputes every second block (any number), `"attention"` the attention half of every
+    /// block, `"feed_forward"` the other half.
     pub selective_ac_option: String,
+    /// What is recomputed in some layers, over what the keys above say (our own key).
+    pub layers: Vec<LayerRecompute>,
+}
+
+/// What is recomputed in some layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRecompute {
+    /// The first layer, from 0.
+    pub first: usize,
+    /// The last layer.
+    pub last: usize,
+    /// What of them.
+    pub recompute: Recompute,
+}
+
+/// What of a block is run again in backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// From the block's input to the sum with attention's output.
+    Attention,
+    /// From there to the block's output.
+    FeedForward,
+    /// The whole block, from its input.
+    Full,
 }
 
 /// What is recomputed in backward.
@@ -473,7 +583,18 @@ impl Data {
 
 impl Default for Optimizer {
     fn default() -> Optimizer {
-        Optimizer { name: OptimizerName::AdamW, lr: 8e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
+        Optimizer {
+            name: OptimizerName::AdamW,
+            lr: 8e-4,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            muon_momentum: 0.95,
+            muon_nesterov: true,
+            muon_ns_steps: 5,
+            muon_adjust_lr: MuonAdjustLr::MatchRmsAdamW,
+        }
     }
 }
 
@@ -514,16 +635,21 @@ impl Default for Parallelism {
             zero_parameter_degree: 1,
             zero_gradient_degree: 1,
             zero_optimizer_degree: -1,
+            fsdp_reshard_after_forward: ReshardAfterForward::Default,
             tensor_parallel_degree: 1,
             pipeline_parallel_degree: 1,
+            pipeline_parallel_schedule: PipelineSchedule::OneFOneB,
+            pipeline_parallel_stage_layers: Vec::new(),
             context_parallel_degree: 1,
+            context_parallel_head_degree: 1,
+            context_parallel_rotate_method: RotateMethod::Allgather,
         }
     }
 }
 
 impl Default for ActivationCheckpoint {
     fn default() -> ActivationCheckpoint {
-        ActivationCheckpoint { mode: RecomputeMode::None, selective_ac_option: "2".into() }
+        ActivationCheckpoint { mode: RecomputeMode::None, selective_ac_option: "2".into(), layers: Vec::new() }
     }
 }
 

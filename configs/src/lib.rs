@@ -19,12 +19,14 @@ mod known;
 mod load;
 pub mod model;
 mod nearest;
+mod parallel;
 mod places;
 pub mod plan;
 pub mod preset;
 pub mod requests;
 pub mod resolve;
 pub mod schema;
+pub mod sharding;
 
 pub use error::{ConfigError, Origin, Place, TextError};
 pub use flavor::flavors;
@@ -33,3 +35,4 @@ pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec,
 pub use plan::Plan;
 pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
 pub use schema::schema;
+pub use sharding::Sharding;

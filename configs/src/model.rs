@@ -4,7 +4,7 @@
 //! are named as Hugging Face names them and listed in execution order, the order in which weights are laid out.
 
 use serde::{Deserialize, Serialize};
-use tangelo_core::{DType, ParamMeta};
+use tangelo_core::{DType, ParamMeta, Unit};
 
 /// Model families; each is a set of choices below plus a Hugging Face `model_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
@@ -123,6 +123,27 @@ pub struct ModelSpec {
     pub blocks: Vec<BlockSpec>,
 }
 
+/// How tensor parallelism cuts a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TensorCut {
+    /// Not: every rank holds it and sees some of the tokens (or heads) it is used for, so its gradient is a partial sum.
+    Whole,
+    /// Along `dim`, by query heads.
+    Heads {
+        /// The tensor's dim.
+        dim: usize,
+    },
+    /// Along dim 0, by key and value heads; ranks beyond their number share one.
+    KeyHeads,
+    /// Along `dim`, by units of the feed-forward's hidden layer.
+    Features {
+        /// The tensor's dim.
+        dim: usize,
+    },
+    /// Along dim 0, by ids; parts need not be even.
+    Vocabulary,
+}
+
 /// The name of the embedding's weight, and of a tied head's.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The name of an untied head's weight.
@@ -183,6 +204,35 @@ impl ModelSpec {
         list
     }
 
+    /// The parameters of a unit of a model that is not cut into stages, in execution order.
+    pub fn unit_parameters(&self, unit: Unit, dtype: DType) -> Vec<ParamMeta> {
+        match unit {
+            Unit::Embedding => self.embedding_parameters(dtype),
+            Unit::Block(layer) => self.block_parameters(layer, dtype),
+            Unit::Head => self.head_parameters(dtype),
+        }
+    }
+
+    /// How tensor parallelism cuts a parameter.
+    pub fn tensor_cut(name: &str) -> TensorCut {
+        let ends = |suffixes: &[&str]| suffixes.iter().any(|s| name.ends_with(s));
+        if name == EMBEDDING || name == LM_HEAD {
+            TensorCut::Vocabulary
+        } else if ends(&["q_proj.weight", "q_proj.bias"]) {
+            TensorCut::Heads { dim: 0 }
+        } else if ends(&["k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"]) {
+            TensorCut::KeyHeads
+        } else if name.ends_with("o_proj.weight") {
+            TensorCut::Heads { dim: 1 }
+        } else if ends(&["gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"]) {
+            TensorCut::Features { dim: 0 }
+        } else if name.ends_with("down_proj.weight") {
+            TensorCut::Features { dim: 1 }
+        } else {
+            TensorCut::Whole
+        }
+    }
+
     /// Every parameter, in execution order.
     pub fn parameters(&self, dtype: DType) -> Vec<ParamMeta> {
         let mut all = self.embedding_parameters(dtype);
@@ -196,9 +246,14 @@ impl ModelSpec {
         self.parameters(DType::F32).iter().map(ParamMeta::num_elements).sum()
     }
 
+    /// Whether a parameter is a matrix between the hidden states of a block: what Muon is meant for.
+    pub fn is_hidden_matrix(name: &str) -> bool {
+        name.ends_with("_proj.weight")
+    }
+
     /// Weight decay applies to matrices only: not to norms, biases or the embedding table.
     pub fn decays(name: &str) -> bool {
-        name.ends_with("_proj.weight") || name == LM_HEAD
+        ModelSpec::is_hidden_matrix(name) || name == LM_HEAD
     }
 }
 

@@ -1,10 +1,11 @@
 //! What a job resolves to: the only form of a configuration that the rest of the program sees.
 
-use crate::job::{ComputeType, DecayType, RecomputeMode};
-use crate::{ConfigError, JobConfig, ModelSpec};
+use crate::job::{ComputeType, DecayType, OptimizerName, Recompute, RecomputeMode, ReshardAfterForward};
+use crate::{ConfigError, JobConfig, ModelSpec, Sharding};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use tangelo_core::schedule::{DecayShape, LrSchedule};
-use tangelo_core::{DType, DeviceMesh};
+use tangelo_core::{DType, Topology};
 
 /// A resolved job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -14,16 +15,16 @@ pub struct Plan {
     pub config: JobConfig,
     /// The architecture.
     pub model: ModelSpec,
-    /// The ranks and their axes.
-    pub mesh: DeviceMesh,
+    /// The ranks, their axes and groups.
+    pub topology: Topology,
+    /// The layers of each pipeline stage.
+    pub stage_layers: Vec<Range<usize>>,
     /// Ranks that read different data.
     pub data_parallel_size: usize,
     /// Sequences per optimizer step over all ranks.
     pub global_batch_size: usize,
     /// Micro-batches per rank and step.
     pub gradient_accumulation_steps: usize,
-    /// Ranks over which optimizer states are sharded (inner part of `dp_shard`).
-    pub zero_optimizer_degree: usize,
 }
 
 impl Plan {
@@ -54,17 +55,39 @@ impl Plan {
         self.global_batch_size * self.config.training.seq_len
     }
 
-    /// Whether block `layer` keeps only its input in forward and runs again in backward. With `selective`, every k-th
-    /// block does, the k-th first.
-    pub fn recomputes(&self, layer: usize) -> bool {
-        let recompute = &self.config.activation_checkpoint;
-        match recompute.mode {
-            RecomputeMode::None => false,
-            RecomputeMode::Full => true,
-            RecomputeMode::Selective => {
-                let every = recompute.selective_ac_option.parse::<usize>().unwrap_or(1).max(1);
-                (layer + 1).is_multiple_of(every)
+    /// What of block `layer` is run again in backward. With `selective` and a number k, every k-th block, the k-th first.
+    pub fn recompute(&self, layer: usize) -> Recompute {
+        let config = &self.config.activation_checkpoint;
+        if let Some(own) = config.layers.iter().rev().find(|l| (l.first..=l.last).contains(&layer)) {
+            return own.recompute;
+        }
+        match (config.mode, config.selective_ac_option.as_str()) {
+            (RecomputeMode::None, _) => Recompute::None,
+            (RecomputeMode::Full, _) => Recompute::Full,
+            (RecomputeMode::Selective, "attention") => Recompute::Attention,
+            (RecomputeMode::Selective, "feed_forward") => Recompute::FeedForward,
+            (RecomputeMode::Selective, every) => {
+                let every = every.parse::<usize>().unwrap_or(1).max(1);
+                if (layer + 1).is_multiple_of(every) { Recompute::Full } else { Recompute::None }
             }
+        }
+    }
+
+    /// Whether gathered weights are given back between forward and backward.
+    pub fn reshards_after_forward(&self) -> bool {
+        match self.config.parallelism.fsdp_reshard_after_forward {
+            ReshardAfterForward::Default => self.topology.num_stages() == 1,
+            ReshardAfterForward::Always => true,
+            ReshardAfterForward::Never => false,
+        }
+    }
+
+    /// Which box of each tensor each rank holds.
+    pub fn sharding(&self) -> Sharding {
+        let sharding = Sharding::new(&self.model, self.topology.clone(), self.stage_layers.clone());
+        match self.config.optimizer.name {
+            OptimizerName::AdamW => sharding,
+            OptimizerName::Muon => sharding.with_whole_matrices(&self.model),
         }
     }
 }

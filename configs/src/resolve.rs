@@ -8,9 +8,9 @@
 
 use crate::check::{check_values, check_with_model};
 use crate::job::{ComputeType, DEFAULT_TEXT_COLUMN, Data, DataSource, DeviceChoice, JobConfig};
-use crate::{ConfigError, ModelSpec, Plan, architecture};
+use crate::{ConfigError, ModelSpec, Plan, architecture, parallel};
 use std::path::{Path, PathBuf};
-use tangelo_core::{Axis, DeviceMesh, env};
+use tangelo_core::{Group, env};
 
 pub use crate::load::{load, load_str};
 
@@ -169,27 +169,25 @@ fn resolve_unplaced(
 ) -> Result<Plan, ConfigError> {
     resolve_paths(&mut config, resources)?;
     check_values(&config)?;
-    let (mesh, degrees) = resolve_parallelism(&mut config, resources.world_size)?;
+    let mesh = parallel::resolve_mesh(&mut config, resources.world_size)?;
     resolve_device(&mut config, resources);
     resolve_schedule(&mut config);
     let model = architecture::resolve(&mut config, assets)?;
     check_with_model(&config, &model)?;
     architecture::check_initial_load(&model, &config, assets)?;
-    let accumulation = resolve_batch(&mut config, degrees.data_parallel)?;
+    let stage_layers = parallel::resolve_stages(&mut config, &model)?;
+    let topology = parallel::topology(&config, &model, mesh)?;
+    let data_parallel_size = topology.size(Group::Batch);
+    let accumulation = resolve_batch(&mut config, data_parallel_size)?;
     Ok(Plan {
         model,
-        mesh,
-        data_parallel_size: degrees.data_parallel,
+        topology,
+        stage_layers,
+        data_parallel_size,
         global_batch_size: config.training.global_batch_size as usize,
         gradient_accumulation_steps: accumulation,
-        zero_optimizer_degree: degrees.zero_optimizer,
         config,
     })
-}
-
-struct Degrees {
-    data_parallel: usize,
-    zero_optimizer: usize,
 }
 
 fn resolve_paths(config: &mut JobConfig, resources: &Resources) -> Result<(), ConfigError> {
@@ -262,34 +260,6 @@ fn folder_name(name: &str) -> String {
 fn unique(name: String, taken: &[String]) -> String {
     let numbered = (2..).map(|n| format!("{name}-{n}"));
     std::iter::once(name.clone()).chain(numbered).find(|n| !taken.contains(n)).unwrap_or(name)
-}
-
-/// Turns -1 degrees into numbers and builds the mesh.
-fn resolve_parallelism(config: &mut JobConfig, world_size: usize) -> Result<(DeviceMesh, Degrees), ConfigError> {
-    let p = &mut config.parallelism;
-    let others = p.data_parallel_replicate_degree
-        * p.tensor_parallel_degree
-        * p.pipeline_parallel_degree
-        * p.context_parallel_degree;
-    if p.data_parallel_shard_degree == -1 {
-        p.data_parallel_shard_degree = (world_size / others).max(1) as i64;
-    }
-    let shard = p.data_parallel_shard_degree as usize;
-    if p.zero_optimizer_degree == -1 {
-        p.zero_optimizer_degree = p.data_parallel_shard_degree;
-    }
-    let mesh = DeviceMesh::new(&[
-        (Axis::Pp, p.pipeline_parallel_degree),
-        (Axis::DpReplicate, p.data_parallel_replicate_degree),
-        (Axis::DpShard, shard),
-        (Axis::Cp, p.context_parallel_degree),
-        (Axis::Tp, p.tensor_parallel_degree),
-    ])
-    .map_err(|e| ConfigError::Values(vec![e.to_string()]))?;
-    mesh.check_world_size(world_size).map_err(|e| ConfigError::Values(vec![e.to_string()]))?;
-    let zero_optimizer = p.zero_optimizer_degree as usize;
-    crate::check::check_zero_scopes(p, shard)?;
-    Ok((mesh, Degrees { data_parallel: p.data_parallel_replicate_degree * shard, zero_optimizer }))
 }
 
 fn resolve_device(config: &mut JobConfig, resources: &Resources) {

@@ -12,6 +12,7 @@ pub mod layout;
 pub mod loss;
 pub mod mesh;
 pub mod pipeline;
+pub mod position;
 pub mod program;
 pub mod reshard;
 pub mod schedule;

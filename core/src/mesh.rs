@@ -125,7 +125,8 @@ impl DeviceMesh {
 
     /// Number of ranks.
     pub fn world_size(&self) -> usize {
-        self.degrees.iter().product()
+        // Absurd degrees are refused by their number, not by an overflow.
+        self.degrees.iter().fold(1, |product: usize, &degree| product.saturating_mul(degree))
     }
 
     /// Number of coordinates along `axis`.
@@ -212,7 +213,6 @@ impl DeviceMesh {
         let firsts = (0..self.world_size()).filter(|&rank| self.index_in_group(rank, subs) == 0);
         firsts.map(|rank| self.group_of(rank, subs)).collect()
     }
-
 }
 
 #[cfg(test)]

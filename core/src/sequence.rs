@@ -25,7 +25,7 @@ impl SequenceLayout {
     pub fn ring_ranges(&self, r: usize) -> Vec<Range<usize>> {
         let chunks = 2 * self.ring;
         if self.ring == 1 {
-            return vec![0..self.num_tokens];
+            return std::iter::once(0..self.num_tokens).collect();
         }
         let chunk = |i| part_range(self.num_tokens, 1, chunks, i);
         [chunk(r), chunk(chunks - 1 - r)].into_iter().filter(|range| !range.is_empty()).collect()
@@ -162,10 +162,10 @@ mod tests {
                     }
                 }
             }
-            for q in 0..n {
-                for k in 0..n {
-                    let start = borders.iter().rev().find(|&&b| b as usize <= q).unwrap();
-                    prop_assert_eq!(seen[q][k], k <= q && k >= *start as usize);
+            for (q, row) in seen.iter().enumerate() {
+                let start = *borders.iter().rev().find(|&&b| b as usize <= q).unwrap() as usize;
+                for (k, &found) in row.iter().enumerate() {
+                    prop_assert_eq!(found, k <= q && k >= start);
                 }
             }
         }

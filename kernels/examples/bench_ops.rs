@@ -7,7 +7,9 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use tangelo_kernels::op::{self, AdamW, AdamWState, DecaySegment};
+use tangelo_kernels::op::attention::spans::{self, Running, Span};
+use tangelo_kernels::op::cross_entropy::vocab_parallel;
+use tangelo_kernels::op::{self, AdamW, AdamWState, DecaySegment, muon};
 use tangelo_kernels::{autograd, op::cpu_kernels_name};
 use tch::{Device, Kind, Tensor};
 
@@ -38,9 +40,12 @@ fn main() {
         bench_rope(kind);
         bench_swiglu(kind);
         bench_attention(kind);
+        bench_spans(kind);
         bench_loss(kind);
+        bench_vocab_parallel(kind);
     }
     bench_update();
+    bench_newton_schulz();
 }
 
 fn random(shape: &[i64], kind: Kind) -> Tensor {
@@ -186,6 +191,36 @@ fn bench_attention(kind: Kind) {
     report("attention forward alone", forward(&|| op::attention(&q, &k, &v, &BOUNDS, 0.125, None)), forward(&theirs));
 }
 
+/// All keys in one call, beside attention over whole documents.
+fn bench_spans(kind: Kind) {
+    let [q, dout] = [(); 2].map(|()| random(&[TOKENS, HEADS, HEAD_DIM], kind));
+    let [k, v] = [(); 2].map(|()| random(&[TOKENS, KV_HEADS, HEAD_DIM], kind));
+    let all: Vec<Span> = BOUNDS
+        .windows(2)
+        .map(|bounds| Span { queries: bounds[0]..bounds[1], keys: bounds[0]..bounds[1], offset: 0 })
+        .collect();
+    let sums = [&q, &k, &v].map(|x| x.zeros_like().to_kind(Kind::Float));
+    let forward = || {
+        let mut running = Running::new(&q);
+        spans::attend(&q, &k, &v, &all, 0.125, None, &mut running);
+        running
+    };
+    let ours = fastest(|| {
+        let Running { out, lse } = forward();
+        let [dq, dk, dv] = &sums;
+        spans::attend_backward(&q, &k, &v, &out, &dout, &lse, &all, 0.125, None, dq, dk, dv);
+    });
+    let leaves = [&q, &k, &v].map(|x| x.copy().set_requires_grad(true));
+    let whole = || op::attention(&leaves[0], &leaves[1], &leaves[2], &BOUNDS, 0.125, None);
+    report("spans, beside our attention", ours, fastest(|| autograd::backward(&[&whole()], &[&dout])));
+    let whole = tch::no_grad(|| {
+        fastest(|| {
+            let _ = black_box(whole());
+        })
+    });
+    report("spans forward alone", fastest(|| drop(black_box(forward()))), whole);
+}
+
 fn bench_loss(kind: Kind) {
     let (hidden, head) = (leaf(&[TOKENS, HIDDEN], kind), random(&[VOCABULARY, HIDDEN], kind));
     let targets = Tensor::randint(VOCABULARY, [TOKENS], (Kind::Int64, Device::Cpu));
@@ -205,6 +240,28 @@ fn bench_loss(kind: Kind) {
     for chunk in [128, 256, 512, 1024] {
         report(&format!("head and loss, chunks of {chunk}"), ours(chunk), theirs);
     }
+}
+
+/// One rank that holds every row, beside the operator for whole heads.
+fn bench_vocab_parallel(kind: Kind) {
+    const CHUNK: i64 = 256;
+    let (hidden, head) = (random(&[TOKENS, HIDDEN], kind), random(&[VOCABULARY, HIDDEN], kind));
+    let targets = Tensor::randint(VOCABULARY, [TOKENS], (Kind::Int64, Device::Cpu));
+    let weights = Tensor::ones([TOKENS], (Kind::Float, Device::Cpu));
+    let main_grad = Tensor::zeros([VOCABULARY, HIDDEN], (Kind::Float, Device::Cpu));
+    let ours = fastest(|| {
+        for first in (0..TOKENS).step_by(CHUNK as usize) {
+            let [hidden, targets, weights] = [&hidden, &targets, &weights].map(|x| x.narrow(0, first, CHUNK));
+            let chunk = vocab_parallel::local_logits(&hidden, &head, &targets, 0);
+            let (lse, _) = vocab_parallel::merge_stats(&chunk.stats.unsqueeze(0));
+            let main = Some(&main_grad);
+            let _ = vocab_parallel::chunk_gradients(chunk, &hidden, &head, &targets, 0, &lse, &weights, main);
+        }
+    });
+    let theirs = fastest(|| {
+        black_box(op::cross_entropy_chunked(&hidden, &head, &targets, &weights, 1.0, Some(&main_grad), CHUNK));
+    });
+    report("vocab_parallel, beside our loss", ours, theirs);
 }
 
 fn bench_update() {
@@ -235,4 +292,15 @@ fn bench_update() {
             let _ = black_box(buffers[3].norm());
         }),
     );
+}
+
+fn bench_newton_schulz() {
+    for shape in [[HIDDEN, HIDDEN], [2 * FEED_FORWARD, HIDDEN]] {
+        let m = random(&shape, Kind::Float);
+        report(
+            &format!("newton_schulz {shape:?}"),
+            fastest(|| drop(black_box(muon::newton_schulz(&m, 5, 1e-7)))),
+            fastest(|| drop(black_box(muon::reference::newton_schulz(&m, 5, 1e-7)))),
+        );
+    }
 }

@@ -9,7 +9,8 @@ mod thread;
 
 pub use choose::{DeviceChoice, choose, driver_present, open_cuda, set_threads, use_deterministic_operations};
 pub use measure::{
-    GpuMemoryUse, MemoryUse, available_memory, gpu_memory, keep_freed_memory, measured_matmul_peak_flops, memory,
+    GpuMemoryUse, MemoryUse, available_memory, count_allocations, gpu_memory, keep_freed_memory,
+    measured_matmul_peak_flops, memory,
 };
 pub use thread::{DeviceThread, Pending};
 

@@ -82,6 +82,32 @@ unsafe extern "C" {
         window: i64,
         out: *mut TensorOut,
     ) -> Message;
+    pub(crate) fn tangelo_attend(
+        q: TensorRef,
+        k: TensorRef,
+        v: TensorRef,
+        spans: *const AttentionSpan,
+        num_spans: usize,
+        scale: f64,
+        window: i64,
+        out: TensorRef,
+        lse: TensorRef,
+    ) -> Message;
+    pub(crate) fn tangelo_attend_backward(
+        q: TensorRef,
+        k: TensorRef,
+        v: TensorRef,
+        out: TensorRef,
+        dout: TensorRef,
+        lse: TensorRef,
+        spans: *const AttentionSpan,
+        num_spans: usize,
+        scale: f64,
+        window: i64,
+        dq: TensorRef,
+        dk: TensorRef,
+        dv: TensorRef,
+    ) -> Message;
     pub(crate) fn tangelo_cross_entropy(
         hidden: TensorRef,
         head: TensorRef,
@@ -105,6 +131,31 @@ unsafe extern "C" {
         head: TensorRef,
         targets: TensorRef,
         chunk: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_local_logits(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        start: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_chunk_gradients(
+        logits: TensorRef,
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        start: i64,
+        lse: TensorRef,
+        scales: TensorRef,
+        main_grad: TensorRef,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_newton_schulz(
+        m: TensorRef,
+        steps: usize,
+        eps: f64,
+        coefficients: *const f64,
         out: *mut TensorOut,
     ) -> Message;
     pub(crate) fn tangelo_adamw(
@@ -131,6 +182,16 @@ pub(crate) struct AdamWArguments {
     pub weight_decay: f64,
     pub step: f64,
     pub grad_scale: f64,
+}
+
+/// A span of queries and keys as the shim reads it; the same layout as its `AttentionSpan`.
+#[repr(C)]
+pub(crate) struct AttentionSpan {
+    pub first_query: i64,
+    pub num_queries: i64,
+    pub first_key: i64,
+    pub num_keys: i64,
+    pub offset: i64,
 }
 
 /// The instruction set the CPU kernels use here: `avx512`, `avx2` or `generic`. The environment variable

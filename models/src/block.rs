@@ -3,7 +3,8 @@
 use crate::context::{PackContext, RopeTable};
 use crate::decode::LayerCache;
 use crate::weights::{UnitWeights, Weight};
-use tangelo_configs::{AttentionSpec, BlockSpec, MixerSpec};
+use tangelo_configs::{BlockSpec, MixerSpec};
+use tangelo_core::{Part, Parts};
 use tangelo_kernels::op;
 use tch::Tensor;
 
@@ -23,6 +24,8 @@ pub struct BlockWeights {
 }
 
 /// A linear layer's weight `[out, in]` and bias `[out]`.
+///
+/// Where tensor parallelism cuts the inputs, ranks sum what they make: then only the first adds the bias.
 #[derive(Debug)]
 struct Projection {
     weight: Weight,
@@ -50,8 +53,8 @@ impl Projection {
 }
 
 impl BlockWeights {
-    /// The views of block `layer`.
-    pub fn new(spec: &BlockSpec, layer: usize, unit: &UnitWeights) -> BlockWeights {
+    /// The views of block `layer`. `adds_bias` tells whether this rank adds the biases of sums over tensor ranks.
+    pub fn new(spec: &BlockSpec, layer: usize, unit: &UnitWeights, adds_bias: bool) -> BlockWeights {
         let MixerSpec::Attention(a) = &spec.mixer;
         let p = format!("model.layers.{layer}.");
         let weight = |name: &str| unit.weight(&format!("{p}{name}.weight"));
@@ -62,10 +65,10 @@ impl BlockWeights {
             qkv: Projection::new(unit, &attention, &["q_proj", "k_proj", "v_proj"], a.qkv_bias),
             q_norm: a.qk_norm.then(|| weight("self_attn.q_norm")),
             k_norm: a.qk_norm.then(|| weight("self_attn.k_norm")),
-            output: Projection::new(unit, &attention, &["o_proj"], a.output_bias),
+            output: Projection::new(unit, &attention, &["o_proj"], a.output_bias && adds_bias),
             post_norm: weight("post_attention_layernorm"),
             gate_up: Projection::new(unit, &mlp, &["gate_proj", "up_proj"], bias),
-            down: Projection::new(unit, &mlp, &["down_proj"], bias),
+            down: Projection::new(unit, &mlp, &["down_proj"], bias && adds_bias),
         }
     }
 }
@@ -76,6 +79,15 @@ pub struct Block {
     spec: BlockSpec,
     rms_norm_eps: f64,
     rope: RopeTable,
+}
+
+/// What flows through a block.
+#[derive(Debug)]
+pub struct Flow {
+    /// The residual stream, `[T, D]`.
+    pub x: Tensor,
+    /// What is being worked on: `[h]`, `[q, k, v]`, `[o]` or nothing.
+    pub work: Vec<Tensor>,
 }
 
 /// Rotary angles of a micro-batch, taken once and read by every block: each `[T, head_dim / 2]`, f32.
@@ -118,47 +130,79 @@ impl Block {
         angles: &Angles,
         cache: Option<&mut LayerCache>,
     ) -> Tensor {
-        let mixed = self.mix(w, &self.norm(x, &w.input_norm), pack, angles, cache);
-        let post_norm = &w.post_norm;
-        let (normed, x) = op::add_rms_norm(x, &mixed, &post_norm.value, self.rms_norm_eps, post_norm.grad());
-        let hidden = op::swiglu(&w.gate_up.forward(&normed));
-        x + w.down.forward(&hidden)
+        let flow = Flow { x: x.shallow_clone(), work: Vec::new() };
+        self.run(Parts::BLOCK, w, flow, pack, angles, cache).x
+    }
+
+    /// Some parts of the block. Norms and residuals take this rank's tokens, products and attention those that it was
+    /// given in between; see [`Part`] for what each part reads and leaves.
+    pub fn run(
+        &self,
+        parts: Parts,
+        w: &BlockWeights,
+        flow: Flow,
+        pack: &PackContext,
+        angles: &Angles,
+        mut cache: Option<&mut LayerCache>,
+    ) -> Flow {
+        let Flow { mut x, mut work } = flow;
+        for part in Part::ALL.into_iter().filter(|&part| parts.contains(part)) {
+            match part {
+                Part::InputNorm => work = vec![self.norm(&x, &w.input_norm)],
+                Part::Qkv => work = self.heads(w, &w.qkv.forward(&work[0]), angles),
+                Part::Attend => work = vec![self.attend(&work, pack, cache.as_deref_mut())],
+                Part::Output => work = vec![w.output.forward(&work[0].flatten(1, 2))],
+                // Both at once where nothing lies between them.
+                Part::AttentionResidual if parts.contains(Part::PostNorm) => {
+                    let norm = &w.post_norm;
+                    let (normed, sum) = op::add_rms_norm(&x, &work[0], &norm.value, self.rms_norm_eps, norm.grad());
+                    (x, work) = (sum, vec![normed]);
+                }
+                Part::PostNorm if parts.contains(Part::AttentionResidual) => {}
+                Part::PostNorm => work = vec![self.norm(&x, &w.post_norm)],
+                Part::FeedForward => work = vec![w.down.forward(&op::swiglu(&w.gate_up.forward(&work[0])))],
+                Part::AttentionResidual | Part::FeedForwardResidual => {
+                    x = &x + &work[0];
+                    work.clear();
+                }
+            }
+        }
+        Flow { x, work }
     }
 
     fn norm(&self, x: &Tensor, weight: &Weight) -> Tensor {
         op::rms_norm(x, &weight.value, self.rms_norm_eps, weight.grad())
     }
 
-    fn mix(
-        &self,
-        w: &BlockWeights,
-        x: &Tensor,
-        pack: &PackContext,
-        angles: &Angles,
-        cache: Option<&mut LayerCache>,
-    ) -> Tensor {
+    /// How attention weighs: the scale of scores, and the window in tokens.
+    pub fn attention_scale(&self) -> (f64, Option<i64>) {
         let MixerSpec::Attention(a) = &self.spec.mixer;
-        let (q, k, v) = self.heads(w, a, &w.qkv.forward(x), angles);
-        let (scale, window) = ((a.head_dim as f64).powf(-0.5), a.sliding_window.map(|n| n as i64));
-        let attended = match cache {
-            None => op::attention(&q, &k, &v, &pack.cu_seqlens, scale, window),
+        ((a.head_dim as f64).powf(-0.5), a.sliding_window.map(|n| n as i64))
+    }
+
+    fn attend(&self, qkv: &[Tensor], pack: &PackContext, cache: Option<&mut LayerCache>) -> Tensor {
+        let [q, k, v] = qkv else { unreachable!("attention reads queries, keys and values") };
+        let (scale, window) = self.attention_scale();
+        match cache {
+            None => op::attention(q, k, v, &pack.cu_seqlens, scale, window),
             Some(cache) => {
-                let (k, v) = cache.append(&k, &v);
-                op::attention_with_past(&q, &k, &v, scale, window)
+                let (k, v) = cache.append(k, v);
+                op::attention_with_past(q, &k, &v, scale, window)
             }
-        };
-        w.output.forward(&attended.reshape([-1, (a.num_heads * a.head_dim) as i64]))
+        }
     }
 
     /// q `[T, H, head_dim]`, k and v `[T, K, head_dim]`, positions applied to q and k.
-    fn heads(&self, w: &BlockWeights, a: &AttentionSpec, qkv: &Tensor, angles: &Angles) -> (Tensor, Tensor, Tensor) {
+    fn heads(&self, w: &BlockWeights, qkv: &Tensor, angles: &Angles) -> Vec<Tensor> {
+        let MixerSpec::Attention(a) = &self.spec.mixer;
         let (h, k, d) = (a.num_heads as i64, a.num_kv_heads as i64, a.head_dim as i64);
         let (Some(q_norm), Some(k_norm)) = (&w.q_norm, &w.k_norm) else {
-            return op::qkv_rope(qkv, &angles.cos, &angles.sin, h, k, d);
+            let (q, k, v) = op::qkv_rope(qkv, &angles.cos, &angles.sin, h, k, d);
+            return vec![q, k, v];
         };
         let heads = |start: i64, n: i64| qkv.narrow(1, start * d, n * d).reshape([-1, n, d]);
         let (q, key, v) = (self.norm(&heads(0, h), q_norm), self.norm(&heads(h, k), k_norm), heads(h + k, k));
         let (q, key) = op::rope(&q, &key, &angles.cos, &angles.sin);
-        (q, key, v)
+        vec![q, key, v]
     }
 }

@@ -57,15 +57,20 @@ pub struct PackContext {
     pub tokens: Tensor,
     /// Position of each token within its document, `[T]`, i64.
     pub positions: Tensor,
-    /// Borders of documents: starts at 0, ends at T, strictly ascending.
+    /// Borders of documents in the whole pack, of which a rank may hold a part: from 0 to T, strictly ascending.
     pub cu_seqlens: Vec<i64>,
 }
 
 impl PackContext {
     /// From ids, positions and borders on the host; the only host-to-device copies of a forward pass.
     pub fn new(tokens: &[u32], positions: &[u32], cu_seqlens: Vec<i64>, device: Device) -> PackContext {
-        assert_eq!(tokens.len(), positions.len());
         assert_eq!(cu_seqlens.last().copied(), Some(tokens.len() as i64), "documents do not cover the tokens");
+        PackContext::part(tokens, positions, cu_seqlens, device)
+    }
+
+    /// This rank's tokens of a pack whose documents begin at `cu_seqlens`.
+    pub fn part(tokens: &[u32], positions: &[u32], cu_seqlens: Vec<i64>, device: Device) -> PackContext {
+        assert_eq!(tokens.len(), positions.len());
         let upload = |v: &[u32]| {
             let wide: Vec<i64> = v.iter().map(|&x| i64::from(x)).collect();
             Tensor::from_slice(&wide).to_device(device)

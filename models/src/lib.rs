@@ -14,7 +14,8 @@ pub mod decode;
 pub mod model;
 pub mod weights;
 
+pub use block::Flow;
 pub use context::{PackContext, RopeTable};
 pub use decode::DecodeState;
-pub use model::{Head, Model, Unit};
+pub use model::{Head, Model};
 pub use weights::{UnitWeights, Weight};

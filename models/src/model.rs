@@ -1,42 +1,15 @@
 //! The whole decoder as units: embedding, blocks, head.
 
-use crate::block::{Angles, Block, BlockWeights};
+use crate::block::{Angles, Block, BlockWeights, Flow};
 use crate::context::PackContext;
 use crate::decode::{DecodeState, LayerCache};
 use crate::weights::{UnitWeights, Weight};
+use std::ops::Range;
 use tangelo_configs::model::{EMBEDDING, FINAL_NORM, LM_HEAD};
-use tangelo_configs::{MixerSpec, ModelSpec};
-use tangelo_core::{DType, ParamMeta};
+use tangelo_configs::{BlockSpec, MixerSpec, ModelSpec, Sharding};
+use tangelo_core::{DType, Group, ParamMeta, Parts, Placement, Unit};
 use tangelo_kernels::op;
 use tch::{Device, Kind, Tensor};
-
-/// A part of the model whose weights are gathered, freed, reduced and updated together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Unit {
-    /// The token embedding.
-    Embedding,
-    /// A block, by layer.
-    Block(usize),
-    /// The final norm and the untied head.
-    Head,
-}
-
-impl Unit {
-    /// Every unit of `spec` in execution order.
-    pub fn all(spec: &ModelSpec) -> Vec<Unit> {
-        let blocks = (0..spec.blocks.len()).map(Unit::Block);
-        std::iter::once(Unit::Embedding).chain(blocks).chain([Unit::Head]).collect()
-    }
-
-    /// The parameters of this unit in execution order.
-    pub fn parameters(self, spec: &ModelSpec, dtype: DType) -> Vec<ParamMeta> {
-        match self {
-            Unit::Embedding => spec.embedding_parameters(dtype),
-            Unit::Block(layer) => spec.block_parameters(layer, dtype),
-            Unit::Head => spec.head_parameters(dtype),
-        }
-    }
-}
 
 /// The final norm's weight `[D]` and the head's `[V, D]` (the embedding's where they are tied).
 #[derive(Debug)]
@@ -46,35 +19,74 @@ pub struct Head {
     pub weight: Weight,
 }
 
-/// A decoder with its weights.
+/// A decoder with its weights, or the part of one that a rank of a hybrid-parallel job computes with.
 #[derive(Debug)]
 pub struct Model {
     spec: ModelSpec,
+    /// The layers of this part.
+    layers: Range<usize>,
     blocks: Vec<Block>,
     units: Vec<UnitWeights>,
+    unit_names: Vec<Unit>,
     block_weights: Vec<BlockWeights>,
-    embedding: Weight,
-    head: Head,
+    embedding: Option<Weight>,
+    head: Option<Head>,
+    /// The ids whose rows of the embedding and the head this part holds.
+    ids: Range<i64>,
     kind: Kind,
     device: Device,
 }
 
 impl Model {
-    /// A model with zeroed weights of type `kind`; with fp32 gradient buffers where `trained`.
+    /// A whole model with zeroed weights of type `kind`; with fp32 gradient buffers where `trained`.
     pub fn zeros(spec: &ModelSpec, kind: Kind, device: Device, trained: bool) -> Model {
+        Model::part(spec, &Sharding::single(spec), 0, kind, device, trained)
+    }
+
+    /// What `rank` computes with: its stage's units, of each its tensor rank's part.
+    pub fn part(
+        spec: &ModelSpec,
+        sharding: &Sharding,
+        rank: usize,
+        kind: Kind,
+        device: Device,
+        trained: bool,
+    ) -> Model {
         let dtype = if kind == Kind::BFloat16 { DType::BF16 } else { DType::F32 };
-        let units: Vec<UnitWeights> = Unit::all(spec)
-            .into_iter()
-            .map(|unit| UnitWeights::zeros(unit.parameters(spec, dtype), kind, device, trained))
+        let (stage, tensor_rank) = (sharding.topology().stage(rank), sharding.topology().index(Group::Tensor, rank));
+        let (layers, unit_names) = (sharding.layers(stage), sharding.units(stage));
+        let held = |meta: ParamMeta| {
+            let held = sharding.model_box(&meta, rank);
+            (meta, held)
+        };
+        let parts = |unit: &Unit| sharding.parameters(spec, *unit, dtype).into_iter().map(held).collect();
+        let units: Vec<UnitWeights> =
+            unit_names.iter().map(|unit| UnitWeights::zeros(parts(unit), kind, device, trained)).collect();
+        let unit = |name: Unit| unit_names.iter().position(|&u| u == name).map(|at| &units[at]);
+        let local = |layer: usize| local_block(&spec.blocks[layer], sharding.topology().size(Group::Tensor));
+        let blocks = layers.clone().map(|layer| Block::new(local(layer), spec.rms_norm_eps)).collect();
+        let block_weights = (layers.clone())
+            .map(|layer| {
+                let weights = unit(Unit::Block(layer)).expect("a stage holds the units of its layers");
+                BlockWeights::new(&spec.blocks[layer], layer, weights, tensor_rank == 0)
+            })
             .collect();
-        let blocks: Vec<Block> = spec.blocks.iter().map(|b| Block::new(*b, spec.rms_norm_eps)).collect();
-        let block_weights =
-            spec.blocks.iter().enumerate().map(|(i, b)| BlockWeights::new(b, i, &units[i + 1])).collect();
-        let (first, last) = (&units[0], &units[units.len() - 1]);
-        let embedding = first.weight(EMBEDDING);
-        let weight = if spec.tie_word_embeddings { embedding.share() } else { last.weight(LM_HEAD) };
-        let head = Head { norm: last.weight(FINAL_NORM), weight };
-        Model { spec: spec.clone(), blocks, units, block_weights, embedding, head, kind, device }
+        let embedding = unit(Unit::Embedding).map(|unit| unit.weight(EMBEDDING));
+        let head = unit(Unit::Head).map(|unit| Head {
+            norm: unit.weight(FINAL_NORM),
+            weight: match &embedding {
+                Some(embedding) if spec.tie_word_embeddings => embedding.share(),
+                _ if spec.tie_word_embeddings => unit.weight(EMBEDDING),
+                _ => unit.weight(LM_HEAD),
+            },
+        });
+        let ids = spec.embedding_parameters(dtype).first().map_or(0..0, |meta| {
+            let whole = Sharding::model_placement(sharding, meta);
+            let rows = Placement { only_at: None, ..whole }.box_of(&meta.shape, &sharding.topology().mesh, rank);
+            rows.ranges[0].start as i64..rows.ranges[0].end as i64
+        });
+        let spec = spec.clone();
+        Model { spec, layers, blocks, units, unit_names, block_weights, embedding, head, ids, kind, device }
     }
 
     /// The architecture.
@@ -97,12 +109,47 @@ impl Model {
         &self.units
     }
 
-    /// The head's weights.
-    pub fn head(&self) -> &Head {
-        &self.head
+    /// Which unit each of [`Model::units`] is.
+    pub fn unit_names(&self) -> &[Unit] {
+        &self.unit_names
     }
 
-    /// L.
+    /// The weights of a unit of this part.
+    pub fn unit(&self, unit: Unit) -> &UnitWeights {
+        &self.units[self.unit_index(unit)]
+    }
+
+    /// Its place among [`Model::units`].
+    pub fn unit_index(&self, unit: Unit) -> usize {
+        let at = self.unit_names.iter().position(|&name| name == unit);
+        at.unwrap_or_else(|| panic!("this stage holds no {unit:?}"))
+    }
+
+    /// The head's weights. Panics on a pipeline stage without it.
+    pub fn head(&self) -> &Head {
+        self.head.as_ref().expect("the last stage holds the head")
+    }
+
+    fn embedding(&self) -> &Weight {
+        self.embedding.as_ref().expect("the first stage holds the embedding")
+    }
+
+    /// The ids whose rows of the embedding and the head this part holds.
+    pub fn ids(&self) -> Range<i64> {
+        self.ids.clone()
+    }
+
+    /// The layers of this part.
+    pub fn layers(&self) -> Range<usize> {
+        self.layers.clone()
+    }
+
+    /// The shape of block `layer` as this part holds it.
+    pub fn block_shape(&self, layer: usize) -> &Block {
+        &self.blocks[layer - self.layers.start]
+    }
+
+    /// Number of blocks of this part.
     pub fn num_blocks(&self) -> usize {
         self.blocks.len()
     }
@@ -130,26 +177,63 @@ impl Model {
         BlockAngles { tables: tables.into_iter().map(|(_, a)| a).collect(), index }
     }
 
-    /// Tokens `[T]` to hidden states `[T, D]`, without a graph: see [`Model::embed_backward`].
+    /// Tokens `[T]` to hidden states `[T, D]`, without a graph: see [`Model::embed_backward`]. Ids whose rows are held
+    /// elsewhere give zeros.
     pub fn embed(&self, tokens: &Tensor) -> Tensor {
-        op::embedding(tokens, &self.embedding.value)
+        let table = &self.embedding().value;
+        if self.holds_all_ids() {
+            return op::embedding(tokens, table);
+        }
+        let out = Tensor::zeros([tokens.size()[0], self.spec.hidden_size as i64], (self.kind, self.device));
+        let (at, ids) = self.held_tokens(tokens);
+        out.index_copy(0, &at, &op::embedding(&ids, table))
     }
 
     /// Adds to the table's gradient what flowed back to the embedding's output, `[T, D]`.
     pub fn embed_backward(&self, tokens: &Tensor, grad: &Tensor) {
-        if let Some(main_grad) = self.embedding.grad() {
-            op::embedding_backward(tokens, grad, main_grad);
+        let Some(main_grad) = self.embedding().grad() else { return };
+        if self.holds_all_ids() {
+            return op::embedding_backward(tokens, grad, main_grad);
         }
+        let (at, ids) = self.held_tokens(tokens);
+        op::embedding_backward(&ids, &grad.index_select(0, &at), main_grad);
+    }
+
+    fn holds_all_ids(&self) -> bool {
+        self.ids == (0..self.spec.vocab_size as i64)
+    }
+
+    /// Where tokens are whose rows are held here, and which rows.
+    fn held_tokens(&self, tokens: &Tensor) -> (Tensor, Tensor) {
+        let here = tokens.ge(self.ids.start).logical_and(&tokens.lt(self.ids.end));
+        let at = here.nonzero().squeeze_dim(1);
+        let ids = tokens.index_select(0, &at) - self.ids.start;
+        (at, ids)
     }
 
     /// Block `layer`: `[T, D]` to `[T, D]`.
     pub fn block(&self, layer: usize, x: &Tensor, pack: &PackContext, angles: &BlockAngles) -> Tensor {
-        self.blocks[layer].forward(&self.block_weights[layer], x, pack, angles.of(layer), None)
+        let flow = Flow { x: x.shallow_clone(), work: Vec::new() };
+        self.block_parts(layer, Parts::BLOCK, flow, pack, angles).x
+    }
+
+    /// Some parts of block `layer`.
+    pub fn block_parts(
+        &self,
+        layer: usize,
+        parts: Parts,
+        flow: Flow,
+        pack: &PackContext,
+        angles: &BlockAngles,
+    ) -> Flow {
+        let at = layer - self.layers.start;
+        self.blocks[at].run(parts, &self.block_weights[at], flow, pack, angles.of(at), None)
     }
 
     /// The final norm: `[T, D]` to what the head's weight is multiplied with.
     pub fn final_norm(&self, x: &Tensor) -> Tensor {
-        op::rms_norm(x, &self.head.norm.value, self.spec.rms_norm_eps, self.head.norm.grad())
+        let norm = &self.head().norm;
+        op::rms_norm(x, &norm.value, self.spec.rms_norm_eps, norm.grad())
     }
 
     /// Hidden states `[T, D]` after the final norm; no gradients.
@@ -163,7 +247,7 @@ impl Model {
 
     /// Logits `[T, V]` of every token; no gradients. For checks and short prompts: the whole table of T x V exists.
     pub fn logits(&self, pack: &PackContext) -> Tensor {
-        tch::no_grad(|| op::linear(&self.hidden(pack), &self.head.weight.value, None, None, None))
+        tch::no_grad(|| op::linear(&self.hidden(pack), &self.head().weight.value, None, None, None))
     }
 
     /// An empty state for one sequence.
@@ -189,10 +273,20 @@ impl Model {
             }
             state.num_tokens += tokens.len();
             let last = self.final_norm(&x.narrow(0, tokens.len() as i64 - 1, 1));
-            let logits = op::linear(&last, &self.head.weight.value, None, None, None).squeeze_dim(0);
+            let logits = op::linear(&last, &self.head().weight.value, None, None, None).squeeze_dim(0);
             if self.kind == Kind::Double { logits } else { logits.to_kind(Kind::Float) }
         })
     }
+}
+
+/// A block as one of `tensor_degree` ranks computes it: its share of heads and of the feed-forward's features.
+fn local_block(spec: &BlockSpec, tensor_degree: usize) -> BlockSpec {
+    let mut local = *spec;
+    let MixerSpec::Attention(a) = &mut local.mixer;
+    a.num_heads /= tensor_degree;
+    a.num_kv_heads = (a.num_kv_heads / tensor_degree).max(1);
+    local.feed_forward.intermediate_size /= tensor_degree;
+    local
 }
 
 /// Rotary angles for every block of a micro-batch.

@@ -1,7 +1,9 @@
 //! The weights of one unit: a flat buffer and views of it.
 
 use std::collections::HashMap;
-use tangelo_core::ParamMeta;
+use std::ops::Range;
+use tangelo_core::{IndexBox, ParamMeta};
+use tangelo_kernels::autograd;
 use tch::{Device, Kind, Tensor};
 
 /// A weight and where its gradient accumulates.
@@ -25,11 +27,13 @@ impl Weight {
     }
 }
 
-/// Where a parameter lies in its unit's flat buffer.
+/// Where a parameter, or the part of it that this rank computes with, lies in its unit's flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParamSpan {
     /// Name, full shape.
     pub meta: ParamMeta,
+    /// The part of it, in the coordinates of the full tensor.
+    pub held: IndexBox,
     /// First element in the flat buffer.
     pub offset: usize,
     /// Number of elements.
@@ -37,21 +41,37 @@ pub struct ParamSpan {
 }
 
 impl ParamSpan {
-    /// Elements per index of dim 0.
-    pub fn row_len(&self) -> usize {
-        self.meta.shape[1..].iter().product()
+    /// Length per dim of the part that is held.
+    pub fn shape(&self) -> Vec<usize> {
+        self.held.shape()
     }
 
-    /// Lays parameters end to end in the order given.
-    pub fn lay_out(metas: Vec<ParamMeta>) -> Vec<ParamSpan> {
+    /// Elements per index of dim 0 of the part that is held.
+    pub fn row_len(&self) -> usize {
+        self.held.ranges[1..].iter().map(|r| r.len()).product()
+    }
+
+    /// Where a box of the parameter lies in the flat buffer: whole rows of the part that is held.
+    pub fn flat_range(&self, rows: &IndexBox) -> Range<usize> {
+        if rows.is_empty() {
+            return self.offset..self.offset;
+        }
+        let inside = rows.relative_to(&self.held);
+        debug_assert!(inside.ranges[1..].iter().zip(&self.held.ranges[1..]).all(|(a, b)| a.len() == b.len()));
+        let row_len = self.row_len();
+        self.offset + inside.ranges[0].start * row_len..self.offset + inside.ranges[0].end * row_len
+    }
+
+    /// Lays parts of parameters end to end in the order given.
+    pub fn lay_out(parts: Vec<(ParamMeta, IndexBox)>) -> Vec<ParamSpan> {
         let mut offset = 0;
-        let place = |meta: ParamMeta| {
-            let len = meta.num_elements();
-            let span = ParamSpan { meta, offset, len };
+        let place = |(meta, held): (ParamMeta, IndexBox)| {
+            let len = held.volume();
+            let span = ParamSpan { meta, held, offset, len };
             offset += len;
             span
         };
-        metas.into_iter().map(place).collect()
+        parts.into_iter().map(place).collect()
     }
 }
 
@@ -66,8 +86,8 @@ pub struct UnitWeights {
 
 impl UnitWeights {
     /// Zeroed weights of type `kind`, with an fp32 gradient buffer where `trained`.
-    pub fn zeros(metas: Vec<ParamMeta>, kind: Kind, device: Device, trained: bool) -> UnitWeights {
-        let spans = ParamSpan::lay_out(metas);
+    pub fn zeros(parts: Vec<(ParamMeta, IndexBox)>, kind: Kind, device: Device, trained: bool) -> UnitWeights {
+        let spans = ParamSpan::lay_out(parts);
         let n: usize = spans.iter().map(|s| s.len).sum();
         let by_name = spans.iter().enumerate().map(|(i, s)| (s.meta.name.clone(), i)).collect();
         let flat = Tensor::zeros([n as i64], (kind, device));
@@ -92,6 +112,32 @@ impl UnitWeights {
         self.main_grad.as_ref()
     }
 
+    /// Gives the memory of the weights back, or takes it again with undefined contents. Views stay views: graphs may hold
+    /// them, and find the same values once the buffer was refilled inside [`autograd::preserving_version`].
+    pub fn hold_weights(&self, held: bool) {
+        autograd::storage_resize(&self.flat, if held { self.num_bytes(&self.flat) } else { 0 });
+    }
+
+    /// The same for gradients; those taken are zero.
+    pub fn hold_gradients(&self, held: bool) {
+        if let Some(grad) = &self.main_grad {
+            autograd::storage_resize(grad, if held { self.num_bytes(grad) } else { 0 });
+            if held {
+                let _ = grad.shallow_clone().zero_();
+            }
+        }
+    }
+
+    fn num_bytes(&self, flat: &Tensor) -> usize {
+        self.len() * flat.kind().elt_size_in_bytes()
+    }
+
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)] // a unit has parameters
+    pub fn len(&self) -> usize {
+        self.spans.last().map_or(0, |s| s.offset + s.len)
+    }
+
     /// The span of a parameter, by its full name.
     pub fn span(&self, name: &str) -> Option<&ParamSpan> {
         self.by_name.get(name).map(|&i| &self.spans[i])
@@ -102,16 +148,23 @@ impl UnitWeights {
         self.fused(&[name])
     }
 
+    /// One parameter's values alone, which must be held; its gradient need not be.
+    pub fn value(&self, name: &str) -> Tensor {
+        let span = self.span(name).unwrap_or_else(|| panic!("the unit has no parameter {name}"));
+        let shape: Vec<i64> = span.shape().iter().map(|&n| n as i64).collect();
+        self.flat.narrow(0, span.offset as i64, span.len as i64).view(shape.as_slice())
+    }
+
     /// Parameters that lie next to each other and agree in all dims but the first, as one: rows concatenated.
     pub fn fused(&self, names: &[&str]) -> Weight {
         let spans: Vec<&ParamSpan> =
             names.iter().map(|n| self.span(n).unwrap_or_else(|| panic!("the unit has no parameter {n}"))).collect();
         for pair in spans.windows(2) {
             assert_eq!(pair[0].offset + pair[0].len, pair[1].offset, "{names:?} are not adjacent");
-            assert_eq!(pair[0].meta.shape[1..], pair[1].meta.shape[1..], "{names:?} differ beyond dim 0");
+            assert_eq!(pair[0].shape()[1..], pair[1].shape()[1..], "{names:?} differ beyond dim 0");
         }
-        let rows: usize = spans.iter().map(|s| s.meta.shape[0]).sum();
-        let mut shape: Vec<i64> = spans[0].meta.shape.iter().map(|&n| n as i64).collect();
+        let rows: usize = spans.iter().map(|s| s.shape()[0]).sum();
+        let mut shape: Vec<i64> = spans[0].shape().iter().map(|&n| n as i64).collect();
         shape[0] = rows as i64;
         let (offset, len) = (spans[0].offset as i64, shape.iter().product::<i64>());
         let view = |flat: &Tensor| flat.narrow(0, offset, len).view(shape.as_slice());
@@ -124,8 +177,8 @@ mod tests {
     use super::*;
     use tangelo_core::DType;
 
-    fn meta(name: &str, shape: &[usize]) -> ParamMeta {
-        ParamMeta { name: name.into(), shape: shape.into(), dtype: DType::F32 }
+    fn meta(name: &str, shape: &[usize]) -> (ParamMeta, IndexBox) {
+        (ParamMeta { name: name.into(), shape: shape.into(), dtype: DType::F32 }, IndexBox::full(shape))
     }
 
     #[test]

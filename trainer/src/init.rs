@@ -4,9 +4,9 @@
 
 use crate::error::{Result, TrainError};
 use std::ops::Range;
-use tangelo_core::ParamMeta;
 use tangelo_core::hash::hash_bytes;
-use tangelo_models::Model;
+use tangelo_core::{IndexBox, ParamMeta};
+use tangelo_models::UnitWeights;
 use tch::{Device, Kind, Tensor};
 
 /// Where values come from: tensors by Hugging Face's name, read row by row.
@@ -30,38 +30,50 @@ pub fn initial_values(meta: &ParamMeta, seed: u64, std: f64) -> Tensor {
     Tensor::randn(shape.as_slice(), options) * std
 }
 
-/// Gives every parameter its first values from `seed`.
-pub fn from_seed(model: &Model, seed: u64) {
-    let std = model.spec().initializer_range;
+/// Gives every parameter of a unit its first values from `seed`: those of the full tensor, of which the part is taken that
+/// this rank holds.
+pub fn from_seed(unit: &UnitWeights, seed: u64, std: f64) {
     tch::no_grad(|| {
-        for unit in model.units() {
-            for span in unit.spans() {
-                unit.weight(&span.meta.name).value.copy_(&initial_values(&span.meta, seed, std));
-            }
+        for span in unit.spans() {
+            let whole = initial_values(&span.meta, seed, std);
+            unit.value(&span.meta.name).copy_(&part_of(&whole, &span.held));
         }
     });
+}
+
+/// A box of a tensor: a view.
+pub(crate) fn part_of(tensor: &Tensor, indices: &IndexBox) -> Tensor {
+    let cut = |view: Tensor, (dim, range): (usize, &tangelo_core::layout::Range64)| {
+        view.narrow(dim as i64, range.start as i64, range.len() as i64)
+    };
+    indices.ranges.iter().enumerate().fold(tensor.shallow_clone(), cut)
 }
 
 /// Elements read at once: 64 MB of fp32.
 const READ_ELEMENTS: usize = 16 << 20;
 
-/// Fills a model from a source, a few rows at a time. `also` is given the same values in fp32: the unit, where they lie
-/// in its flat buffer, and the values.
-pub fn from_source(model: &Model, source: &dyn TensorSource, also: &mut dyn FnMut(usize, usize, &[f32])) -> Result<()> {
-    for (index, unit) in model.units().iter().enumerate() {
-        for span in unit.spans() {
-            let value = unit.weight(&span.meta.name).value;
-            let (rows, row_len) = (span.meta.shape[0], span.row_len());
-            let step = (READ_ELEMENTS / row_len.max(1)).clamp(1, rows.max(1));
-            let mut buffer = vec![0f32; step * row_len];
-            for start in (0..rows).step_by(step) {
-                let end = (start + step).min(rows);
-                let part = &mut buffer[..(end - start) * row_len];
-                source.read_f32(&span.meta, start..end, part).map_err(TrainError::Data)?;
-                let mut target = value.narrow(0, start as i64, (end - start) as i64);
-                tch::no_grad(|| target.copy_(&Tensor::from_slice(part).view_as(&target)));
-                also(index, span.offset + start * row_len, part);
-            }
+/// Fills a unit from a source, a few rows at a time. `also` is given the same values in fp32: where they lie in the flat
+/// buffer, and the values.
+pub fn from_source(unit: &UnitWeights, source: &dyn TensorSource, also: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+    for span in unit.spans() {
+        let value = unit.value(&span.meta.name);
+        let rows = span.held.ranges[0];
+        let whole_row: usize = span.meta.shape[1..].iter().product();
+        let step = (READ_ELEMENTS / whole_row.max(1)).clamp(1, rows.len().max(1));
+        let mut buffer = vec![0f32; step * whole_row];
+        for start in (rows.start..rows.end).step_by(step) {
+            let end = (start + step).min(rows.end);
+            let read = &mut buffer[..(end - start) * whole_row];
+            source.read_f32(&span.meta, start..end, read).map_err(TrainError::Data)?;
+            let mut columns = span.held.clone();
+            columns.ranges[0] = (0..end - start).into();
+            let mut shape: Vec<i64> = span.meta.shape.iter().map(|&n| n as i64).collect();
+            shape[0] = (end - start) as i64;
+            let part = part_of(&Tensor::from_slice(read).view(shape.as_slice()), &columns).contiguous();
+            let at = start - rows.start;
+            tch::no_grad(|| value.narrow(0, at as i64, (end - start) as i64).copy_(&part));
+            let values = Vec::<f32>::try_from(part.view([-1])).expect("a flat f32 tensor");
+            also(span.offset + at * span.row_len(), &values);
         }
     }
     Ok(())

@@ -1,17 +1,19 @@
-//! What a rank runs: recipes, the block executor, optimizers, checkpoints; the binary `tangelo-worker`.
+//! What a rank runs: recipes, the executor of programs, optimizers, checkpoints; the binary `tangelo-worker`.
 //!
 //! ```text
-//! bin/tangelo-worker -> recipe::pretrain -> TrainWorker { BlockExecutor -> models, Optimizer -> comm } -> checkpoint
+//! bin/tangelo-worker -> recipe::pretrain -> TrainWorker { Executor -> models, Optimizer -> comm } -> checkpoint
 //!                    -> verb::{generate, score, eval, export}
 //! ```
 //!
 //! Invariants: one thread (the device thread) touches tensors; a step's decisions (skip, stop, resume) are the same on
 //! every rank; the update has the same bits for every ZeRO scope. Deliberately absent: hooks and callbacks.
 
+pub mod alone;
 pub mod checkpoint;
 pub mod error;
 pub mod executor;
 pub mod faults;
+pub mod groups;
 pub mod init;
 pub mod micro_batch;
 pub mod open_model;
@@ -21,6 +23,7 @@ pub mod process;
 pub mod recipe;
 pub mod sample;
 pub mod shards;
+pub mod store;
 pub mod verb;
 pub mod worker;
 

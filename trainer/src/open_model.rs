@@ -116,7 +116,7 @@ pub fn open(request: &ModelRequest) -> Result<Opened> {
     let threads = crate::process::threads_for(request.num_threads, 1);
     tangelo_kernels::device::set_threads(threads);
     let model = Model::zeros(source.spec(), kind_of(dtype), device, false);
-    init::from_source(&model, source.tensors(), &mut |_, _, _| {})?;
+    model.units().iter().try_for_each(|unit| init::from_source(unit, source.tensors(), &mut |_, _| {}))?;
     let tokenizer = source.tokenizer(&request.model);
     Ok(Opened { model, tokenizer })
 }

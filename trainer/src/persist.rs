@@ -7,13 +7,13 @@
 use crate::checkpoint::{Checkpoint, CheckpointError, Saver, StateKind, TrainState, plan_writes};
 use crate::error::{Result, TrainError};
 use crate::init::TensorSource;
-use crate::optim::OwnedState;
+use crate::optim::{Moments, OwnedState};
 use crate::worker::TrainWorker;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 use tangelo_configs::Plan;
-use tangelo_core::{IndexBox, ParamMeta};
+use tangelo_core::{DType, IndexBox, Level, ParamMeta};
 use tch::{Device, Tensor};
 
 /// Which state tensors this rank writes: the kind and the index among [`OwnedState`]s.
@@ -37,14 +37,22 @@ impl WritePlan {
 }
 
 fn assign(plan: &Plan, worker: &TrainWorker, kinds: &[StateKind]) -> Vec<(StateKind, usize)> {
-    let metas: Vec<&ParamMeta> = worker.model().units().iter().flat_map(|u| u.spans()).map(|s| &s.meta).collect();
-    let world_size = plan.mesh.world_size();
-    let boxes = |meta: &ParamMeta| (0..world_size).map(|rank| worker.zero().box_of(meta, rank)).collect::<Vec<_>>();
-    let held: Vec<Vec<IndexBox>> = kinds.iter().flat_map(|_| metas.iter().map(|meta| boxes(meta))).collect();
+    let (metas, sharding) = (plan.model.parameters(DType::F32), worker.sharding());
+    let world_size = plan.topology.mesh.world_size();
+    let boxes = |meta: &ParamMeta| (0..world_size).map(|rank| sharding.box_at(meta, Level::States, rank)).collect();
+    let of_kind = |&kind: &StateKind| metas.iter().map(move |meta| (kind, meta));
+    let exists = |(kind, meta): &(StateKind, &ParamMeta)| kinds_of(sharding.is_whole(&meta.name)).contains(kind);
+    let tensors: Vec<(StateKind, &ParamMeta)> = kinds.iter().flat_map(of_kind).filter(exists).collect();
+    let held: Vec<Vec<IndexBox>> = tensors.iter().map(|(_, meta)| boxes(meta)).collect();
     let owned = owned_by_name(worker);
     let mine = &plan_writes(world_size, &held)[worker.rank()];
-    let locate = |&tensor: &usize| (kinds[tensor / metas.len()], owned[metas[tensor % metas.len()].name.as_str()]);
+    let locate = |&tensor: &usize| (tensors[tensor].0, owned[tensors[tensor].1.name.as_str()]);
     mine.iter().map(locate).collect()
+}
+
+/// What there is of a parameter: Muon's states where ZeRO scopes leave it whole.
+fn kinds_of(whole: bool) -> &'static [StateKind] {
+    if whole { &StateKind::MUON } else { &StateKind::ADAMW }
 }
 
 fn owned_by_name(worker: &TrainWorker) -> HashMap<&str, usize> {
@@ -57,10 +65,12 @@ fn meta_of<'a>(worker: &'a TrainWorker, state: &OwnedState) -> &'a ParamMeta {
 }
 
 fn tensor_of(state: &OwnedState, kind: StateKind) -> &Tensor {
-    match kind {
-        StateKind::Param => &state.master,
-        StateKind::ExpAvg => &state.exp_avg,
-        StateKind::ExpAvgSq => &state.exp_avg_sq,
+    match (kind, &state.moments) {
+        (StateKind::Param, _) => &state.master,
+        (StateKind::ExpAvg, Moments::AdamW { exp_avg, .. }) => exp_avg,
+        (StateKind::ExpAvgSq, Moments::AdamW { exp_avg_sq, .. }) => exp_avg_sq,
+        (StateKind::Momentum, Moments::Muon { momentum }) => momentum,
+        (kind, moments) => unreachable!("{moments:?} have no {kind}"),
     }
 }
 
@@ -103,7 +113,7 @@ pub fn save(
 fn source(worker: &TrainWorker, kind: StateKind, index: usize) -> Source {
     let owned = &worker.optimizer().states()[index];
     let meta = meta_of(worker, owned).clone();
-    let indices = worker.zero().box_of(&meta, worker.rank());
+    let indices = worker.sharding().box_at(&meta, Level::States, worker.rank());
     // A shared view on a CPU, a copy from a GPU.
     Source { kind, meta, indices, tensor: tensor_of(owned, kind).to_device(Device::Cpu) }
 }
@@ -111,11 +121,15 @@ fn source(worker: &TrainWorker, kind: StateKind, index: usize) -> Source {
 /// Fills weights and, unless `weights_only`, optimizer states from a checkpoint of any layout.
 pub fn restore(worker: &mut TrainWorker, from: &Checkpoint, weights_only: bool) -> Result<()> {
     from.check_model(worker.model().spec()).map_err(data_error)?;
-    let kinds: &[StateKind] = if weights_only { &[StateKind::Param] } else { &StateKind::ALL };
+    if !weights_only {
+        from.check_optimizer(worker.optimizer().name()).map_err(data_error)?;
+    }
     let mut buffer = Vec::new();
     for owned in worker.optimizer().states() {
         let meta = meta_of(worker, owned);
-        let indices = worker.zero().box_of(meta, worker.rank());
+        let all = kinds_of(worker.sharding().is_whole(&meta.name));
+        let kinds = if weights_only { &[StateKind::Param][..] } else { all };
+        let indices = worker.sharding().box_at(meta, Level::States, worker.rank());
         buffer.resize(indices.volume(), 0f32);
         for &kind in kinds {
             from.read(kind, &meta.name, &indices, &mut buffer).map_err(data_error)?;

@@ -1,24 +1,17 @@
-//! Which part of each parameter's optimizer state a rank owns, and in which order everything is reduced.
+//! Buffers cut over the ranks of a group, and the layouts in which their parts travel.
 //!
-//! Every parameter is cut along dim 0 into *chunks* of whole rows, a size that depends on its shape alone. A ZeRO scope
-//! deals whole chunks to its ranks ([`Placement::sharded`] with that block), so a chunk is never split, and the square
-//! sum of a gradient is the sum over chunks in global order whatever the scope. Gradients are elementwise sums in rank
-//! order and the update is elementwise; hence every scope gives the same bits.
+//! A unit's weights and gradients lie in flat buffers. Where a ZeRO scope cuts them, a rank keeps its parts of them end to
+//! end in a *shard*. A [`Cut`] says which pieces of the larger buffer each rank of a group has: laid out by owner, they
+//! travel in one collective with uneven counts.
 
 use std::ops::Range;
-use tangelo_core::{Axis, DeviceMesh, IndexBox, MeshError, ParamMeta, Placement, SubAxis};
-use tangelo_models::weights::ParamSpan;
+use tangelo_configs::Sharding;
+use tangelo_configs::sharding::chunk_rows;
+use tangelo_core::{Group, Level};
+use tangelo_models::{Model, UnitWeights};
+use tch::{Device, Kind, Tensor};
 
-/// Elements a chunk aims at: small enough that eight ranks share a small model evenly, large enough that the square
-/// sums of an 8B model are 4 MB.
-const CHUNK_ELEMENTS: usize = 16_384;
-
-/// Rows per chunk of a parameter with rows of `row_len` elements.
-pub fn chunk_rows(row_len: usize) -> usize {
-    (CHUNK_ELEMENTS / row_len.max(1)).max(1)
-}
-
-/// A contiguous part of a unit's flat buffer that one rank owns, and whose parameter it is.
+/// A part of a parameter that one rank has, and where it lies in the unit's flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnedRange {
     /// Index of the parameter within its unit.
@@ -36,103 +29,173 @@ impl OwnedRange {
     }
 }
 
-/// How optimizer states lie over the ranks.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ZeroScope {
-    mesh: DeviceMesh,
-    /// The ranks over which states are cut: the inner part of `dp_shard`.
-    scope: SubAxis,
+/// What `rank` has of a unit at `level`, in the order of the flat buffer; parameters of which it has nothing are left out.
+/// `rank` must compute with the same part of the model as the rank that asks.
+pub fn owned(sharding: &Sharding, unit: &UnitWeights, level: Level, rank: usize) -> Vec<OwnedRange> {
+    let range = |(param, span): (usize, &tangelo_models::weights::ParamSpan)| {
+        let flat = span.flat_range(&sharding.box_at(&span.meta, level, rank));
+        let row_len = span.row_len();
+        (!flat.is_empty()).then(|| OwnedRange { param, flat, chunk_len: chunk_rows(row_len) * row_len })
+    };
+    unit.spans().iter().enumerate().filter_map(range).collect()
 }
 
-impl ZeroScope {
-    /// States cut over the inner `degree` ranks of `dp_shard`.
-    pub fn new(mesh: &DeviceMesh, degree: usize) -> Result<ZeroScope, MeshError> {
-        Ok(ZeroScope { mesh: mesh.clone(), scope: mesh.inner(Axis::DpShard, degree)? })
-    }
-
-    /// Ranks that share one copy of the states.
-    pub fn degree(&self) -> usize {
-        self.scope.degree
-    }
-
-    /// The index within the scope of `rank`.
-    pub fn index(&self, rank: usize) -> usize {
-        self.mesh.index_in_group(rank, &[self.scope])
-    }
-
-    /// The ranks that share one copy with `rank`.
-    pub fn group(&self, rank: usize) -> Vec<usize> {
-        self.mesh.group_of(rank, &[self.scope])
-    }
-
-    /// The placement of a parameter's states.
-    pub fn placement(&self, meta: &ParamMeta) -> Placement {
-        let row_len: usize = meta.shape[1..].iter().product();
-        Placement::sharded(vec![self.scope], chunk_rows(row_len))
-    }
-
-    /// The box of a parameter's states that `rank` owns.
-    pub fn box_of(&self, meta: &ParamMeta, rank: usize) -> IndexBox {
-        self.placement(meta).box_of(&meta.shape, &self.mesh, rank)
-    }
-
-    /// What `rank` owns of a unit, in the order of the flat buffer; parameters of which it owns nothing are left out.
-    pub fn owned(&self, spans: &[ParamSpan], rank: usize) -> Vec<OwnedRange> {
-        let range = |(param, span): (usize, &ParamSpan)| {
-            let rows = self.box_of(&span.meta, rank).ranges[0];
-            let row_len = span.row_len();
-            let flat = span.offset + rows.start * row_len..span.offset + rows.end * row_len;
-            (!flat.is_empty()).then(|| OwnedRange { param, flat, chunk_len: chunk_rows(row_len) * row_len })
-        };
-        spans.iter().enumerate().filter_map(range).collect()
-    }
+/// Where flat ranges lie in a buffer.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// The buffer is the whole flat one.
+    Flat,
+    /// The buffer holds these ranges, end to end.
+    Shard(Vec<Range<usize>>),
 }
 
-/// Total length of ranges.
-pub fn total_len(ranges: &[OwnedRange]) -> usize {
-    ranges.iter().map(|r| r.flat.len()).sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tangelo_core::DType;
-
-    fn spans() -> Vec<ParamSpan> {
-        let shapes = [vec![64usize], vec![700, 64], vec![3, 40_000], vec![5000], vec![1, 7]];
-        let metas = shapes.into_iter().enumerate().map(|(i, shape)| ParamMeta {
-            name: format!("p{i}"),
-            shape,
-            dtype: DType::F32,
-        });
-        ParamSpan::lay_out(metas.collect())
-    }
-
-    #[test]
-    fn every_element_has_one_owner_and_chunks_are_never_split() {
-        let spans = spans();
-        let n: usize = spans.iter().map(|s| s.len).sum();
-        for degree in 1..=5 {
-            let mesh = DeviceMesh::new(&[(Axis::DpShard, degree)]).unwrap();
-            let scope = ZeroScope::new(&mesh, degree).unwrap();
-            let mut owner = vec![None; n];
-            for rank in 0..degree {
-                for range in scope.owned(&spans, rank) {
-                    assert_eq!((range.flat.start - spans[range.param].offset) % range.chunk_len, 0);
-                    for element in range.flat {
-                        assert_eq!(owner[element].replace(rank), None, "element {element} has two owners");
-                    }
-                }
-            }
-            assert!(owner.iter().all(Option::is_some), "degree {degree}");
+impl Place {
+    /// Where level `level` of a unit lies: flat where its scope is one rank.
+    pub fn of(sharding: &Sharding, unit: &UnitWeights, level: Level, rank: usize) -> Place {
+        let scopes = sharding.topology().scopes;
+        let degree = if level == Level::Parameters { scopes.parameters } else { scopes.gradients };
+        match degree {
+            1 => Place::Flat,
+            _ => Place::Shard(owned(sharding, unit, level, rank).into_iter().map(|r| r.flat).collect()),
         }
     }
 
-    #[test]
-    fn a_partial_scope_repeats_along_the_rest_of_the_axis() {
-        let mesh = DeviceMesh::new(&[(Axis::DpShard, 4)]).unwrap();
-        let scope = ZeroScope::new(&mesh, 2).unwrap();
-        assert_eq!(scope.owned(&spans(), 0), scope.owned(&spans(), 2));
-        assert_eq!(scope.group(2), [2, 3]);
+    /// Elements of a shard; `None` where there is none.
+    pub fn shard_len(&self) -> Option<usize> {
+        match self {
+            Place::Flat => None,
+            Place::Shard(ranges) => Some(ranges.iter().map(Range::len).sum()),
+        }
+    }
+
+    /// Where a flat range lies in the buffer. It must be inside one of the buffer's.
+    pub fn locate(&self, flat: &Range<usize>) -> Range<usize> {
+        let Place::Shard(ranges) = self else { return flat.clone() };
+        let mut before = 0;
+        for range in ranges {
+            if range.start <= flat.start && flat.end <= range.end {
+                let at = before + flat.start - range.start;
+                return at..at + flat.len();
+            }
+            before += range.len();
+        }
+        panic!("{flat:?} is not in {ranges:?}: levels are not nested")
+    }
+}
+
+/// A piece of a unit's buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Piece {
+    unit: usize,
+    range: Range<usize>,
+}
+
+/// Buffers of some units, cut over the ranks of a group.
+#[derive(Clone, Debug)]
+pub struct Cut {
+    /// By owner, in group order.
+    pieces: Vec<Vec<Piece>>,
+    /// Elements per owner.
+    counts: Vec<usize>,
+    /// This rank's place in the group.
+    own: usize,
+}
+
+impl Cut {
+    /// The buffers that lie as `places` say, of the units `units` of `model`, cut to `level` over `group`.
+    pub fn new(
+        model: &Model,
+        sharding: &Sharding,
+        units: Range<usize>,
+        places: &[Place],
+        level: Level,
+        group: Group,
+        rank: usize,
+    ) -> Cut {
+        let topology = sharding.topology();
+        let pieces_of = |member: usize| {
+            let mut pieces: Vec<Piece> = Vec::new();
+            for unit in units.clone() {
+                for owned in owned(sharding, &model.units()[unit], level, member) {
+                    push(&mut pieces, Piece { unit, range: places[unit].locate(&owned.flat) });
+                }
+            }
+            pieces
+        };
+        let pieces: Vec<Vec<Piece>> = topology.members(group, rank).into_iter().map(pieces_of).collect();
+        let counts = pieces.iter().map(|p| p.iter().map(|piece| piece.range.len()).sum()).collect();
+        Cut { pieces, counts, own: topology.index(group, rank) }
+    }
+
+    /// Elements per owner.
+    pub fn counts(&self) -> &[usize] {
+        &self.counts
+    }
+
+    /// Elements of all owners.
+    pub fn len(&self) -> usize {
+        self.counts.iter().sum()
+    }
+
+    /// Whether nobody owns anything.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Elements that this rank owns.
+    pub fn own_len(&self) -> usize {
+        self.counts[self.own]
+    }
+
+    /// All owners' pieces, one owner after the other.
+    pub fn pack<'a>(&self, buffer: impl Fn(usize) -> &'a Tensor, kind: Kind, device: Device) -> Tensor {
+        let packed = Tensor::empty([self.len() as i64], (kind, device));
+        each(self.pieces.iter().flatten(), |piece, at| {
+            narrow(&packed, &at).copy_(&narrow(buffer(piece.unit), &piece.range))
+        });
+        packed
+    }
+
+    /// The reverse of [`Cut::pack`].
+    pub fn unpack<'a>(&self, packed: &Tensor, buffer: impl Fn(usize) -> &'a Tensor) {
+        each(self.pieces.iter().flatten(), |piece, at| {
+            narrow(buffer(piece.unit), &piece.range).copy_(&narrow(packed, &at))
+        });
+    }
+
+    /// This rank's pieces.
+    pub fn pack_own<'a>(&self, buffer: impl Fn(usize) -> &'a Tensor, kind: Kind, device: Device) -> Tensor {
+        let packed = Tensor::empty([self.own_len() as i64], (kind, device));
+        each(&self.pieces[self.own], |piece, at| narrow(&packed, &at).copy_(&narrow(buffer(piece.unit), &piece.range)));
+        packed
+    }
+
+    /// The reverse of [`Cut::pack_own`].
+    pub fn unpack_own<'a>(&self, packed: &Tensor, buffer: impl Fn(usize) -> &'a Tensor) {
+        each(&self.pieces[self.own], |piece, at| narrow(buffer(piece.unit), &piece.range).copy_(&narrow(packed, &at)));
+    }
+}
+
+/// Calls `f` with each piece and its place in a buffer that holds just those.
+fn each<'a>(pieces: impl IntoIterator<Item = &'a Piece>, mut f: impl FnMut(&Piece, Range<usize>)) {
+    let mut at = 0;
+    for piece in pieces {
+        f(piece, at..at + piece.range.len());
+        at += piece.range.len();
+    }
+}
+
+/// Part of a flat tensor.
+pub fn narrow(flat: &Tensor, range: &Range<usize>) -> Tensor {
+    flat.narrow(0, range.start as i64, range.len() as i64)
+}
+
+/// Adds a piece, joined to the last one where they touch, so that one copy moves both.
+fn push(pieces: &mut Vec<Piece>, piece: Piece) {
+    match pieces.last_mut() {
+        Some(last) if last.unit == piece.unit && last.range.end == piece.range.start => {
+            last.range.end = piece.range.end
+        }
+        _ => pieces.push(piece),
     }
 }

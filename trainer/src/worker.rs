@@ -1,15 +1,19 @@
 //! A rank's share of the model, and the verbs that a recipe drives it with.
 
 use crate::error::{Result, TrainError};
-use crate::executor::{BlockExecutor, PassStats};
-use crate::micro_batch;
+use crate::executor::{Executor, Parts};
+use crate::groups::Groups;
+use crate::init::{self, TensorSource};
+use crate::micro_batch::Rows;
 use crate::optim::{Optimizer, StepStats};
-use crate::shards::ZeroScope;
+use crate::shards::narrow;
+use crate::store::WeightStore;
 use std::time::{Duration, Instant};
-use tangelo_configs::Plan;
-use tangelo_configs::job::ComputeType;
-use tangelo_core::{Batch, LossSpec};
+use tangelo_configs::job::{ComputeType, RotateMethod};
+use tangelo_configs::{Plan, Sharding};
+use tangelo_core::{Batch, Group, Instruction, LossSpec, Program, env};
 use tangelo_kernels::comm::Communicator;
+use tangelo_kernels::device;
 use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
 
@@ -30,18 +34,24 @@ pub struct LossStats {
     pub communication: Duration,
     /// Whether any rank asked to stop after this step.
     pub stop: bool,
+    /// Peak bytes of tensors that this rank's pass allocated, where they are counted.
+    pub allocated: Option<u64>,
 }
 
 /// The model, the optimizer and the groups of one rank.
 pub struct TrainWorker {
     model: Model,
-    executor: BlockExecutor,
+    store: WeightStore,
     optimizer: Optimizer,
-    zero: ZeroScope,
+    groups: Groups,
+    sharding: Sharding,
+    program: Program,
     rank: usize,
     rows_per_micro_batch: usize,
-    /// AdamW updates done so far.
+    rotate_method: RotateMethod,
+    /// Updates done so far.
     num_updates: u64,
+    counts_allocations: bool,
 }
 
 /// libtorch's type for the resolved compute type.
@@ -53,20 +63,38 @@ pub fn kind_of(compute: ComputeType) -> Kind {
 }
 
 impl TrainWorker {
-    /// A worker with zeroed weights and optimizer states. `data` spans all ranks of the plan's mesh.
-    pub fn new(plan: &Plan, rank: usize, data: Communicator, device: Device) -> Result<TrainWorker> {
+    /// A worker with zeroed weights and optimizer states. `world` spans all ranks of the plan's mesh.
+    pub fn new(plan: &Plan, rank: usize, world: Communicator, device: Device) -> Result<TrainWorker> {
         let kind = kind_of(plan.config.training.mixed_precision_param);
-        let model = Model::zeros(&plan.model, kind, device, true);
-        let zero = ZeroScope::new(&plan.mesh, plan.zero_optimizer_degree)?;
-        let scope = scope_of(&data, &zero, rank)?;
-        let optimizer =
-            Optimizer::new(&model, &zero, rank, data, scope, &plan.config.optimizer, plan.config.training.max_norm);
-        let executor = BlockExecutor::new((0..model.num_blocks()).map(|layer| plan.recomputes(layer)).collect());
-        let rows_per_micro_batch = plan.config.training.local_batch_size;
-        Ok(TrainWorker { model, executor, optimizer, zero, rank, rows_per_micro_batch, num_updates: 0 })
+        TrainWorker::with_kind(plan, rank, world, device, kind)
     }
 
-    /// The model.
+    /// As [`TrainWorker::new`], with weights of any type: float64 for checks.
+    pub fn with_kind(plan: &Plan, rank: usize, world: Communicator, device: Device, kind: Kind) -> Result<TrainWorker> {
+        let sharding = plan.sharding();
+        let program = tangelo_planner::program::build(plan, sharding.topology().stage(rank));
+        let groups = Groups::open(world, sharding.topology())?;
+        let model = Model::part(&plan.model, &sharding, rank, kind, device, true);
+        let store = WeightStore::new(&model, &sharding, rank);
+        let (config, max_norm) = (&plan.config.optimizer, plan.config.training.max_norm);
+        let optimizer = Optimizer::new(&model, &sharding, &store, &program.buckets, rank, config, max_norm);
+        Ok(TrainWorker {
+            model,
+            store,
+            optimizer,
+            groups,
+            sharding,
+            program,
+            rank,
+            rows_per_micro_batch: plan.config.training.local_batch_size,
+            rotate_method: plan.config.parallelism.context_parallel_rotate_method,
+            num_updates: 0,
+            counts_allocations: !device.is_cuda()
+                && std::env::var_os(env::COUNT_ALLOCATIONS).is_some_and(|v| !v.is_empty()),
+        })
+    }
+
+    /// This rank's part of the model. Weights that are cut are there only while they are used.
     pub fn model(&self) -> &Model {
         &self.model
     }
@@ -76,17 +104,22 @@ impl TrainWorker {
         &self.optimizer
     }
 
-    /// How optimizer states lie over ranks.
-    pub fn zero(&self) -> &ZeroScope {
-        &self.zero
+    /// How the model lies over ranks.
+    pub fn sharding(&self) -> &Sharding {
+        &self.sharding
     }
 
-    /// The communicator over all data ranks.
-    pub fn data(&self) -> &Communicator {
-        self.optimizer.data()
+    /// The gradients that this rank keeps of a unit, by its place in the model: a view.
+    pub fn kept_gradient(&self, unit: usize) -> &Tensor {
+        self.store.gradients(&self.model, unit)
     }
 
-    /// AdamW updates done so far.
+    /// The communicator over all ranks.
+    pub fn world(&self) -> &Communicator {
+        self.groups.world()
+    }
+
+    /// Updates done so far.
     pub fn num_updates(&self) -> u64 {
         self.num_updates
     }
@@ -94,10 +127,10 @@ impl TrainWorker {
     /// Waits until every rank is here, for up to `patience` where one of them has something longer to do than a rank may
     /// wait for in a step; afterwards a rank waits for up to `step` again.
     pub fn wait_for_all(&self, patience: Duration, step: Duration) -> Result<()> {
-        if self.data().size() > 1 {
-            self.data().set_timeout(patience);
-            self.data().barrier()?;
-            self.data().set_timeout(step);
+        if self.world().size() > 1 {
+            self.world().set_timeout(patience);
+            self.world().barrier()?;
+            self.world().set_timeout(step);
         }
         Ok(())
     }
@@ -107,21 +140,37 @@ impl TrainWorker {
         self.rank
     }
 
-    /// After weights were written into the model: makes the optimizer's master copies equal to them.
-    pub fn adopt_weights(&mut self) {
-        for state in self.optimizer.states() {
-            if self.model.kind() != Kind::Float {
-                let flat = self.model.units()[state.unit].flat();
-                let own = flat.narrow(0, state.range.flat.start as i64, state.range.flat.len() as i64);
-                tch::no_grad(|| state.master.shallow_clone().copy_(&own));
-            }
+    /// Gives every weight its first values from `seed`.
+    pub fn start_from_seed(&mut self, seed: u64) {
+        let std = self.model.spec().initializer_range;
+        for (index, unit) in self.model.units().iter().enumerate() {
+            self.store.fill(&self.model, index, || init::from_seed(unit, seed, std));
+        }
+        self.adopt_weights();
+    }
+
+    /// Gives every weight the values of a pre-trained model; master copies get them unrounded.
+    pub fn start_from(&mut self, source: &dyn TensorSource) -> Result<()> {
+        for (index, unit) in self.model.units().iter().enumerate() {
+            let exact = &mut |at: usize, values: &[f32]| self.adopt_values(index, at, values);
+            self.store.fill(&self.model, index, || init::from_source(unit, source, exact))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the optimizer's master copies equal to the kept weights.
+    fn adopt_weights(&self) {
+        for state in self.optimizer.states().iter().filter(|_| self.model.kind() != Kind::Float) {
+            let own = narrow(self.store.weights(&self.model, state.unit), &state.weights_at);
+            tch::no_grad(|| state.master.shallow_clone().copy_(&own));
         }
     }
 
     /// Gives the master copies `values`, which lie at `start` in the flat buffer of `unit`: what this rank owns of them.
     /// The model's own weights may be narrower and do not hold them exactly.
-    pub fn adopt_values(&self, unit: usize, start: usize, values: &[f32]) {
-        for state in self.optimizer.states().iter().filter(|state| state.unit == unit) {
+    fn adopt_values(&self, unit: usize, start: usize, values: &[f32]) {
+        let narrower = self.model.kind() != Kind::Float;
+        for state in self.optimizer.states().iter().filter(|state| narrower && state.unit == unit) {
             let owned = &state.range.flat;
             let (from, to) = (owned.start.max(start), owned.end.min(start + values.len()));
             if from < to {
@@ -131,77 +180,101 @@ impl TrainWorker {
         }
     }
 
-    /// After optimizer states were written: makes the model's weights equal to the master copies on every rank.
+    /// After optimizer states were written: makes the kept weights equal to the master copies on every rank.
     pub fn adopt_state(&mut self, num_updates: u64) -> Result<()> {
         self.num_updates = num_updates;
-        tch::no_grad(|| self.optimizer.publish_master(&self.model))
+        tch::no_grad(|| self.optimizer.publish_master(&self.model, &self.store, &self.groups))
     }
 
     /// Adds the gradients of the loss over this rank's rows of a global batch, normalised by the whole batch's weight.
     ///
     /// `stop` travels with the loss: every rank learns in the same step that one of them was asked to end.
     pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec, stop: bool) -> Result<LossStats> {
-        let (weight, coefficient) = micro_batch::weight_column(loss)?;
-        let local_weight: f64 = batch.f32_values(weight)?.iter().map(|&w| f64::from(w)).sum();
-        let start = Instant::now();
-        let totals = sum_over_ranks(self.data(), &[local_weight, batch.num_tokens() as f64])?;
-        let mut stats = LossStats { total_weight: totals[0], tokens: totals[1] as u64, ..LossStats::default() };
-        stats.communication = start.elapsed();
-        let inverse = if totals[0] > 0.0 { coefficient / totals[0] } else { 0.0 };
-        let mut pass = PassStats::default();
-        for micro in micro_batch::cut(batch, loss, self.rows_per_micro_batch, self.model.device())? {
-            let one = self.executor.forward_backward(&self.model, &micro, inverse);
-            pass.loss_sum += one.loss_sum;
-            pass.forward += one.forward;
-            pass.backward += one.backward;
-        }
-        let start = Instant::now();
-        let sums = sum_over_ranks(self.data(), &[pass.loss_sum, f64::from(u8::from(stop))])?;
-        (stats.loss, stats.stop) = (sums[0] * inverse, sums[1] > 0.0);
-        stats.communication += start.elapsed();
-        (stats.forward, stats.backward) = (pass.forward, pass.backward);
-        Ok(stats)
+        let rows = self.rows(batch, loss)?;
+        let run = || Executor::new(self.parts(), &rows, stop).run(&self.program.pass);
+        let (pass, allocated) = match self.counts_allocations {
+            true => device::count_allocations(run),
+            false => (run(), 0),
+        };
+        let pass = pass?;
+        Ok(LossStats {
+            allocated: self.counts_allocations.then_some(allocated),
+            loss: pass.shared[0],
+            total_weight: pass.totals[0],
+            tokens: pass.totals[1] as u64,
+            forward: pass.forward,
+            backward: pass.backward,
+            communication: pass.communication,
+            stop: pass.shared[1] > 0.0,
+        })
+    }
+
+    fn rows<'a>(&'a self, batch: &'a Batch, loss: &LossSpec) -> Result<Rows<'a>> {
+        let place = (self.sharding.topology(), self.rank);
+        Rows::new(batch, loss, self.rows_per_micro_batch, place, self.rotate_method, self.model.device())
+    }
+
+    fn parts(&self) -> Parts<'_> {
+        Parts { model: &self.model, store: &self.store, groups: &self.groups }
     }
 
     /// Reduces, clips and, unless the loss or the gradient is not finite, updates the weights.
     pub fn optim_step(&mut self, lr: f64, loss: &LossStats) -> Result<StepStats> {
-        let next = self.num_updates + 1;
-        let stats = tch::no_grad(|| self.optimizer.step(&self.model, next, lr, loss.loss.is_finite()))?;
-        if !stats.skipped {
-            self.num_updates = next;
+        tch::no_grad(|| self.update(lr, loss.loss.is_finite()))
+    }
+
+    fn update(&mut self, lr: f64, loss_is_finite: bool) -> Result<StepStats> {
+        let (model, store, groups) = (&self.model, &self.store, &self.groups);
+        let (start, waited) = (Instant::now(), groups.waited());
+        let mut stats = StepStats::default();
+        for &instruction in &self.program.update {
+            match instruction {
+                Instruction::ReduceBucket(bucket) => self.optimizer.reduce_bucket(bucket, model, store, groups)?,
+                Instruction::SumReplicated => self.optimizer.sum_replicated(model, store, groups)?,
+                Instruction::Norm => {
+                    stats.grad_norm = self.optimizer.grad_norm(model, store, groups)?;
+                    stats.skipped = !(stats.grad_norm.is_finite() && loss_is_finite);
+                }
+                Instruction::UpdateMatrices(bucket) if !stats.skipped => {
+                    self.optimizer.update_matrices(bucket, model, store, groups, (lr, stats.grad_norm))?;
+                }
+                Instruction::Update if !stats.skipped => {
+                    self.num_updates += 1;
+                    self.optimizer.update(model, store, self.num_updates, lr, stats.grad_norm);
+                }
+                Instruction::PublishBucket(bucket) if !stats.skipped => {
+                    self.optimizer.publish_bucket(bucket, model, store, groups)?;
+                }
+                Instruction::UpdateMatrices(_) | Instruction::Update | Instruction::PublishBucket(_) => {}
+                other => unreachable!("{other:?} belongs to the pass"),
+            }
         }
+        store.zero_gradients(model);
+        stats.communication = groups.waited() - waited;
+        stats.update = start.elapsed().saturating_sub(stats.communication);
         Ok(stats)
     }
 
     /// Mean loss over the global batches that `next` yields; every rank must be given its rows of each.
     pub fn evaluate(&self, batches: impl Iterator<Item = Result<Batch>>, loss: &LossSpec) -> Result<f64> {
-        let (weight, _) = micro_batch::weight_column(loss)?;
         let (mut sum, mut total) = (0.0, 0.0);
         for batch in batches {
             let batch = batch?;
-            total += batch.f32_values(weight)?.iter().map(|&w| f64::from(w)).sum::<f64>();
-            for micro in micro_batch::cut(&batch, loss, self.rows_per_micro_batch, self.model.device())? {
-                sum += self.executor.evaluate(&self.model, &micro);
+            let rows = self.rows(&batch, loss)?;
+            total += rows.totals()?[0];
+            for index in 0..rows.len() {
+                let one = rows.only(index);
+                sum += Executor::new(self.parts(), &one, false).run(&self.program.evaluate)?.loss_sum;
             }
         }
-        let sums = sum_over_ranks(self.data(), &[sum, total])?;
-        if sums[1] > 0.0 { Ok(sums[0] / sums[1]) } else { Err(no_validation_tokens()) }
+        let sum = sum_over_ranks(self.world(), &[sum])?[0];
+        let total = self.groups.get(Group::Batch).map_or(Ok(vec![total]), |comm| sum_over_ranks(comm, &[total]))?[0];
+        if total > 0.0 { Ok(sum / total) } else { Err(no_validation_tokens()) }
     }
 }
 
 fn no_validation_tokens() -> TrainError {
     TrainError::Data("the held-out split has no tokens to evaluate; raise data.validation_fraction".into())
-}
-
-/// The ranks that share one copy of the optimizer states.
-fn scope_of(data: &Communicator, zero: &ZeroScope, rank: usize) -> Result<Communicator> {
-    if zero.degree() == 1 {
-        return Ok(Communicator::single_on(data.device()));
-    }
-    // Every rank asks for the group of its own; groups of one colour find each other.
-    let color = zero.group(rank)[0] as u32;
-    let scope = data.split("zero", Some(color), zero.index(rank) as i64)?;
-    scope.ok_or_else(|| TrainError::Internal("a rank without a ZeRO scope".into()))
 }
 
 /// Sums numbers over ranks in rank order, in f64.

@@ -7,6 +7,7 @@
 mod bench;
 mod corpus;
 mod gpu_bundle;
+mod layouts;
 mod loss_compare;
 mod pins;
 mod quickstart;
@@ -44,6 +45,8 @@ enum Command {
     Bench(bench::Options),
     /// Run the same job by two commits, or with two sets of options, and compare every step.
     LossCompare(loss_compare::Options),
+    /// Loss curves of many layouts against one rank: fp32, bf16, and a long run of ring attention.
+    Layouts(layouts::Options),
     /// Kill a run again and again; its end must have the bits of an undisturbed one's.
     Soak(soak::Options),
     /// Pack stripped release binaries and a start script for a machine with a GPU and no Rust.
@@ -86,6 +89,7 @@ fn run() -> Result<()> {
         }
         Command::Bench(options) => bench::run(&repo, &options),
         Command::LossCompare(options) => loss_compare::run(&repo, &options),
+        Command::Layouts(options) => layouts::run(&repo, &options),
         Command::Soak(options) => soak::run(&repo, &options),
         Command::Corpus { path, output, bytes } => {
             let summary = corpus::write(path.as_deref(), &output, bytes)?;

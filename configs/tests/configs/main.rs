@@ -3,6 +3,7 @@
 
 mod hf_config;
 mod load;
+mod optimizer;
 mod presets;
 mod resolve;
 mod schema;

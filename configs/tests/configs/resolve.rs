@@ -3,7 +3,7 @@
 use crate::{FakeAssets, machine};
 use expect_test::{Expect, expect};
 use std::path::{Path, PathBuf};
-use tangelo_configs::job::{ComputeType, DeviceChoice};
+use tangelo_configs::job::{ComputeType, DeviceChoice, Recompute};
 use tangelo_configs::model::Family;
 use tangelo_configs::resolve::{load, load_str, resolve};
 use tangelo_configs::{ConfigError, MixerSpec, ModelAssets, ModelSpec, Plan, Resources, flavor, hf_config};
@@ -22,11 +22,11 @@ fn with(sets: &[&str], resources: &Resources, assets: &FakeAssets) -> Result<Pla
     resolve(load_str(JOB, "job.toml", &sets)?, resources, assets)
 }
 
-fn plan(sets: &[&str], world_size: usize) -> Plan {
+pub fn plan(sets: &[&str], world_size: usize) -> Plan {
     with(sets, &machine(world_size), &tokenizer()).unwrap()
 }
 
-fn fails(sets: &[&str], world_size: usize, expected: Expect) {
+pub fn fails(sets: &[&str], world_size: usize, expected: Expect) {
     expected.assert_eq(&with(sets, &machine(world_size), &tokenizer()).unwrap_err().to_string());
 }
 
@@ -80,6 +80,10 @@ fn every_default_is_filled_in() {
         beta2 = 0.95
         eps = 0.00000001
         weight_decay = 0.1
+        muon_momentum = 0.95
+        muon_nesterov = true
+        muon_ns_steps = 5
+        muon_adjust_lr = "match_rms_adamw"
 
         [lr_scheduler]
         warmup_steps = 200
@@ -106,13 +110,19 @@ fn every_default_is_filled_in() {
         zero_parameter_degree = 1
         zero_gradient_degree = 1
         zero_optimizer_degree = 4
+        fsdp_reshard_after_forward = "default"
         tensor_parallel_degree = 1
         pipeline_parallel_degree = 1
+        pipeline_parallel_schedule = "1F1B"
+        pipeline_parallel_stage_layers = []
         context_parallel_degree = 1
+        context_parallel_head_degree = 1
+        context_parallel_rotate_method = "allgather"
 
         [activation_checkpoint]
         mode = "none"
         selective_ac_option = "2"
+        layers = []
 
         [checkpoint]
         enable = true
@@ -150,8 +160,8 @@ fn every_default_is_filled_in() {
     "#]]
     .assert_eq(&plan.to_toml().unwrap());
     assert_eq!((plan.data_parallel_size, plan.global_batch_size), (4, 8));
-    assert_eq!((plan.gradient_accumulation_steps, plan.zero_optimizer_degree), (1, 4));
-    assert_eq!((plan.mesh.world_size(), plan.mesh.degree(Axis::DpShard)), (4, 4));
+    assert_eq!((plan.gradient_accumulation_steps, plan.topology.scopes.states), (1, 4));
+    assert_eq!((plan.topology.mesh.world_size(), plan.topology.mesh.degree(Axis::DpShard)), (4, 4));
     assert_eq!((plan.model.bos_token_id, &plan.model.eos_token_ids[..]), (Some(1), &[999][..]));
     assert_eq!(plan.tokens_per_step(), 512);
     let schedule = plan.schedule();
@@ -213,12 +223,12 @@ fn degrees_multiply_to_the_world_size() {
     fails(
         &["parallelism.tensor_parallel_degree=2", "parallelism.zero_parameter_degree=4"],
         4,
-        expect![[r#"
-            --set parallelism.tensor_parallel_degree=2: `parallelism.tensor_parallel_degree` = 2, but tensor parallelism is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)
-            --set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4, but sharding of parameters (ZeRO-3) is not offered yet; set it to 1 (data parallelism and ZeRO-1, `parallelism.zero_optimizer_degree`, are)"#]],
+        expect![
+            "--set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4 must divide `parallelism.data_parallel_shard_degree` 2 x `parallelism.context_parallel_degree` 1 = 2, but 4 > 2; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
+        ],
     );
     let hybrid = plan(&["parallelism.data_parallel_replicate_degree=2"], 6);
-    assert_eq!((hybrid.data_parallel_size, hybrid.zero_optimizer_degree), (6, 3));
+    assert_eq!((hybrid.data_parallel_size, hybrid.topology.scopes.states), (6, 3));
 }
 
 #[test]
@@ -248,53 +258,94 @@ fn absurd_sizes_are_refused_and_overflow_nothing() {
 
 #[test]
 fn zero_scopes_nest() {
-    assert_eq!(plan(&["parallelism.zero_optimizer_degree=2"], 4).zero_optimizer_degree, 2);
-    assert_eq!(plan(&["parallelism.zero_optimizer_degree=1"], 4).zero_optimizer_degree, 1);
+    assert_eq!(plan(&["parallelism.zero_optimizer_degree=2"], 4).topology.scopes.states, 2);
+    assert_eq!(plan(&["parallelism.zero_optimizer_degree=1"], 4).topology.scopes.states, 1);
     fails(
         &["parallelism.zero_optimizer_degree=4"],
         6,
         expect![
-            "--set parallelism.zero_optimizer_degree=4: `parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            "--set parallelism.zero_optimizer_degree=4: `parallelism.zero_optimizer_degree` = 4 must divide `parallelism.data_parallel_shard_degree` 6 x `parallelism.context_parallel_degree` 1 = 6, but 6 / 4 leaves 2; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
         ],
     );
     fails(
         &["parallelism.zero_optimizer_degree=8"],
         4,
         expect![
-            "--set parallelism.zero_optimizer_degree=8: `parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` = 4, but 8 > 4; scopes nest: data_parallel_shard >= zero_optimizer >= zero_gradient >= zero_parameter"
+            "--set parallelism.zero_optimizer_degree=8: `parallelism.zero_optimizer_degree` = 8 must divide `parallelism.data_parallel_shard_degree` 4 x `parallelism.context_parallel_degree` 1 = 4, but 8 > 4; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
         ],
     );
 }
 
 #[test]
-fn schedules_fit_their_length() {
-    fails(
-        &["training.steps=100"],
-        1,
+fn shapes_that_do_not_divide_are_refused_with_the_arithmetic() {
+    let refused = |sets: &[&str], ranks: usize, expected: Expect| fails(sets, ranks, expected);
+    refused(
+        &["parallelism.tensor_parallel_degree=3"],
+        3,
+        expect![[r#"
+        --set parallelism.tensor_parallel_degree=3: `model.intermediate_size` = 512 is not a multiple of `parallelism.tensor_parallel_degree` = 3: 512 / 3 leaves 2; take a degree that divides it
+        --set parallelism.tensor_parallel_degree=3: `model.num_key_value_heads` = 2 and `parallelism.tensor_parallel_degree` = 3: one must be a multiple of the other, so that each rank has whole heads or several ranks share one"#]],
+    );
+    refused(
+        &["parallelism.pipeline_parallel_degree=7"],
+        7,
         expect![
-            "--set training.steps=100: `lr_scheduler.warmup_steps` = 200 > `training.steps` = 100: the warm-up would never end; lower it to 10 or so"
+            "--set parallelism.pipeline_parallel_degree=7: `parallelism.pipeline_parallel_degree` = 7, but the model has 4 layers: a stage needs at least one; lower it to 4 or less"
         ],
     );
-    fails(
-        &["lr_scheduler.decay_ratio=0.9"],
-        1,
+    refused(
+        &["parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_stage_layers=[1, 1, 1]"],
+        2,
         expect![
-            "--set lr_scheduler.decay_ratio=0.9: `lr_scheduler.warmup_steps` 200 + decay 900 (= training.steps 1000 x `lr_scheduler.decay_ratio` 0.9) = 1100 > 1000 steps; lower one of them"
+            "--set parallelism.pipeline_parallel_stage_layers=[1, 1, 1]: `parallelism.pipeline_parallel_stage_layers` = [1, 1, 1] are 3 layers in 3 stages; expected 4 layers in 2 stages (`parallelism.pipeline_parallel_degree`), at least one in each"
         ],
     );
-    fails(
-        &["lr_scheduler.total_steps=600"],
-        1,
+    refused(
+        &["parallelism.context_parallel_degree=4", "parallelism.context_parallel_head_degree=3"],
+        4,
+        expect![[r#"
+            --set parallelism.context_parallel_head_degree=3: `parallelism.context_parallel_head_degree` = 3 must divide `parallelism.context_parallel_degree` = 4: 4 / 3 leaves 1
+            --set parallelism.context_parallel_head_degree=3: 2 key heads per tensor rank and `parallelism.context_parallel_head_degree` = 3: one must be a multiple of the other"#]],
+    );
+    refused(
+        &["parallelism.context_parallel_degree=64", "parallelism.context_parallel_head_degree=64"],
+        64,
         expect![
-            "--set lr_scheduler.total_steps=600: `training.steps` = 1000 > `lr_scheduler.total_steps` = 600: the last 400 steps would have a learning rate of 0; raise `lr_scheduler.total_steps` or set `lr_scheduler.min_lr_factor`"
+            "--set parallelism.context_parallel_head_degree=64: 6 query heads per tensor rank (`model.num_attention_heads` 6 / `parallelism.tensor_parallel_degree` 1) are not a multiple of `parallelism.context_parallel_head_degree` = 64: 6 / 64 leaves 6; exchange fewer heads, the rest of `parallelism.context_parallel_degree` becomes a ring"
         ],
     );
-    assert_eq!(
-        plan(&["lr_scheduler.total_steps=600", "lr_scheduler.min_lr_factor=0.1"], 1).schedule().total_steps,
-        600
+    refused(
+        &[
+            "parallelism.tensor_parallel_degree=2",
+            "validation.enable=true",
+            "validation.sample_tokens=4",
+            "validation.prompts=['a']",
+        ],
+        2,
+        expect![
+            "--set validation.sample_tokens=4: `validation.sample_tokens` = 4 needs the whole model on rank 0: with tensor, pipeline or parameter sharding (`zero_parameter_degree`) set it to 0 and sample from checkpoints with `tangelo generate`"
+        ],
     );
-    assert_eq!(plan(&["lr_scheduler.decay_ratio=0"], 1).schedule().decay_steps, 0);
-    assert_eq!(plan(&["lr_scheduler.decay_ratio=0.2"], 1).schedule().decay_steps, 200);
+    refused(
+        &["activation_checkpoint.layers=[{first=3,last=1,recompute='full'}]"],
+        1,
+        expect![
+            "--set activation_checkpoint.layers=[{first=3,last=1,recompute='full'}]: `activation_checkpoint.layers.0`: `first` = 3 lies behind `last` = 1"
+        ],
+    );
+}
+
+#[test]
+fn a_scope_of_weights_takes_gradients_along() {
+    let plan = plan(&["parallelism.zero_parameter_degree=2"], 4);
+    let scopes = plan.topology.scopes;
+    assert_eq!((scopes.parameters, scopes.gradients, scopes.states), (2, 2, 4));
+}
+
+#[test]
+fn stages_are_as_even_as_layers_divide() {
+    let layers = plan(&["parallelism.pipeline_parallel_degree=2", "model.num_hidden_layers=5"], 2).stage_layers;
+    assert_eq!(layers, [0..3, 3..5]);
 }
 
 #[test]
@@ -318,7 +369,7 @@ fn everything_wrong_is_said_at_once() {
             --set optimizer.lr=-1: `optimizer.lr` = -1; it must be a number of at least 0
             --set optimizer.beta2=1.0: `optimizer.beta2` = 1; it must be in [0, 1)
             --set data.validation_fraction=1: `data.validation_fraction` = 1; it must be in [0, 1)
-            --set activation_checkpoint.selective_ac_option=op: `activation_checkpoint.selective_ac_option` = "op"; a whole number k in quotes is offered (every k-th block is recomputed), operator by operator ("op") is not
+            --set activation_checkpoint.selective_ac_option=op: `activation_checkpoint.selective_ac_option` = "op"; offered are a whole number k in quotes (every k-th block is recomputed), "attention" and "feed_forward"; operator by operator ("op") is not
             --set checkpoint.interval=0: `checkpoint.interval` = 0; it must be at least 1
             --set checkpoint.initial_load_in_hf=true: `checkpoint.initial_load_in_hf` is set, but neither `checkpoint.initial_load_path` nor `model.hf_assets_path` says which model to start from
             --set validation.sample_tokens=3: `validation.sample_tokens` = 3, but `validation.prompts` is empty"#]],
@@ -616,7 +667,7 @@ fn assets_give_shape_tokenizer_and_weights() {
 fn selective_recomputation_takes_every_kth_block() {
     let marks = |sets: &[&str]| {
         let p = plan(sets, 1);
-        (0..4).map(|l| p.recomputes(l)).collect::<Vec<_>>()
+        (0..4).map(|l| p.recompute(l) != Recompute::None).collect::<Vec<_>>()
     };
     assert_eq!(marks(&[]), [false; 4]);
     assert_eq!(marks(&["activation_checkpoint.mode=full"]), [true; 4]);

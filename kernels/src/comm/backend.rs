@@ -51,6 +51,8 @@ pub(crate) struct Call {
     pub lane: Lane,
     /// Number of the call in its lane: of the group for collectives, of the pair for point-to-point.
     pub sequence: u64,
+    /// The number of what is received, where that is counted apart.
+    pub receive_sequence: u64,
     pub kind: Kind,
     /// Must be equal on all ranks: made from counts, roots and shapes. 0 where ranks may differ.
     pub signature: u64,
@@ -71,6 +73,12 @@ impl Call {
         CommErrorKind::Timeout { waited: self.started.elapsed(), rank }.into()
     }
 
+    /// What a message of this size says that is received in this call.
+    pub fn expected(&self, num_bytes: usize) -> Header {
+        Header { sequence: self.receive_sequence, ..self.header(num_bytes) }
+    }
+
+    /// What a message of this size says that is sent in this call.
     pub fn header(&self, num_bytes: usize) -> Header {
         // A send on one side is a receive on the other.
         let operation = if self.operation == Operation::Receive { Operation::Send } else { self.operation };

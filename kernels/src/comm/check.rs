@@ -98,7 +98,10 @@ fn check_moves(comm: &Communicator, count: usize) -> Result<(), String> {
     } else {
         comm.send(&mine(), next).and_then(|()| comm.recv(&received, before)).map_err(text)?;
     }
-    expect(&format!("send and recv of {count}"), &received, &pattern(before, count))
+    expect(&format!("send and recv of {count}"), &received, &pattern(before, count))?;
+    let received = mine().zeros_like();
+    comm.shift(&mine(), next, &received, before).map_err(text)?;
+    expect(&format!("shift of {count}"), &received, &pattern(before, count))
 }
 
 /// Median seconds of an all-reduce of fp32 values. All ranks must call it.

@@ -1,22 +1,25 @@
-//! The calls of a rank: their order, deadlines, statistics and errors. What a call does is in `run`.
+//! The calls of a rank: their order, deadlines, statistics and errors. What a call does is in `run`; new groups are in
+//! `groups`.
 
+mod groups;
 mod run;
+mod shared;
 
-use super::backend::{AbortHandle, Backend, Call, Failure, Lane, SubGroup, Transfer};
+pub(crate) use shared::Shared;
+
+use super::backend::{AbortHandle, Backend, Call, Failure, Lane, Transfer};
 use super::error::{CommError, CommErrorKind, Operation};
+use super::position::{Recorder, Tracker};
 use super::reduce::{ReduceOp, accumulation_kind};
 use run::{Run, parts};
 use std::cell::{Cell, RefCell};
 use std::panic::Location;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tangelo_core::hash;
+use tangelo_core::program::SMALL_ALL_REDUCE_BYTES;
 use tch::{Device, Kind, Tensor};
-
-/// Up to this many bytes an all-reduce is one exchange of whole tensors instead of two of parts: same bits, half the
-/// round trips.
-const SMALL_ALL_REDUCE_BYTES: usize = 16 << 10;
 
 /// How long a communicator waits, and where its tensors live.
 #[derive(Clone, Debug)]
@@ -42,15 +45,28 @@ pub struct CommStats {
     pub num_calls: u64,
     /// Bytes this rank sent to others, without headers.
     pub bytes_sent: u64,
-    /// Seconds spent inside calls, waiting included.
+    /// Seconds that calls were under way, waiting for the peers included. Calls at the same time count each.
     pub seconds: f64,
+    /// Seconds that the rank itself stood still for them: all of a call's, or, of a call in the
+    /// [`Background`](super::Background), those spent waiting for its end.
+    pub exposed_seconds: f64,
 }
 
-#[derive(Default)]
-struct Counters {
-    calls: AtomicU64,
-    bytes: AtomicU64,
-    nanoseconds: AtomicU64,
+/// A call that was made, as [`Communicator::record_calls`] notes it. Ranks are within the group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallRecord {
+    /// Name of the group.
+    pub group: String,
+    /// What was called.
+    pub operation: Operation,
+    /// Bytes per element.
+    pub element_bytes: usize,
+    /// Elements: per rank for all-gather and reduce-scatter, to each rank for all-to-all, else one number.
+    pub counts: Vec<usize>,
+    /// What comes in, where that is not said by `counts`: from each rank of an all-to-all, for a shift.
+    pub counts_in: Vec<usize>,
+    /// The other rank of a send or receive; where a shift goes to.
+    pub peer: Option<usize>,
 }
 
 /// One rank's end of a group. See the [module](super) for what all calls have in common.
@@ -65,14 +81,13 @@ pub struct Communicator {
     /// Global ranks of the group.
     ranks: Vec<usize>,
     options: CommOptions,
-    /// Deadline of the next calls in milliseconds; shared with all groups split from the same communicator.
-    timeout_ms: Arc<AtomicU64>,
     sequence: Cell<u64>,
     /// Point-to-point calls so far, per peer: sends, receives.
     pair_sequences: RefCell<Vec<[u64; 2]>>,
-    /// The first group id that no group of this rank uses; shared by all its groups.
-    next_group: Arc<AtomicU64>,
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
+    tracker: Arc<Tracker>,
+    /// Whose calls these are, where it is not the one who makes them.
+    caller: Cell<Option<&'static Location<'static>>>,
     failed: RefCell<Option<CommErrorKind>>,
 }
 
@@ -100,18 +115,31 @@ impl Communicator {
         ranks: Vec<usize>,
         options: CommOptions,
     ) -> Communicator {
+        let shared = Arc::new(Shared::new(options.timeout));
+        Communicator::assemble(backend, 0, name, rank, ranks, options, shared)
+    }
+
+    fn assemble(
+        backend: Option<Box<dyn Backend>>,
+        id: u32,
+        name: &str,
+        rank: usize,
+        ranks: Vec<usize>,
+        options: CommOptions,
+        shared: Arc<Shared>,
+    ) -> Communicator {
         assert!(rank < ranks.len() && (backend.is_some() || ranks.len() == 1));
         Communicator {
             backend: backend.map(RefCell::new),
             name: name.to_owned(),
             rank,
             pair_sequences: RefCell::new(vec![[0; 2]; ranks.len()]),
+            tracker: Arc::new(Tracker::new(Arc::clone(&shared), id, name, &ranks)),
             ranks,
-            timeout_ms: Arc::new(AtomicU64::new(milliseconds(options.timeout))),
             options,
             sequence: Cell::new(0),
-            next_group: Arc::new(AtomicU64::new(1)),
-            counters: Arc::default(),
+            shared,
+            caller: Cell::new(None),
             failed: RefCell::new(None),
         }
     }
@@ -143,18 +171,69 @@ impl Communicator {
 
     /// Calls, bytes and time so far, of this communicator and of all split from the same one.
     pub fn stats(&self) -> CommStats {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        CommStats {
-            num_calls: load(&self.counters.calls),
-            bytes_sent: load(&self.counters.bytes),
-            seconds: load(&self.counters.nanoseconds) as f64 * 1e-9,
-        }
+        self.shared.stats()
+    }
+
+    /// Notes from now on every call that moves tensors, of this communicator and of all split from the same one: what
+    /// was predicted can be laid beside what was done. The calls of one group are in order.
+    pub fn record_calls(&self) {
+        _ = self.shared.calls_made.set(Mutex::default());
+    }
+
+    /// The calls noted since the last time.
+    pub fn take_recorded_calls(&self) -> Vec<CallRecord> {
+        let lock =
+            |calls: &Mutex<Vec<CallRecord>>| std::mem::take(&mut *calls.lock().unwrap_or_else(PoisonError::into_inner));
+        self.shared.calls_made.get().map(lock).unwrap_or_default()
+    }
+
+    fn note_call(&self, operation: Operation, kind: Kind, counts: &[usize], counts_in: &[usize], peer: Option<usize>) {
+        let Some(calls) = self.shared.calls_made.get() else { return };
+        calls.lock().unwrap_or_else(PoisonError::into_inner).push(CallRecord {
+            group: self.name.clone(),
+            operation,
+            element_bytes: kind.elt_size_in_bytes(),
+            counts: counts.to_vec(),
+            counts_in: counts_in.to_vec(),
+            peer,
+        });
     }
 
     /// Sets the deadline of later calls, of this communicator and of all split from the same one: the first step may
     /// take longer than the others.
     pub fn set_timeout(&self, timeout: Duration) {
-        self.timeout_ms.store(milliseconds(timeout), Ordering::Relaxed);
+        self.shared.set_timeout(timeout);
+    }
+
+    /// Writes from now on where this rank is in its calls, of this communicator and of all split from the same one,
+    /// into a file of its own that outlives the rank: see [`tangelo_core::position`]. What was in the file is lost. A
+    /// file that was given before stays.
+    #[track_caller]
+    pub fn record_positions(&self, path: &Path) -> std::io::Result<()> {
+        if self.shared.recorder.set(Recorder::create(path)?).is_ok() {
+            self.tracker.opened(Location::caller());
+        }
+        Ok(())
+    }
+
+    pub(super) fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
+    }
+
+    /// Makes calls for somebody else, whose call site they get.
+    pub(super) fn on_behalf_of<R>(&self, site: &'static Location<'static>, body: impl FnOnce() -> R) -> R {
+        let before = self.caller.replace(Some(site));
+        let result = body();
+        self.caller.set(before);
+        result
+    }
+
+    /// The error of a call that panicked, after which the communicator is of no more use.
+    pub(super) fn panicked(&self, operation: Operation, text: &str) -> CommError {
+        let failure = Failure::backend(format!("panicked: {text}"));
+        let call = self.describe(operation, Kind::Uint8, 0);
+        self.note_failure(&failure.kind);
+        self.error(&call, failure)
     }
 
     /// Ends this rank's calls from another thread. A group of one has nothing to end.
@@ -175,6 +254,7 @@ impl Communicator {
     #[track_caller]
     pub fn all_reduce_with(&self, tensor: &Tensor, op: ReduceOp) -> Result<(), CommError> {
         let signature = signature(&[tensor.numel(), op as usize]);
+        self.note_call(Operation::AllReduce, tensor.kind(), &[tensor.numel()], &[], None);
         self.call(Operation::AllReduce, tensor.kind(), signature, |run| {
             let flat = run.flat("tensor", tensor)?;
             let num_bytes = flat.numel() * flat.kind().elt_size_in_bytes();
@@ -196,7 +276,9 @@ impl Communicator {
         self.call(Operation::AllGather, input.kind(), signature, |run| {
             let input = run.flat("input", input)?;
             let output = Tensor::f_empty([run.size() as i64 * input.numel() as i64], (input.kind(), input.device()))?;
-            run.all_gather(&output, &input, &vec![input.numel(); run.size()])?;
+            let counts = vec![input.numel(); run.size()];
+            self.note_call(Operation::AllGather, input.kind(), &counts, &[], None);
+            run.all_gather(&output, &input, &counts)?;
             let shape: Vec<i64> = match shape.split_first() {
                 Some((first, rest)) => [first * run.size() as i64].into_iter().chain(rest.iter().copied()).collect(),
                 None => vec![run.size() as i64],
@@ -209,6 +291,7 @@ impl Communicator {
     /// The input may be this rank's part of the output.
     #[track_caller]
     pub fn all_gather_into(&self, output: &Tensor, input: &Tensor, counts: &[usize]) -> Result<(), CommError> {
+        self.note_call(Operation::AllGather, input.kind(), counts, &[], None);
         self.call(Operation::AllGather, input.kind(), signature(counts), |run| {
             let (output, input) = (run.flat("output", output)?, run.flat("input", input)?);
             run.expect_kind("output", &output, &[input.kind()])?;
@@ -223,6 +306,7 @@ impl Communicator {
     /// part of the input.
     #[track_caller]
     pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor, counts: &[usize]) -> Result<(), CommError> {
+        self.note_call(Operation::ReduceScatter, input.kind(), counts, &[], None);
         self.call(Operation::ReduceScatter, input.kind(), signature(counts), |run| {
             let (output, input) = (run.flat("output", output)?, run.flat("input", input)?);
             run.expect_kind("output", &output, &[input.kind(), accumulation_kind(input.kind())])?;
@@ -242,6 +326,7 @@ impl Communicator {
         out_counts: &[usize],
         in_counts: &[usize],
     ) -> Result<(), CommError> {
+        self.note_call(Operation::AllToAll, input.kind(), in_counts, out_counts, None);
         self.call(Operation::AllToAll, input.kind(), 0, |run| {
             let (output, input) = (run.flat("output", output)?, run.flat("input", input)?);
             run.expect_kind("output", &output, &[input.kind()])?;
@@ -297,35 +382,42 @@ impl Communicator {
         self.call(Operation::AllGatherBytes, Kind::Uint8, 0, |run| run.all_gather_bytes(bytes))
     }
 
-    /// New groups: ranks that give the same colour form one, ordered by key, then by rank; `None` joins no group.
-    /// Every rank of this group must call it.
+    /// Sends one tensor to the rank `to` and receives another of the same type from the rank `from` (both within the
+    /// group), at the same time. The tensors may differ in size; nothing is sent of an empty one. The peers must make
+    /// the same call. Both ranks may be the same, also this one: then it is a copy.
     #[track_caller]
-    pub fn split(&self, name: &str, color: Option<u32>, key: i64) -> Result<Option<Communicator>, CommError> {
-        self.call(Operation::Split, Kind::Uint8, 0, |run| {
-            let (members, id) = run.agree_on_groups(color, key)?;
-            if color.is_none() {
-                return Ok(None);
+    pub fn shift(&self, send: &Tensor, to: usize, receive: &Tensor, from: usize) -> Result<(), CommError> {
+        let sequence =
+            |peer: usize, direction: usize| self.pair_sequences.borrow().get(peer).map_or(0, |pair| pair[direction]);
+        self.note_call(Operation::Shift, send.kind(), &[send.numel()], &[receive.numel()], Some(to));
+        let mut call = self.describe(Operation::Shift, send.kind(), 0);
+        (call.lane, call.sequence, call.receive_sequence) = (Lane::PointToPoint, sequence(to, 0), sequence(from, 1));
+        self.run(call, [Some(to), Some(from)], |run| {
+            let (send, receive) = (run.flat("send", send)?, run.flat("receive", receive)?);
+            run.expect_rank(to)?;
+            run.expect_rank(from)?;
+            run.expect_kind("receive", &receive, &[send.kind()])?;
+            if to == run.rank() && from == run.rank() {
+                run.expect_numel("receive", &receive, send.numel())?;
+                return run.copy(&receive, &send);
             }
-            let group = SubGroup { id, name: format!("{}/{name}", self.name), members };
-            run.open_group(group).map(Some)
+            if to == run.rank() || from == run.rank() {
+                return Err(Failure::invalid("a rank that sends to itself must receive from itself, too"));
+            }
+            self.pair_sequences.borrow_mut()[to][0] += 1;
+            self.pair_sequences.borrow_mut()[from][1] += 1;
+            run.exchange(vec![Transfer { peer: to, data: send }], vec![Transfer { peer: from, data: receive }])
         })
-    }
-
-    /// A new group of the given ranks (within this group), in the given order; `None` on all others. Every rank of
-    /// this group must call it with the same list.
-    #[track_caller]
-    pub fn group(&self, name: &str, ranks: &[usize]) -> Result<Option<Communicator>, CommError> {
-        let place = ranks.iter().position(|&rank| rank == self.rank);
-        self.split(name, place.map(|_| 0), place.unwrap_or(0) as i64)
     }
 
     #[track_caller]
     fn point_to_point(&self, operation: Operation, tensor: &Tensor, peer: usize) -> Result<(), CommError> {
         let direction = usize::from(operation == Operation::Receive);
         let sequence = self.pair_sequences.borrow().get(peer).map_or(0, |pair| pair[direction]);
+        self.note_call(operation, tensor.kind(), &[tensor.numel()], &[], Some(peer));
         let mut call = self.describe(operation, tensor.kind(), signature(&[tensor.numel()]));
-        (call.lane, call.sequence) = (Lane::PointToPoint, sequence);
-        self.run(call, |run| {
+        (call.lane, call.sequence, call.receive_sequence) = (Lane::PointToPoint, sequence, sequence);
+        self.run(call, [Some(peer), None], |run| {
             run.expect_rank(peer)?;
             if peer == run.rank() {
                 return Err(Failure::invalid("a rank cannot send to itself"));
@@ -345,11 +437,12 @@ impl Communicator {
             operation,
             lane: Lane::Collective,
             sequence: self.sequence.get(),
+            receive_sequence: self.sequence.get(),
             kind,
             signature,
-            site: Location::caller(),
+            site: self.caller.get().unwrap_or(Location::caller()),
             started: Instant::now(),
-            timeout: Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed)),
+            timeout: self.shared.timeout(),
             rank: self.rank,
             size: self.size(),
         }
@@ -366,22 +459,43 @@ impl Communicator {
     ) -> Result<R, CommError> {
         let call = self.describe(operation, kind, signature);
         self.sequence.set(call.sequence + 1);
-        self.run(call, body)
+        self.run(call, [None; 2], body)
     }
 
-    fn run<R>(&self, call: Call, body: impl FnOnce(&Run) -> Result<R, Failure>) -> Result<R, CommError> {
+    /// A call, which needs the given peers where it is no collective one.
+    fn run<R>(
+        &self,
+        call: Call,
+        peers: [Option<usize>; 2],
+        body: impl FnOnce(&Run) -> Result<R, Failure>,
+    ) -> Result<R, CommError> {
         if let Some(kind) = self.failed.borrow().clone() {
             let hint = Some("an earlier call failed like this; a failed communicator stays failed".to_owned());
             return Err(self.error(&call, Failure { kind, hint }));
         }
+        let global = |peer: usize| self.ranks.get(peer).and_then(|rank| u32::try_from(*rank).ok());
+        self.tracker.enter(&call, peers.map(|peer| peer.and_then(global)));
         let run = Run { comm: self, call };
         let result = tch::no_grad(|| body(&run));
-        self.counters.calls.fetch_add(1, Ordering::Relaxed);
-        self.counters.nanoseconds.fetch_add(run.call.started.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        result.map_err(|failure| {
-            self.note_failure(&failure.kind);
-            self.error(&run.call, failure)
-        })
+        let under_way = run.call.started.elapsed();
+        self.shared.count_call(under_way);
+        if !self.tracker.is_background() {
+            self.shared.count_exposed(under_way);
+        }
+        match result {
+            Ok(result) => {
+                self.tracker.leave(&run.call);
+                Ok(result)
+            }
+            Err(failure) => {
+                // A call that failed stays the last one this rank was seen in.
+                if matches!(failure.kind, CommErrorKind::Invalid(_)) {
+                    self.tracker.leave(&run.call);
+                }
+                self.note_failure(&failure.kind);
+                Err(self.error(&run.call, failure))
+            }
+        }
     }
 
     fn note_failure(&self, kind: &CommErrorKind) {
@@ -389,6 +503,7 @@ impl Communicator {
         if matches!(kind, CommErrorKind::Invalid(_)) {
             return;
         }
+        _ = self.shared.failure.set(kind.to_string());
         *self.failed.borrow_mut() = Some(kind.clone());
         if let Some(backend) = &self.backend {
             backend.borrow_mut().failed(kind);
@@ -418,10 +533,6 @@ fn default_hint(kind: &CommErrorKind) -> Option<String> {
         _ => return None,
     };
     Some(text.to_owned())
-}
-
-fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).clamp(1, 1000 * 86_400 * 365)
 }
 
 /// Equal on ranks whose numbers are equal.

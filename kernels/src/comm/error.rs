@@ -30,11 +30,13 @@ pub enum Operation {
     AllGatherBytes = 9,
     /// A new group of some of the ranks.
     Split = 10,
+    /// A tensor to one peer and one from another, at the same time.
+    Shift = 11,
 }
 
 impl Operation {
     /// Every operation, in the order of their codes.
-    pub const ALL: [Operation; 11] = [
+    pub const ALL: [Operation; 12] = [
         Operation::Connect,
         Operation::AllReduce,
         Operation::AllGather,
@@ -46,6 +48,7 @@ impl Operation {
         Operation::Barrier,
         Operation::AllGatherBytes,
         Operation::Split,
+        Operation::Shift,
     ];
 
     /// The name of the method.
@@ -62,6 +65,7 @@ impl Operation {
             Operation::Barrier => "barrier",
             Operation::AllGatherBytes => "all_gather_bytes",
             Operation::Split => "split",
+            Operation::Shift => "shift",
         }
     }
 }
@@ -126,7 +130,7 @@ pub struct CommError {
     pub group: String,
     /// The call that failed.
     pub operation: Operation,
-    /// How many calls the communicator made before.
+    /// How many calls the communicator made before, with this peer where it is a call to one.
     pub sequence: u64,
     /// Where the call was made.
     pub call_site: &'static Location<'static>,

@@ -13,9 +13,14 @@
 //! inside Gloo). When a rank fails it writes to the store whom it blames, before its connections close: those that see
 //! it leave follow that to the rank that began.
 //!
+//! Groups share the connections and may be used by several threads, each group by one at a time: messages of different
+//! groups have different slots, and within a slot they keep their order. The first failure of any group ends the
+//! connections of all, and is what the calls of the others fail with.
+//!
 //! | thread | waits for | unblocked by | bounded by |
 //! |---|---|---|---|
-//! | device thread | a message | the peer; its death (connection closed); abort | the call's deadline |
+//! | a group's thread | a message | the peer; its death (connection closed); abort; failure of another group | the call's deadline |
+//! | a thread whose call fails | the one that failed first, which asks as follows | that one | `5 * BLAME_WAIT` |
 //! | failing rank | a thread that asks the store for the blame of the rank it lost | the store | `BLAME_WAIT` |
 #![allow(unsafe_code)]
 
@@ -35,6 +40,9 @@ const INLINE_BYTES: usize = 4096;
 /// How long a rank looks for what the rank that it lost has to say. Ranks that time out close their connections up to
 /// half of this before they can say why.
 const BLAME_WAIT: Duration = Duration::from_millis(2000);
+
+/// What Gloo says on all connections after a wait of this rank ran into its deadline (pair.cc, unbound_buffer.cc).
+const OWN_TIMEOUT: &str = "Application timeout caused pair closure";
 
 /// How long the master's name may be unknown.
 const NAME_WAIT: Duration = Duration::from_secs(60);
@@ -200,19 +208,19 @@ struct Mesh {
     store: Store,
     prefix: String,
     aborted: Mutex<Option<String>>,
-    /// Whether this rank wrote already whom it blames.
-    blamed: Mutex<bool>,
+    /// The first failure of any group, once it is known with whom it began. Locked while that is asked.
+    settled: Mutex<Option<CommErrorKind>>,
 }
 
-// SAFETY: the shim's mesh is tied to no thread; starting and freeing works is done by the thread that owns the
-// communicator, aborting by any, under the mesh's own lock.
+// SAFETY: the shim's mesh is tied to no thread. Works are started under one lock of the mesh, and noted, freed and
+// aborted under another; a work is waited for and freed by the thread that started it. Hanging up takes both.
 unsafe impl Send for Mesh {}
 // SAFETY: as above.
 unsafe impl Sync for Mesh {}
 
 impl Drop for Mesh {
     fn drop(&mut self) {
-        // SAFETY: works borrow the mesh, so there are none left; closed once.
+        // SAFETY: works borrow the mesh and groups share it, so this is the last of all of them; closed once.
         unsafe { tangelo_gloo_close(self.raw) };
     }
 }
@@ -246,7 +254,7 @@ impl Mesh {
             store: store.clone(),
             prefix: options.prefix.clone(),
             aborted: Mutex::new(None),
-            blamed: Mutex::new(false),
+            settled: Mutex::new(None),
         })
     }
 
@@ -261,49 +269,85 @@ impl Mesh {
         unsafe { tangelo_gloo_abort(self.raw) };
     }
 
-    fn blame_key(&self, rank: usize) -> String {
-        format!("{}/blame/{rank}", self.prefix)
-    }
-
-    /// Finds out with whom it began, and tells those that will see this rank leave.
+    /// Finds out with whom it began, and tells those that will see this rank leave. Later failures of this rank only
+    /// follow from the first one.
     fn settle(&self, failure: Failure) -> Failure {
+        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kind) = &*settled {
+            return kind.clone().into();
+        }
         let failure = match &failure.kind {
             CommErrorKind::PeerLost { rank: Some(rank), .. } => self.follow(*rank, BLAME_WAIT).unwrap_or(failure),
-            CommErrorKind::Timeout { rank: Some(rank), .. } => self.follow(*rank, BLAME_WAIT / 2).unwrap_or(failure),
+            CommErrorKind::Timeout { rank: Some(rank), .. } => {
+                // At once: those that wait for this rank run into their deadlines now, too, and ask only for so long.
+                self.blame(&failure.kind);
+                self.follow(*rank, BLAME_WAIT / 2).unwrap_or(failure)
+            }
             _ => failure,
         };
-        let mut blamed = self.blamed.lock().unwrap_or_else(PoisonError::into_inner);
-        if !std::mem::replace(&mut *blamed, true) {
-            let culprit = match failure.kind {
-                CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => {
-                    rank
-                }
-                _ => self.rank,
-            };
-            // Only helps others: where the store is gone they say what they saw themselves.
-            let (store, key) = (self.store.clone(), self.blame_key(self.rank));
-            let text = format!("{culprit}\n{}", failure.kind);
-            _ = within(BLAME_WAIT / 2, move || store.set(&key, text.as_bytes()));
-        }
+        self.blame(&failure.kind);
+        *settled = Some(failure.kind.clone());
         failure
     }
 
-    /// What a lost rank wrote before it left, as this rank's own failure.
+    /// Says in the store with whom it began. Only helps others: where the store is gone they say what they saw
+    /// themselves.
+    fn blame(&self, kind: &CommErrorKind) {
+        let culprit = match kind {
+            CommErrorKind::PeerLost { rank: Some(rank), .. } | CommErrorKind::Timeout { rank: Some(rank), .. } => *rank,
+            _ => self.rank,
+        };
+        let (store, key, text) = (self.store.clone(), blame_key(&self.prefix, self.rank), format!("{culprit}\n{kind}"));
+        _ = within(BLAME_WAIT / 2, move || store.set(&key, text.as_bytes()));
+    }
+
+    /// A connection that Gloo finds closed. It closes all of them when any wait runs into its deadline: then the thread
+    /// that waited is about to say so, and speaks first.
+    fn lost(&self, peer: usize, detail: &str) -> Failure {
+        let begin = Instant::now();
+        let is_silent = || self.settled.try_lock().is_ok_and(|settled| settled.is_none());
+        while detail.contains(OWN_TIMEOUT) && is_silent() && begin.elapsed() < BLAME_WAIT / 2 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Gloo's texts begin with the source line that threw.
+        let detail = detail.rsplit("] ").next().unwrap_or(detail).trim_end_matches('.');
+        CommErrorKind::PeerLost { rank: Some(peer), detail: detail.to_owned() }.into()
+    }
+
+    /// What a lost rank wrote before it left, and those that it blames, as this rank's own failure.
     fn follow(&self, rank: usize, patience: Duration) -> Option<Failure> {
-        let (store, key, begin) = (self.store.clone(), self.blame_key(rank), Instant::now());
+        let (store, prefix, begin) = (self.store.clone(), self.prefix.clone(), Instant::now());
+        let (mut seen, mut next, mut found) = (vec![self.rank], rank, None);
         let read = move || loop {
-            match store.get(&key).ok()? {
-                Some(text) => return Some(text),
-                None if begin.elapsed() >= patience => return None,
+            let Ok(text) = store.get(&blame_key(&prefix, next)) else { return found };
+            let blame = text.as_deref().map(read_blame);
+            match blame {
+                Some(Some((culprit, detail))) if culprit == next => return Some((culprit, detail)),
+                // Two that wait for each other: no rank blames itself for what it waited for.
+                Some(Some((culprit, _))) if seen.contains(&culprit) => return found,
+                Some(Some((culprit, detail))) => {
+                    found = Some((culprit, format!("rank {next} left: {detail}")));
+                    seen.push(next);
+                    next = culprit;
+                }
+                Some(None) => return found,
+                None if begin.elapsed() >= patience => return found,
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
         };
-        let text = String::from_utf8_lossy(&within(patience * 2, read)??).into_owned();
-        let (culprit, detail) = text.split_once('\n')?;
-        let culprit = culprit.parse().ok()?;
-        let detail = if culprit == rank { detail.to_owned() } else { format!("rank {rank} left: {detail}") };
+        let (culprit, detail) = within(patience * 2, read)??;
         Some(CommErrorKind::PeerLost { rank: Some(culprit), detail }.into())
     }
+}
+
+fn blame_key(prefix: &str, rank: usize) -> String {
+    format!("{prefix}/blame/{rank}")
+}
+
+fn read_blame(text: &[u8]) -> Option<(usize, String)> {
+    let text = String::from_utf8_lossy(text);
+    let (culprit, detail) = text.split_once('\n')?;
+    Some((culprit.parse().ok()?, detail.to_owned()))
 }
 
 /// The answer of the store, if it comes in time. A server that is stopped keeps its connections and answers nothing, and
@@ -338,7 +382,7 @@ impl<'a> Work<'a> {
         // SAFETY: the mesh is open; the caller vouches for the bytes; `raw` is written on success.
         let started =
             checked(unsafe { tangelo_gloo_start(mesh.raw, receive, peer as c_int, slot, data, size, &mut raw) });
-        started.map_err(|detail| lost(peer, &detail))?;
+        started.map_err(|detail| mesh.lost(peer, &detail))?;
         Ok(Work { raw, mesh, peer })
     }
 
@@ -354,7 +398,7 @@ impl<'a> Work<'a> {
             Ok(()) if done => Ok(()),
             Ok(()) => Err(Failure::backend("a wait ended without a message")),
             Err(_) if Instant::now() >= call.deadline() => Err(call.timed_out(Some(self.peer))),
-            Err(detail) => Err(lost(self.peer, &detail)),
+            Err(detail) => Err(self.mesh.lost(self.peer, &detail)),
         }
     }
 }
@@ -364,12 +408,6 @@ impl Drop for Work<'_> {
         // SAFETY: made by tangelo_gloo_start, freed once. Gloo lets go of the bytes before this returns.
         unsafe { tangelo_gloo_free(self.mesh.raw, self.raw) };
     }
-}
-
-fn lost(peer: usize, detail: &str) -> Failure {
-    // Gloo's texts begin with the source line that threw.
-    let detail = detail.rsplit("] ").next().unwrap_or(detail).trim_end_matches('.');
-    CommErrorKind::PeerLost { rank: Some(peer), detail: detail.to_owned() }.into()
 }
 
 struct GlooBackend {
@@ -450,7 +488,7 @@ impl GlooBackend {
         let theirs = encoded.and_then(Header::decode);
         let theirs =
             theirs.ok_or_else(|| Failure::backend(format!("rank {from} sent something that is no message")))?;
-        Ok(call.header(receive.num_bytes()).check(self.members[call.rank], &theirs, from)?)
+        Ok(call.expected(receive.num_bytes()).check(self.members[call.rank], &theirs, from)?)
     }
 }
 
@@ -475,8 +513,8 @@ impl Backend for GlooBackend {
     }
 
     fn failed(&mut self, _kind: &CommErrorKind) {
-        // SAFETY: the mesh is open, this is the thread that uses it, and the failed call's works are freed. Later
-        // calls of other groups get an error from the shim.
+        // SAFETY: the mesh is open. Works of other threads are aborted and keep their connections until they are freed;
+        // later calls of other groups get an error from the shim.
         unsafe { tangelo_gloo_hang_up(self.mesh.raw) };
     }
 

@@ -11,6 +11,8 @@
 //! | receiver | its message | post, loss of the sender, abort, mismatch | the call's deadline |
 //! | sender | all its messages copied | done, loss of the receiver, abort, mismatch | the call's deadline |
 //!
+//! One rank may have several threads inside calls, of different groups: messages, entries and losses are kept by group.
+//!
 //! Invariants: a rank whose communicator is dropped (also by a panic) is lost to all that wait for it, never awaited.
 //! Tensors are read by their receivers only while the sender waits inside the call. The first mismatch fails all ranks.
 
@@ -129,7 +131,7 @@ impl LocalBackend {
             let message = state.boxes.get_mut(&address).and_then(VecDeque::pop_front);
             message.ok_or(from)
         })?;
-        if let Err(kind) = call.header(receive.num_bytes()).check(self.global_rank(), &message.header, from) {
+        if let Err(kind) = call.expected(receive.num_bytes()).check(self.global_rank(), &message.header, from) {
             return Err(self.fail_all(self.hub.lock(), kind));
         }
         receive.data.shallow_clone().f_copy_(&message.tensor)?;

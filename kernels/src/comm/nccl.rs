@@ -1,14 +1,17 @@
 //! Ranks as processes with a GPU each: NCCL over NVLink, PCIe or the network.
 //!
 //! NCCL moves bytes only; sums are made by the code that all back ends share, so they have the same bits as on a CPU.
-//! Everything runs on the legacy default stream, where libtorch computes too: what was computed before a call is sent,
-//! and what is computed after it sees what came. Each call waits on the host until the stream has done it, polling
-//! NCCL's own error state: so deadlines, aborts and the time that a call took mean what they say. What this gives up,
-//! on purpose for now, is overlap of communication with computation.
+//! Every group has a stream of its own. At the start of a call it is made to wait for all that was queued so far on the
+//! legacy default stream, where libtorch computes; the host then waits until the group's stream has done the call,
+//! polling NCCL's own error state: so what was computed before a call is sent, what is computed after it sees what came,
+//! and deadlines, aborts and the time that a call took mean what they say. A call in the background overlaps with what
+//! is computed after it began; sums over ranks take their turn on the default stream.
 //!
 //! The communicator is non-blocking: `ncclInProgress` is polled like everything else, so that no call of NCCL, its
-//! initialisation included, can hang this thread. It is made, used and closed by this thread alone; abort handles only
-//! set a flag that the polling looks at.
+//! initialisation included, can hang this thread. It is used by one thread at a time, and closed by its last one; abort
+//! handles only set a flag that the polling looks at. Groups are made in the same order by all their members. Calls of
+//! several groups may be on the GPU at the same time: NCCL orders their kernels (NCCL_LAUNCH_ORDER_IMPLICIT) or needs
+//! room on the GPU for all of them.
 //!
 //! libnccl is opened by its versioned name, which libtorch_cuda has loaded already; cudarc looks for unversioned names
 //! only, which NVIDIA's wheels do not have, and panics without them. Its types are used, its loader is not.
@@ -21,7 +24,7 @@ use super::communicator::{CommOptions, Communicator};
 use super::error::{CommError, CommErrorKind, Operation};
 use super::store::Store;
 use crate::device::{DeviceError, open_cuda};
-use cudarc::driver::{CudaContext, sys::CUresult, sys::cuStreamQuery};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, sys::CUresult, sys::cuStreamQuery};
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::Location;
@@ -69,8 +72,6 @@ pub fn connect(store: &Store, options: &NcclOptions) -> Result<Communicator, Com
 }
 
 type Stream = *mut c_void;
-/// The legacy default stream.
-const STREAM: Stream = std::ptr::null_mut();
 
 macro_rules! library {
     ($($name:ident: fn($($argument:ty),*) -> $result:ty;)*) => {
@@ -168,6 +169,8 @@ fn config() -> ncclConfig_t {
 struct NcclBackend {
     library: &'static Library,
     context: Arc<CudaContext>,
+    /// This group's, apart from the one on which libtorch computes.
+    stream: Arc<CudaStream>,
     /// Null once aborted or closed.
     comm: ncclComm_t,
     store: Store,
@@ -215,6 +218,10 @@ impl Patience {
     }
 }
 
+fn cuda_failure(error: DriverError) -> Failure {
+    Failure::backend(format!("CUDA: {error}"))
+}
+
 impl NcclBackend {
     fn connect_world(store: &Store, options: &NcclOptions) -> Result<NcclBackend, Failure> {
         let library = library()?;
@@ -222,6 +229,7 @@ impl NcclBackend {
             .map_err(|error| Failure::backend(format!("GPU {} cannot be used: {error}", options.device_index)))?;
         let mut backend = NcclBackend {
             library,
+            stream: context.new_stream().map_err(cuda_failure)?,
             context,
             comm: std::ptr::null_mut(),
             store: store.clone(),
@@ -271,7 +279,11 @@ impl NcclBackend {
 
     /// Makes this rank's GPU the thread's current one: NCCL uses the current one, and libtorch changes it.
     fn bind(&self) -> Result<(), Failure> {
-        self.context.bind_to_thread().map_err(|error| Failure::backend(format!("CUDA context: {error}")))
+        self.context.bind_to_thread().map_err(cuda_failure)
+    }
+
+    fn stream(&self) -> Stream {
+        self.stream.cu_stream().cast()
     }
 
     fn check(&self, result: ncclResult_t) -> Result<(), Failure> {
@@ -320,8 +332,8 @@ impl NcclBackend {
     /// Waits until the stream has done everything so far.
     fn finish(&self, patience: Patience) -> Result<(), Failure> {
         loop {
-            // SAFETY: the context is bound; null is the legacy default stream.
-            match unsafe { cuStreamQuery(STREAM.cast()) } {
+            // SAFETY: the context is bound, and the stream lives.
+            match unsafe { cuStreamQuery(self.stream.cu_stream()) } {
                 CUresult::CUDA_SUCCESS => return Ok(()),
                 CUresult::CUDA_ERROR_NOT_READY => {}
                 error => return Err(Failure::backend(format!("CUDA failed during a collective: {error:?}"))),
@@ -342,6 +354,7 @@ impl NcclBackend {
         }
         self.aborted()?;
         self.bind()?;
+        self.stream.join(&self.context.default_stream()).map_err(cuda_failure)?;
         // SAFETY: paired with ncclGroupEnd below, on every path.
         self.check(unsafe { (self.library.ncclGroupStart)() })?;
         let queued = queue(self);
@@ -374,13 +387,16 @@ impl Backend for NcclBackend {
             for send in sends {
                 let (data, peer) = (send.data.data_ptr(), send.peer as c_int);
                 // SAFETY: contiguous memory of this many bytes on this GPU, kept by the caller until the call ends.
-                this.check(unsafe { (this.library.ncclSend)(data, send.num_bytes(), BYTES, peer, this.comm, STREAM) })?;
+                this.check(unsafe {
+                    (this.library.ncclSend)(data, send.num_bytes(), BYTES, peer, this.comm, this.stream())
+                })?;
             }
             for receive in receives {
                 let (data, peer) = (receive.data.data_ptr(), receive.peer as c_int);
                 // SAFETY: as above.
-                let result =
-                    unsafe { (this.library.ncclRecv)(data, receive.num_bytes(), BYTES, peer, this.comm, STREAM) };
+                let result = unsafe {
+                    (this.library.ncclRecv)(data, receive.num_bytes(), BYTES, peer, this.comm, this.stream())
+                };
                 this.check(result)?;
             }
             Ok(())
@@ -399,7 +415,15 @@ impl Backend for NcclBackend {
                     // SAFETY: place begins rank root's part of the output, of this many bytes; in place is allowed.
                     let result = unsafe {
                         data = data.add(bytes);
-                        (this.library.ncclBroadcast)(place, place, bytes, BYTES, root as c_int, this.comm, STREAM)
+                        (this.library.ncclBroadcast)(
+                            place,
+                            place,
+                            bytes,
+                            BYTES,
+                            root as c_int,
+                            this.comm,
+                            this.stream(),
+                        )
                     };
                     this.check(result)?;
                 }
@@ -409,7 +433,9 @@ impl Backend for NcclBackend {
         self.launch(call, |this| {
             let (from, to) = (input.data_ptr(), output.data_ptr());
             // SAFETY: the output holds size times the input's bytes, both contiguous on this GPU until the call ends.
-            this.check(unsafe { (this.library.ncclAllGather)(from, to, num_bytes(input), BYTES, this.comm, STREAM) })
+            this.check(unsafe {
+                (this.library.ncclAllGather)(from, to, num_bytes(input), BYTES, this.comm, this.stream())
+            })
         })
     }
 
@@ -418,7 +444,15 @@ impl Backend for NcclBackend {
             let place = data.data_ptr();
             // SAFETY: contiguous memory of this many bytes on this GPU until the call ends; in place is allowed.
             this.check(unsafe {
-                (this.library.ncclBroadcast)(place, place, num_bytes(data), BYTES, root as c_int, this.comm, STREAM)
+                (this.library.ncclBroadcast)(
+                    place,
+                    place,
+                    num_bytes(data),
+                    BYTES,
+                    root as c_int,
+                    this.comm,
+                    this.stream(),
+                )
             })
         })
     }
@@ -427,6 +461,7 @@ impl Backend for NcclBackend {
         let mut child = NcclBackend {
             library: self.library,
             context: Arc::clone(&self.context),
+            stream: self.context.new_stream().map_err(cuda_failure)?,
             comm: std::ptr::null_mut(),
             store: self.store.clone(),
             prefix: self.prefix.clone(),

@@ -10,6 +10,8 @@ unsafe extern "C" {
     fn tangelo_free(message: *mut c_char);
     /// Writes current, peak and reserved bytes of libtorch's allocator for one GPU.
     fn tangelo_gpu_memory(index: i32, out: *mut i64) -> *mut c_char;
+    fn tangelo_count_allocations_begin() -> *mut c_char;
+    fn tangelo_count_allocations_end(peak: *mut i64) -> *mut c_char;
 }
 
 /// Main memory of this process, in bytes; 0 where the system does not tell.
@@ -64,6 +66,18 @@ pub fn gpu_memory(device: Device) -> Option<GpuMemoryUse> {
     }
     let [allocated_bytes, peak_allocated_bytes, reserved_bytes] = bytes.map(|count| u64::try_from(count).unwrap_or(0));
     Some(GpuMemoryUse { allocated_bytes, peak_allocated_bytes, reserved_bytes })
+}
+
+/// Runs `work` and counts the bytes of tensors in main memory that this thread allocates meanwhile: at most, less what it
+/// frees of them. Tensors that other threads allocate are not seen; libtorch may warn of those that were there before.
+pub fn count_allocations<R>(work: impl FnOnce() -> R) -> (R, u64) {
+    // SAFETY: pushes a counter onto this thread's own list; it is popped below, or unused if `work` panics.
+    crate::ffi::check(unsafe { tangelo_count_allocations_begin() });
+    let result = work();
+    let mut peak = 0;
+    // SAFETY: writes one integer; the counter pushed above is on top.
+    crate::ffi::check(unsafe { tangelo_count_allocations_end(&mut peak) });
+    (result, u64::try_from(peak).unwrap_or(0))
 }
 
 /// Host memory that can still be had without swapping, bytes: the machine's, or what this process's control group (a

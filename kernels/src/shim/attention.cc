@@ -3,10 +3,7 @@
 // The unit of work is one query head of one document. Units are independent and taken by threads as they come free, the
 // longest first, so the result does not depend on the number of threads. Keys' gradients are made per query head and
 // then summed over the heads of a group in order.
-#include <atomic>
-#include <numeric>
-#include <vector>
-
+#include "attention.h"
 #include "weights.h"
 
 namespace tangelo {
@@ -14,11 +11,6 @@ namespace {
 
 struct Unit {
   int64_t start, length, head;
-};
-
-struct Geometry {
-  int64_t heads, key_heads, dim;
-  int64_t group() const { return heads / key_heads; }
 };
 
 std::vector<Unit> units_of(const std::vector<int64_t>& bounds, int64_t heads) {
@@ -30,33 +22,15 @@ std::vector<Unit> units_of(const std::vector<int64_t>& bounds, int64_t heads) {
   return units;
 }
 
-// Runs `work(unit, scratch)` for every unit, with `scratch_floats` floats for each thread.
-template <class Work>
-void for_units(const std::vector<Unit>& units, int64_t scratch_floats, Work work) {
-  std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), units.size());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    auto scratch = at::empty({scratch_floats}, at::kFloat);
-    for (size_t i = next++; i < units.size(); i = next++) work(units[i], scratch.data_ptr<float>());
-  });
-}
-
-const char* at_element(const Tensor& tensor, int64_t elements) {
-  return static_cast<const char*>(tensor.const_data_ptr()) + elements * tensor.element_size();
-}
-char* at_element(Tensor& tensor, int64_t elements) {
-  return static_cast<char*>(tensor.data_ptr()) + elements * tensor.element_size();
-}
-
 cpu::AttentionShape shape_of(const Geometry& g, int64_t num_queries, int64_t num_keys, double scale, int64_t window) {
-  return {num_queries,        num_keys, g.dim, g.heads * g.dim, g.key_heads * g.dim, static_cast<float>(scale),
-          std::min(window, num_keys)};
+  return {num_queries,         num_keys,                  num_keys - num_queries,    g.dim, g.heads * g.dim,
+          g.key_heads * g.dim, static_cast<float>(scale), std::min(window, num_keys)};
 }
 
 // `lse` [H, T] may be undefined. Of a single document the queries may be the last tokens only.
 Tensor forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& bounds, double scale,
                   int64_t window, Tensor& lse) {
-  const Geometry g = {q.size(1), k.size(1), q.size(2)};
+  const Geometry g = geometry_of(q, k);
   auto out = at::empty_like(q);
   const int64_t past = k.size(0) - q.size(0), tokens = q.size(0);
   auto units = units_of(bounds, g.heads);
@@ -71,15 +45,6 @@ Tensor forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::
                       at_element(out, in_query), unit_lse, scratch);
   });
   return out;
-}
-
-// [T, H, hd] in fp32 to [T, K, hd] in `type`, heads of a group added in order.
-Tensor sum_groups(const Tensor& per_head, const Geometry& g, at::ScalarType type) {
-  if (g.group() == 1) return per_head.to(type);
-  auto grouped = per_head.view({-1, g.key_heads, g.group(), g.dim});
-  auto sum = grouped.select(2, 0) + grouped.select(2, 1);
-  for (int64_t i = 2; i < g.group(); i++) sum.add_(grouped.select(2, i));
-  return sum.to(type);
 }
 
 struct Attention : Function<Attention> {
@@ -99,7 +64,7 @@ struct Attention : Function<Attention> {
     auto stored = ctx->get_saved_variables();
     const Tensor &q = stored[0], &k = stored[1], &v = stored[2], &out = stored[3], &lse = stored[4];
     auto dout = grads[0].contiguous();
-    const Geometry g = {q.size(1), k.size(1), q.size(2)};
+    const Geometry g = geometry_of(q, k);
     const double scale = ctx->saved_data["scale"].toDouble();
     const int64_t window = ctx->saved_data["window"].toInt(), tokens = q.size(0);
     auto dq = at::empty_like(q);

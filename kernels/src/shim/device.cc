@@ -1,8 +1,12 @@
-// libtorch's state for GPUs that tch does not reach. Used by device/ alone.
+// libtorch's state for devices that tch does not reach. Used by device/ alone.
 
 #include "common.h"
 
+#include <c10/core/Allocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+
+#include <atomic>
 
 #include <cstdlib>
 
@@ -24,5 +28,37 @@ extern "C" char* tangelo_gpu_memory(int32_t index, int64_t* out) {
     out[0] = stats.allocated_bytes[all].current;
     out[1] = stats.allocated_bytes[all].peak;
     out[2] = stats.reserved_bytes[all].current;
+  });
+}
+
+namespace {
+
+// Bytes of tensors in main memory that the thread it is pushed on allocates, less those it frees.
+struct AllocationCounter : c10::MemoryReportingInfoBase {
+  std::atomic<int64_t> current{0}, peak{0};
+
+  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device device) override {
+    if (!device.is_cpu()) return;
+    const int64_t now = current += size;
+    int64_t known = peak;
+    while (now > known && !peak.compare_exchange_weak(known, now)) {
+    }
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+};
+
+}  // namespace
+
+extern "C" char* tangelo_count_allocations_begin() {
+  return tangelo::guarded([] {
+    c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<AllocationCounter>());
+  });
+}
+
+// Ends the counting begun last on this thread.
+extern "C" char* tangelo_count_allocations_end(int64_t* peak) {
+  return tangelo::guarded([&] {
+    auto counter = c10::ThreadLocalDebugInfo::_pop(c10::DebugInfoKind::PROFILER_STATE);
+    *peak = static_cast<AllocationCounter*>(counter.get())->peak;
   });
 }

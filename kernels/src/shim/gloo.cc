@@ -47,13 +47,24 @@ struct Work {
   c10::intrusive_ptr<c10d::Work> work;
 };
 
-// One connection to every peer, used by one thread; `running` holds the works that a thread may be waiting for; `aborted` ends them all.
+// One connection to every peer, used by several threads. `starting` is held while the group is used, which counts its
+// messages without a lock of its own; `mutex` guards the rest and is never held for long. `running` holds the works that
+// threads may be waiting for; `aborted` ends them all. Where both are taken, `starting` comes first.
 struct Mesh {
+  std::mutex starting;
   c10::intrusive_ptr<ProcessGroupGloo> group;
   std::mutex mutex;
   std::unordered_set<c10d::Work*> running;
   bool aborted = false;
 };
+
+// Ends the waits of now and of later. `mesh->mutex` is held.
+void abort_all(Mesh* mesh) {
+  mesh->aborted = true;
+  for (auto* work : mesh->running) {
+    work->abort();
+  }
+}
 
 // Bytes seen as a tensor, without owning them: the caller keeps them until the work is freed.
 at::Tensor bytes_tensor(void* data, size_t size) {
@@ -144,9 +155,16 @@ char* tangelo_gloo_connect(
   });
 }
 
-// Closes the connections, so that peers see this rank leave. No work may be left.
+// Ends all works and closes the connections, so that peers see this rank leave: at once, or when the last work that
+// another thread still has is freed, since works hold Gloo's transport context, which owns the connections.
 void tangelo_gloo_hang_up(Mesh* mesh) {
-  guarded([&] { mesh->group.reset(); });
+  guarded([&] {
+    c10::intrusive_ptr<ProcessGroupGloo> group;
+    std::lock_guard<std::mutex> starting(mesh->starting);
+    std::lock_guard<std::mutex> lock(mesh->mutex);
+    abort_all(mesh);
+    group = std::move(mesh->group);
+  });
 }
 
 void tangelo_gloo_close(Mesh* mesh) {
@@ -156,6 +174,7 @@ void tangelo_gloo_close(Mesh* mesh) {
 // The bytes must stay where they are until the work is freed; a receive writes at most `size` of them.
 char* tangelo_gloo_start(Mesh* mesh, bool receive, int peer, int slot, void* data, size_t size, Work** out) {
   return guarded([&] {
+    std::lock_guard<std::mutex> starting(mesh->starting);
     if (!mesh->group) {
       throw std::runtime_error("this rank closed its connections after a failure");
     }
@@ -190,10 +209,7 @@ void tangelo_gloo_free(Mesh* mesh, Work* work) {
 void tangelo_gloo_abort(Mesh* mesh) {
   guarded([&] {
     std::lock_guard<std::mutex> lock(mesh->mutex);
-    mesh->aborted = true;
-    for (auto* work : mesh->running) {
-      work->abort();
-    }
+    abort_all(mesh);
   });
 }
 

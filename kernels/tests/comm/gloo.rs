@@ -2,10 +2,11 @@
 
 use super::local::run_ranks;
 use super::suite;
+use super::{faults, positions};
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-use tangelo_kernels::comm::{CommError, Communicator, Store, StoreOptions, gloo};
+use tangelo_kernels::comm::{Background, CommError, Communicator, Store, StoreOptions, gloo};
 use tch::{Device, Kind, Tensor};
 
 const SCENARIO: &str = "TANGELO_TEST_SCENARIO";
@@ -118,6 +119,8 @@ fn run_scenario(scenario: &str, comm: Communicator, options: &gloo::GlooOptions)
         ("mismatch", _) => mismatch(&comm).to_string().into_bytes(),
         ("abort", _) => abort(comm).into_bytes(),
         ("latency", _) => latency(&comm).into_bytes(),
+        ("mesh", _) => positions::work_in_a_mesh(&comm, Path::new(&std::env::var(FOLDER).unwrap())).into_bytes(),
+        ("beside", _) => faults::work_beside_a_call(&comm, options).into_bytes(),
         _ => panic!("no scenario {scenario}"),
     }
 }
@@ -186,7 +189,21 @@ fn latency(comm: &Communicator) -> String {
     let small = median(16, 51);
     let medium = median(100_000, 21);
     let large = median(16 << 20, 5);
-    format!("{} ranks: 64 B {small:.3} ms, 400 KB {medium:.2} ms, 64 MiB {large:.0} ms", comm.size())
+    let background = Background::new(comm.split("background", Some(0), 0).unwrap().unwrap());
+    let tensor = zeros(16);
+    let seconds = (0..51).map(|_| {
+        comm.barrier().unwrap();
+        let begin = Instant::now();
+        background.start_all_reduce(tensor.shallow_clone()).wait().unwrap();
+        begin.elapsed().as_secs_f64()
+    });
+    let mut seconds: Vec<f64> = seconds.collect();
+    seconds.sort_by(f64::total_cmp);
+    let beside = seconds[25] * 1e3;
+    format!(
+        "{} ranks: 64 B {small:.3} ms, in the background {beside:.3} ms, 400 KB {medium:.2} ms, 64 MiB {large:.0} ms",
+        comm.size()
+    )
 }
 
 #[test]

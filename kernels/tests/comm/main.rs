@@ -3,7 +3,9 @@
 // Everything here is a test, also what lies outside of test functions.
 #![allow(clippy::unwrap_used)]
 
+mod background;
 mod faults;
 mod gloo;
 mod local;
+mod positions;
 mod suite;

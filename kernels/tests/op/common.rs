@@ -1,9 +1,25 @@
 //! Random inputs, comparison in float64, and gradients of both sides.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use tch::{Device, Kind, Tensor};
 
 /// Types the kernels take, each with the norm-relative error one rounded operation may have.
 pub const KINDS: [(Kind, f64); 2] = [(Kind::Float, 1e-5), (Kind::BFloat16, 6e-3)];
+
+/// Seeds libtorch's generator differently from run to run, and prints with what: `TANGELO_TEST_SEED=...` repeats it.
+pub fn seed_freshly() {
+    let given = std::env::var("TANGELO_TEST_SEED").ok().and_then(|text| text.parse().ok());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+    let seed = given.unwrap_or(i64::from(now) % 1_000_000);
+    println!("seed {seed} (repeat with TANGELO_TEST_SEED={seed})");
+    tch::manual_seed(seed);
+}
+
+/// A random number from 0 to below `limit`.
+pub fn below(limit: i64) -> i64 {
+    Tensor::randint(limit, [1], (Kind::Int64, Device::Cpu)).int64_value(&[0])
+}
 
 /// Fresh normal numbers, exactly representable in `kind`.
 pub fn random(shape: &[i64], kind: Kind) -> Tensor {

@@ -8,6 +8,9 @@
 mod attention;
 mod common;
 mod loss;
+mod muon;
 mod pointwise;
+mod spans;
 mod update;
+mod vocab_parallel;
 mod weights;

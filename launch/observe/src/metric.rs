@@ -63,6 +63,7 @@ metrics! {
     CheckpointSeconds = "time", "checkpoint_seconds", "s", "Training standing still for a checkpoint, per step.";
     EvalSeconds = "time", "eval_seconds", "s", "The last evaluation, as a whole.";
     MemoryBytes = "memory", "memory_bytes", "bytes", "Peak memory of the fullest rank: allocated on its GPU, resident set on a CPU.";
+    PassAllocationBytes = "memory", "pass_allocation_bytes", "bytes", "Peak bytes of tensors that forward and backward allocate on the fullest rank; recorded where TANGELO_COUNT_ALLOCATIONS is set.";
     PredictedMemoryBytes = "memory", "predicted_memory_bytes", "bytes", "Peak memory per rank as the planner predicts it.";
 }
 

@@ -1,9 +1,11 @@
-//! What `tangelo check` prints: the resolved job, its layers, its memory, and one step of it.
+//! What `tangelo check` prints: the resolved job, its layers, its memory, one step of it, and the proof of its
+//! schedule.
 
-use crate::{layers, memory, walk};
+use crate::{Proof, layers, memory, prove, walk};
+use std::time::Duration;
 use tangelo_configs::Plan;
 
-/// The whole report, as plain text.
+/// The report but for the schedule, as plain text.
 pub fn render_check(plan: &Plan) -> String {
     let toml = plan.to_toml().unwrap_or_else(|error| format!("# {error}\n"));
     let memory = memory::predict(plan);
@@ -13,6 +15,14 @@ pub fn render_check(plan: &Plan) -> String {
         ("memory", memory.render(plan)),
         ("one step", walk::render(plan)),
     ];
-    let titled = sections.map(|(title, text)| format!("# ---- {title} {}\n\n{text}", "-".repeat(72 - title.len())));
-    titled.join("\n")
+    sections.map(|(title, text)| section(title, &text)).join("\n")
+}
+
+/// What follows it: what ranks communicate, and that they understand each other, which took so long to show.
+pub fn render_schedule(plan: &Plan, proof: &Proof, took: Duration) -> String {
+    format!("\n{}", section("schedule", &prove::render(plan, proof, took)))
+}
+
+fn section(title: &str, text: &str) -> String {
+    format!("# ---- {title} {}\n\n{text}", "-".repeat(72 - title.len()))
 }

@@ -1,4 +1,4 @@
-//! Parameters, FLOPs and bytes, layer by layer.
+//! Parameters, FLOPs and bytes, layer by layer: of the whole model, but for what a rank keeps of a token's activations.
 
 use crate::flops::{ForwardFlops, block_flops, head_flops};
 use crate::memory::saved_bytes_per_token;
@@ -17,9 +17,9 @@ pub struct LayerCost {
     pub weight_bytes: u64,
     /// Forward FLOPs.
     pub flops: ForwardFlops,
-    /// Activations kept from forward to backward, per token.
+    /// Activations that one rank keeps from forward to backward, per token of a micro-batch.
     pub saved_bytes_per_token: u64,
-    /// Whether it runs again in backward.
+    /// Whether it, or a part of it, runs again in backward.
     pub recomputed: bool,
 }
 
@@ -42,7 +42,7 @@ pub fn layers(plan: &Plan) -> Vec<LayerCost> {
             model.block_parameters(layer, dtype),
             flops,
             saved,
-            plan.recomputes(layer),
+            plan.recompute(layer) != tangelo_configs::job::Recompute::None,
         ));
     }
     let head = if model.tie_word_embeddings { "norm and tied head" } else { "norm and head" };

@@ -1,10 +1,11 @@
-//! The walk of a batch: every stage of a training step, with the tensors that leave it, their shapes and bytes.
+//! The walk of a batch: every stage of a training step, with the tensors that leave it, their shapes and bytes, on the
+//! rank with the most of each.
 
-use crate::memory::{LOSS_CHUNK_TOKENS, buckets};
+use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, predict, stage_buckets};
 use crate::table::{Align, Table, bytes};
-use tangelo_configs::job::DeviceChoice;
+use tangelo_configs::job::{DeviceChoice, Recompute};
 use tangelo_configs::{MixerSpec, Plan};
-use tangelo_core::DType;
+use tangelo_core::{DType, Group};
 
 /// One thing that flows.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +46,11 @@ fn input_stages(plan: &Plan) -> Vec<Stage> {
     let t = &plan.config.training;
     let (global, length) = (plan.global_batch_size, t.seq_len);
     let (local, micro) = (global / plan.data_parallel_size, t.local_batch_size);
-    let tokens = micro * length;
+    let tokens = RankTokens::of(plan).context as usize;
+    let part = match plan.topology.size(Group::Heads) * plan.topology.size(Group::Ring) {
+        1 => String::new(),
+        ranks => format!(", 1 / {ranks} of it"),
+    };
     let accumulation = plan.gradient_accumulation_steps;
     let copy = if t.device == DeviceChoice::Cuda { "host to device" } else { "to tensors" };
     vec![
@@ -70,29 +75,38 @@ fn input_stages(plan: &Plan) -> Vec<Stage> {
             "tokens, positions, targets",
             &[3, tokens],
             "i64",
-            format!("{accumulation} x: one micro-batch of {micro}, end to end"),
+            format!("{accumulation} x: one micro-batch of {micro}, end to end{part}"),
         ),
         stage(copy, "weights", &[tokens], "f32", "document borders beside it".into()),
     ]
 }
 
 fn model_stages(plan: &Plan) -> Vec<Stage> {
-    let (model, t) = (&plan.model, &plan.config.training);
-    let (tokens, d) = (t.local_batch_size * t.seq_len, model.hidden_size);
+    let (model, size) = (&plan.model, |group| plan.topology.size(group));
+    let (tensor, heads) = (size(Group::Tensor), size(Group::Heads));
+    let tokens = RankTokens::of(plan);
+    let [own, tokens, attended] = [tokens.own, tokens.context, tokens.attended].map(|n| n as usize);
+    let d = model.hidden_size;
     let dtype = if plan.compute_dtype() == DType::BF16 { "bf16" } else { "f32" };
-    let mut stages = vec![stage("embed", "x", &[tokens, d], dtype, "rows of the embedding".into())];
+    let mut stages = vec![stage("embed", "x", &[own, d], dtype, "rows of the embedding".into())];
     if let Some(block) = model.blocks.first() {
         let MixerSpec::Attention(a) = &block.mixer;
-        let (h, k, width, f) = (a.num_heads, a.num_kv_heads, a.head_dim, block.feed_forward.intermediate_size);
+        let (width, f) = (a.head_dim, block.feed_forward.intermediate_size / tensor);
+        let share = |n: usize| ((n / tensor).max(1) / heads).max(1);
+        let (h, k) = (share(a.num_heads), share(a.num_kv_heads));
         let window = a.sliding_window.map_or(String::new(), |w| format!(", {w} tokens back"));
         let masked = if plan.config.data.document_mask { "within its document" } else { "within its sequence" };
-        let recomputed = (0..model.blocks.len()).filter(|&layer| plan.recomputes(layer)).count();
+        let recomputed = (0..model.blocks.len()).filter(|&layer| plan.recompute(layer) != Recompute::None).count();
+        let each = match plan.topology.num_stages() {
+            1 => "each block".into(),
+            stages => format!("each block, in {stages} stages"),
+        };
         stages.extend([
-            stage("block", "q", &[tokens, h, width], dtype, format!("{} x: each block", model.blocks.len())),
-            stage("block", "k, v", &[2, tokens, k, width], dtype, String::new()),
-            stage("block", "attention", &[tokens, h, width], dtype, format!("each token {masked}{window}")),
+            stage("block", "q", &[attended, h, width], dtype, format!("{} x: {each}", model.blocks.len())),
+            stage("block", "k, v", &[2, attended, k, width], dtype, String::new()),
+            stage("block", "attention", &[attended, h, width], dtype, format!("each token {masked}{window}")),
             stage("block", "gate, up", &[2, tokens, f], dtype, String::new()),
-            stage("block", "x", &[tokens, d], dtype, format!("{recomputed} blocks run again in backward")),
+            stage("block", "x", &[own, d], dtype, format!("{recomputed} blocks run again in backward")),
         ]);
     }
     let chunk = LOSS_CHUNK_TOKENS.min(tokens);
@@ -100,33 +114,48 @@ fn model_stages(plan: &Plan) -> Vec<Stage> {
         stage(
             "loss",
             "logits",
-            &[chunk, model.vocab_size],
+            &[chunk, model.vocab_size.div_ceil(tensor)],
             dtype,
             format!("{} x: chunk by chunk", tokens.div_ceil(chunk)),
         ),
-        stage("backward", "gradient of x", &[tokens, d], dtype, "block by block, last to first".into()),
+        stage("backward", "gradient of x", &[own, d], dtype, "block by block, last to first".into()),
     ]);
     stages
 }
 
 fn update_stages(plan: &Plan) -> Vec<Stage> {
-    let all = plan.model.num_parameters();
-    let (ranks, zero) = (plan.data_parallel_size, plan.zero_optimizer_degree);
-    let owned = all.div_ceil(zero);
+    let (size, scopes) = (|group| plan.topology.size(group), plan.topology.scopes);
+    let largest = predict(plan);
+    let all = largest.num_parameters as usize;
+    let (ranks, zero) = (size(Group::States) * size(Group::Replicas), scopes.states);
+    let (kept, owned) = (all.div_ceil(scopes.gradients), all.div_ceil(zero));
     let dtype = if plan.compute_dtype() == DType::BF16 { "bf16" } else { "f32" };
-    let mut stages = vec![stage("backward", "main gradients", &[all], "f32", "added up over micro-batches".into())];
-    if ranks > 1 {
-        let verb = if zero == ranks { "reduce-scatter" } else { "all-reduce" };
-        let note = format!("{verb} over {ranks} ranks, {} bucket(s)", buckets(plan).len());
+    let mut stages = vec![stage("backward", "main gradients", &[kept], "f32", "added up over micro-batches".into())];
+    if scopes.gradients > 1 {
+        let note = format!("reduce-scatter over {} ranks, unit by unit of each micro-batch", scopes.gradients);
         stages.push(stage("reduce", "main gradients", &[all], "f32", note));
+    }
+    if ranks > scopes.gradients {
+        let verb = if zero == ranks { "reduce-scatter" } else { "all-reduce" };
+        let note = format!(
+            "{verb} over {} ranks, {} bucket(s)",
+            ranks / scopes.gradients,
+            stage_buckets(plan, largest.stage).len()
+        );
+        stages.push(stage("reduce", "main gradients", &[kept], "f32", note));
     }
     let clip = match plan.config.training.max_norm {
         0.0 => "AdamW".into(),
         norm => format!("clipped to a global norm of {norm}, AdamW"),
     };
     stages.push(stage("update", "weights and states", &[3, owned], "f32", clip));
-    if zero > 1 {
-        stages.push(stage("all-gather", "weights", &[all], dtype, format!("over {zero} ranks")));
+    if zero > scopes.parameters {
+        let note = format!("over {} ranks", zero / scopes.parameters);
+        stages.push(stage("all-gather", "weights", &[all.div_ceil(scopes.parameters)], dtype, note));
+    }
+    if scopes.parameters > 1 {
+        let note = format!("over {} ranks, unit by unit before use", scopes.parameters);
+        stages.push(stage("all-gather", "weights", &[all], dtype, note));
     }
     stages
 }

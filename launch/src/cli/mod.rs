@@ -69,7 +69,7 @@ pub struct CheckArgs {
     /// Ranks to plan for.
     #[arg(long, value_name = "N", default_value = "1")]
     pub world_size: std::num::NonZeroUsize,
-    /// Ranks on a node, which share its cores [default: all of them].
+    /// Ranks on a node, which share its cores [default: 8, or all of fewer].
     #[arg(long, alias = "nproc_per_node", value_name = "N")]
     pub nproc_per_node: Option<std::num::NonZeroUsize>,
     /// Set a key of the job: `section.key=value`. May be repeated.

@@ -56,6 +56,11 @@ impl LogFolder {
         self.file(rank, "error.json")
     }
 
+    /// Where a rank says in which collective it is.
+    pub fn position_path(&self, rank: usize) -> PathBuf {
+        self.file(rank, "position")
+    }
+
     fn file(&self, rank: usize, extension: &str) -> PathBuf {
         match self.attempt {
             0 => self.folder.join(format!("rank-{rank:05}.{extension}")),

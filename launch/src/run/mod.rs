@@ -16,6 +16,7 @@ mod prepare;
 mod report_failure;
 mod restart;
 mod signals;
+mod standing;
 mod supervise;
 mod terminal;
 mod topology;

@@ -13,6 +13,9 @@ pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String 
     if let Some(message) = &failure.message {
         let _ = write!(text, "\n  {}", message.trim_end().replace('\n', "\n  "));
     }
+    if let Some(behind) = &outcome.behind {
+        text += &format!("\n  {behind}");
+    }
     let log = logs.path(failure.rank);
     let _ = write!(text, "\n  log: {}", log.display());
     // A reported error is the last thing in the log; without one, the log's end is all there is.

@@ -14,6 +14,7 @@
 
 use super::culprit::{Death, Ending};
 use super::logs::{Forwarder, LogFolder, wait_for};
+use super::standing::{Standing, who_is_behind};
 use super::{Terminal, Topology};
 use crate::error::LaunchError;
 use crate::worker;
@@ -64,6 +65,8 @@ pub struct Outcome {
     pub last_step: Option<u64>,
     /// Rank 0 said that the last of the steps asked for is done.
     pub finished: bool,
+    /// Who kept the others waiting when the first failure was seen, and in which collective.
+    pub behind: Option<String>,
 }
 
 /// What progress said so far.
@@ -80,7 +83,8 @@ pub fn run(attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Result<Outcome, La
     let signal = ranks.supervise(attempt, signals);
     let deaths = ranks.finish(attempt);
     let seen = *seen.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(Outcome { deaths, signal, last_step: seen.last_step, finished: seen.finished })
+    let behind = ranks.behind.take();
+    Ok(Outcome { deaths, signal, last_step: seen.last_step, finished: seen.finished, behind })
 }
 
 /// Where the supervisor is.
@@ -109,6 +113,12 @@ struct Rank {
 impl Rank {
     fn group(&self) -> Pid {
         Pid::from_raw(self.child.id() as i32)
+    }
+
+    fn standing(&self) -> Standing {
+        let ending = self.death.as_ref().map(|d| d.ending);
+        let process = ending.is_none().then(|| self.child.id());
+        Standing { rank: self.rank, process, killed: matches!(ending, Some(Ending::Signal(_))) }
     }
 
     fn send(&mut self, signal: Signal) {
@@ -142,6 +152,7 @@ impl Rank {
 #[derive(Debug)]
 struct Ranks {
     ranks: Vec<Rank>,
+    behind: Option<String>,
 }
 
 impl Drop for Ranks {
@@ -157,7 +168,7 @@ impl Drop for Ranks {
 
 impl Ranks {
     fn start(attempt: &Attempt<'_>, seen: &Arc<Mutex<Seen>>) -> Result<Ranks, LaunchError> {
-        let mut ranks = Ranks { ranks: Vec::new() };
+        let mut ranks = Ranks { ranks: Vec::new(), behind: None };
         for local_rank in 0..attempt.topology.ranks_per_node {
             let rank = start_rank(attempt, local_rank, seen)?;
             ranks.ranks.push(rank);
@@ -192,6 +203,9 @@ impl Ranks {
         let failed = self.ranks.iter().any(|r| r.death.as_ref().is_some_and(|d| !d.is_success()));
         match phase {
             Phase::Running | Phase::Stopping if failed => {
+                // Before anybody is told to end: afterwards all stand elsewhere.
+                let standing: Vec<Standing> = self.ranks.iter().map(Rank::standing).collect();
+                self.behind = who_is_behind(&standing, &attempt.logs);
                 self.send(Signal::SIGTERM);
                 Phase::Ending { kill_at: Instant::now() + attempt.grace }
             }
@@ -248,6 +262,7 @@ fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>)
     let (restarts, max_restarts) = attempt.restarts;
     command.envs(attempt.topology.environment(local_rank, attempt.run_id, restarts, max_restarts));
     command.env(env::ERROR_FILE, attempt.logs.error_path(rank));
+    command.env(env::POSITION_FILE, attempt.logs.position_path(rank));
     command.env(env::SUPERVISOR_PID, std::process::id().to_string());
     command.env_remove(env::PROGRESS_FD);
     let (child, progress) = if rank == 0 {
@@ -262,7 +277,7 @@ fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>)
     drop(command);
     let mut rank = Rank { rank, child, forwarder: None, progress: None, sent: Vec::new(), death: None };
     if let Err(e) = listen(&mut rank, attempt, (stdout, stderr), progress, seen) {
-        drop(Ranks { ranks: vec![rank] });
+        drop(Ranks { ranks: vec![rank], behind: None });
         return Err(doing("take the output of")(e));
     }
     Ok(rank)

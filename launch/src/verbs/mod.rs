@@ -10,7 +10,7 @@ use crate::run::{Terminal, load_plan};
 use clap::CommandFactory;
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tangelo_configs::{ModelAssets, ModelSpec, SpecialTokens};
 use tangelo_formats::Assets;
 use tangelo_observe::files;
@@ -39,7 +39,7 @@ pub fn completions(arguments: &CompletionsArgs) -> Result<(), LaunchError> {
 /// `tangelo check`
 pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
     let world_size = arguments.world_size.get();
-    let local = arguments.nproc_per_node.map_or(world_size, usize::from).min(world_size);
+    let local = arguments.nproc_per_node.map_or(MOST_RANKS_OF_A_NODE, usize::from).min(world_size);
     let plan = load_plan(&arguments.job, &arguments.set, world_size, local, &AssetsToCheck)?;
     if let Some(path) = plan.config.data.tokenizer.as_deref().filter(|path| AssetsToCheck.may_lack(path)) {
         let shown = path.display();
@@ -48,8 +48,14 @@ pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
              run` needs it"
         ));
     }
-    print(&tangelo_planner::render_check(&plan))
+    print(&tangelo_planner::render_check(&plan))?;
+    let begin = Instant::now();
+    let proof = tangelo_planner::prove(&plan).map_err(|mismatch| LaunchError::Internal(mismatch.to_string()))?;
+    print(&tangelo_planner::render_schedule(&plan, &proof, begin.elapsed()))
 }
+
+/// Ranks of a node where it is not said.
+const MOST_RANKS_OF_A_NODE: usize = 8;
 
 /// What lies on the disk, but for a tokenizer: a plan can be looked at before its model is downloaded.
 struct AssetsToCheck;

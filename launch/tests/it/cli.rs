@@ -176,7 +176,8 @@ fn check_prints_the_plan_and_writes_nothing() {
     let path = job.path("job.toml");
     let said = job.finish(tangelo().args(["check", "--world-size", "3"]).arg(&path));
     assert_eq!(said.code, Some(0), "{said:?}");
-    for part in ["[model]", "global_batch_size = 24", "layers", "memory", "one step"] {
+    for part in ["[model]", "global_batch_size = 24", "layers", "memory", "one step", "schedule", "every group agrees"]
+    {
         assert!(said.stdout.contains(part), "{part}: {said:?}");
     }
     assert!(!job.run_folder().exists());
@@ -192,7 +193,7 @@ fn check_does_without_a_tokenizer_where_the_vocabulary_is_known() {
     let said = said_in(folder.path(), &["check", "--world-size", "64", preset]);
     assert_eq!(said.code, Some(0), "{said:?}");
     assert!(said.stderr.contains("warning: the tokenizer ") && said.stderr.contains("is not there"), "{said:?}");
-    assert!(said.stdout.contains("vocab_size = 128256"), "{said:?}");
+    assert!(said.stdout.contains("vocab_size = 128256") && said.stdout.contains("64 ranks, "), "{said:?}");
     let said = said_in(folder.path(), &["check", preset, "--set", "model.flavor=tiny-4m"]);
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("`data.tokenizer` ="), "{said:?}");

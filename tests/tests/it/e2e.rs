@@ -21,35 +21,58 @@ fn assert_learned(run: &Run) {
 }
 
 /// N + M steps equal N, stop, M: every tensor of the checkpoint (weights, both moments) and every loss, to the bit.
-fn check_resume(ranks: usize, dtype: &str) {
+fn check_resume(ranks: usize, dtype: &str, sets: &[&str]) {
     let job = Job::new(support::fresh_seed());
     let dtype = format!("training.mixed_precision_param={dtype:?}");
-    let whole = job.run("whole", ranks, &["--set", &dtype]);
+    let sets = [&["--set", &dtype], sets].concat();
+    let whole = job.run("whole", ranks, &sets);
     assert_learned(&whole);
-    job.run("parts", ranks, &["--set", &dtype, "--set", "training.steps=7"]);
-    let parts = job.run("parts", ranks, &["--set", &dtype]);
+    job.run("parts", ranks, &[&sets[..], &["--set", "training.steps=7"]].concat());
+    let parts = job.run("parts", ranks, &sets);
     assert_same_files(&parts.checkpoint(STEPS), &whole.checkpoint(STEPS), "resumed and undisturbed");
     assert_eq!(parts.losses(), whole.losses());
 }
 
 #[test]
 fn one_process_resumes_bitwise_in_fp32() {
-    check_resume(1, "float32");
+    check_resume(1, "float32", &[]);
 }
 
 #[test]
 fn one_process_resumes_bitwise_in_bf16() {
-    check_resume(1, "bfloat16");
+    check_resume(1, "bfloat16", &[]);
 }
 
 #[test]
 fn three_processes_resume_bitwise_in_fp32() {
-    check_resume(3, "float32");
+    check_resume(3, "float32", &[]);
 }
 
 #[test]
 fn three_processes_resume_bitwise_in_bf16() {
-    check_resume(3, "bfloat16");
+    check_resume(3, "bfloat16", &[]);
+}
+
+const MUON: [&str; 2] = ["--set", "optimizer.name=Muon"];
+
+#[test]
+fn muon_resumes_bitwise_in_fp32() {
+    check_resume(2, "float32", &[&MUON[..], &["--set", "parallelism.tensor_parallel_degree=2"]].concat());
+}
+
+#[test]
+fn muon_resumes_bitwise_in_bf16() {
+    check_resume(3, "bfloat16", &[&MUON[..], &["--set", "parallelism.zero_parameter_degree=3"]].concat());
+}
+
+#[test]
+fn muon_does_not_depend_on_zero_scopes() {
+    let job = Job::new(support::fresh_seed());
+    let run = |name: &str, degree: &str| job.run(name, 2, &[&MUON[..], &["--set", degree]].concat());
+    let zero = run("zero", "parallelism.zero_optimizer_degree=2");
+    let plain = run("plain", "parallelism.zero_optimizer_degree=1");
+    assert_learned(&zero);
+    assert_eq!(zero.losses(), plain.losses(), "ZeRO-1 and plain data parallel");
 }
 
 #[test]
@@ -67,6 +90,66 @@ fn layouts_agree() {
         let plain = job.run(&format!("plain-{ranks}"), ranks, &plain);
         assert_eq!(zero.losses(), plain.losses(), "ZeRO-1 and plain data parallel over {ranks} ranks");
         assert!(zero.exported() == plain.exported(), "ZeRO-1 and plain data parallel export other weights");
+    }
+}
+
+/// Degrees by the last word of their key, `head` for `context_parallel_head_degree`.
+fn layout(words: &str) -> Vec<String> {
+    let key = |name: &str| match name {
+        "dp" => "data_parallel_shard_degree",
+        "tp" => "tensor_parallel_degree",
+        "pp" => "pipeline_parallel_degree",
+        "cp" => "context_parallel_degree",
+        "head" => "context_parallel_head_degree",
+        "weights" => "zero_parameter_degree",
+        "rotate" => "context_parallel_rotate_method",
+        other => panic!("no key for {other}"),
+    };
+    let set = |word: &str| {
+        let (name, value) = word.split_once('=').expect("name=value");
+        ["--set".to_owned(), format!("parallelism.{}={value}", key(name))]
+    };
+    words.split(' ').flat_map(set).collect()
+}
+
+#[test]
+fn hybrid_layouts_of_real_processes_agree_with_one() {
+    let job = Job::new(support::fresh_seed());
+    let one = job.run("one", 1, &[]).losses();
+    for (ranks, words) in [
+        (2, "tp=2"),
+        (2, "cp=2 rotate='ring'"),
+        (2, "pp=2"),
+        (2, "dp=2 weights=2"),
+        (4, "cp=4 head=2 rotate='allgather'"),
+        (4, "tp=2 pp=2"),
+        (4, "dp=2 cp=2 head=2 weights=4"),
+        (4, "tp=2 cp=2 rotate='ring'"),
+    ] {
+        let sets = layout(words);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let found = job.run(&words.replace([' ', '\''], "-"), ranks, &sets).losses();
+        assert_eq!(found.len(), one.len(), "{words}");
+        for ((step, found), (_, expected)) in found.into_iter().zip(&one) {
+            // Sums in another order: some 1e-7 per step, amplified by 20 updates.
+            assert!((found - expected).abs() < 1e-5, "{words}, step {step}: {found} against {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_in_another_hybrid_layout() {
+    let job = Job::new(support::fresh_seed());
+    let undisturbed = job.run("undisturbed", 1, &[]).losses();
+    for (ranks, words, steps) in [(4, "tp=2 pp=2", 6), (2, "cp=2 rotate='ring' weights=2", 13), (2, "pp=2", 20)] {
+        let mut sets = layout(words);
+        sets.extend(["--set".into(), format!("training.steps={steps}")]);
+        job.run("parts", ranks, &sets.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    let parts = job.finished("parts").losses();
+    assert_eq!(parts.len(), undisturbed.len());
+    for ((step, found), (_, expected)) in parts.into_iter().zip(undisturbed) {
+        assert!((found - expected).abs() < 1e-5, "step {step}: {found} against {expected}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What needs several crates or processes: the rules of the house, parity with transformers, whole runs.
+//! What needs several crates or processes: the rules of the house, parity with transformers and torch, whole runs.
 
 // Tests may unwrap; clippy allows it by itself only inside test functions.
 #![allow(clippy::unwrap_used)]
@@ -6,6 +6,7 @@
 mod e2e;
 mod job;
 mod layouts;
+mod muon;
 mod parity;
 mod support;
 mod tidy;

@@ -4,10 +4,12 @@ use crate::support;
 use std::collections::HashMap;
 use std::path::Path;
 use tangelo_core::DType;
+use tangelo_core::batch::{ragged_f32, ragged_u32};
+use tangelo_core::{Batch, Column};
 use tangelo_formats::writer::{MAX_SHARD_BYTES, convert};
 use tangelo_formats::{Weights, tokenizer};
-use tangelo_models::{Model, PackContext};
-use tangelo_trainer::executor::{BlockExecutor, MicroBatch};
+use tangelo_models::Model;
+use tangelo_trainer::alone::Alone;
 use tch::{Device, Kind, Tensor};
 
 /// Two correct fp32 implementations differ from the truth by different roundings of the same size; one that is off by
@@ -51,21 +53,24 @@ fn ids(tensor: &Tensor) -> Vec<u32> {
     Vec::<i64>::try_from(tensor).expect("ids are i64").into_iter().map(|id| id as u32).collect()
 }
 
-/// All documents of a case packed into one micro-batch; a document's last token predicts nothing.
-fn packed(golden: &Golden) -> MicroBatch {
+/// All documents of a case as one row; a document's last token predicts nothing.
+fn packed(golden: &Golden) -> Batch {
     let tokens = ids(&golden["ids"]);
-    let (mut borders, mut positions, mut weights) = (vec![0i64], Vec::new(), Vec::new());
-    for length in ids(&golden["lengths"]) {
+    let (mut documents, mut positions, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+    for (id, length) in ids(&golden["lengths"]).into_iter().enumerate() {
         positions.extend(0..length);
         weights.extend((0..length).map(|i| if i + 1 < length { 1f32 } else { 0.0 }));
-        borders.push(borders[borders.len() - 1] + i64::from(length));
+        documents.extend(vec![id as u32; length as usize]);
     }
-    let targets = golden["ids"].roll([-1], [0]);
-    MicroBatch {
-        pack: PackContext::new(&tokens, &positions, borders, Device::Cpu),
-        targets,
-        weights: Tensor::from_slice(&weights),
-    }
+    let targets = tokens[1..].iter().chain(&tokens[..1]).copied().collect();
+    let columns = vec![
+        (Column::Tokens, ragged_u32(&[tokens])),
+        (Column::Targets, ragged_u32(&[targets])),
+        (Column::Positions, ragged_u32(&[positions])),
+        (Column::SeqId, ragged_u32(&[documents])),
+        (Column::CeWeight, ragged_f32(&[weights])),
+    ];
+    Batch::from_columns(columns).expect("columns of equal lengths")
 }
 
 fn max_error(found: &Tensor, truth: &Tensor) -> f64 {
@@ -78,8 +83,8 @@ fn relative_error(found: &Tensor, truth: &Tensor) -> f64 {
 }
 
 /// Returns our largest error over the geometric mean of transformers' largest errors.
-fn check_logits(model: &Model, golden: &Golden, faults: &mut Vec<String>) -> f64 {
-    let ours = max_error(&model.logits(&packed(golden).pack), &golden["logits.f64"]);
+fn check_logits(model: &Alone, golden: &Golden, faults: &mut Vec<String>) -> f64 {
+    let ours = max_error(&model.logits(&packed(golden)).unwrap(), &golden["logits.f64"]);
     let errors = &golden["logit_errors"];
     let (theirs, mean) = (errors.max().double_value(&[]), errors.log().mean(Kind::Double).exp().double_value(&[]));
     println!("  logits: error {ours:.2e}, transformers' {mean:.2e} on average, at most {theirs:.2e}");
@@ -90,15 +95,14 @@ fn check_logits(model: &Model, golden: &Golden, faults: &mut Vec<String>) -> f64
 }
 
 /// Loss and every gradient, with nothing recomputed and with every second block recomputed.
-fn check_gradients(model: &Model, golden: &Golden, faults: &mut Vec<String>) {
-    let batch = packed(golden);
-    let num_targets = batch.weights.sum(Kind::Double).double_value(&[]);
+fn check_gradients(alone: &Alone, golden: &Golden, faults: &mut Vec<String>) {
+    let (model, batch) = (alone.model(), packed(golden));
     let layers = 0..model.num_blocks();
     for recompute in [vec![false; layers.len()], layers.map(|layer| layer % 2 == 1).collect()] {
         let what = format!("recompute {recompute:?}");
         model.units().iter().filter_map(|u| u.main_grad()).for_each(|g| drop(g.shallow_clone().zero_()));
-        let stats = BlockExecutor::new(recompute).forward_backward(model, &batch, 1.0 / num_targets);
-        let (loss, truth) = (stats.loss_sum / num_targets, golden["loss.f64"].double_value(&[0]));
+        let loss = alone.forward_backward(&batch, &recompute).unwrap();
+        let truth = golden["loss.f64"].double_value(&[0]);
         if (loss - truth).abs() > MAX_LOSS_ERROR {
             faults.push(format!("{what}: loss {loss}, expected {truth}"));
         }
@@ -154,12 +158,12 @@ fn random_models_of_every_family_equal_transformers() {
     let (mut faults, mut log_ratios) = (Vec::new(), Vec::new());
     for case in cases {
         println!("{case}");
-        let model = load(&folder.path().join(&case).join("model"), true);
+        let model = Alone::new(load(&folder.path().join(&case).join("model"), true)).unwrap();
         let golden = golden(&folder.path().join(&case).join("golden.safetensors"));
         let mut found = Vec::new();
         log_ratios.push(check_logits(&model, &golden, &mut found).ln());
         check_gradients(&model, &golden, &mut found);
-        check_greedy(&model, &golden, &mut found);
+        check_greedy(model.model(), &golden, &mut found);
         faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
     }
     let ratio = (log_ratios.iter().sum::<f64>() / log_ratios.len() as f64).exp();
@@ -204,18 +208,20 @@ fn a_real_quantised_model_equals_transformers() {
     let text = std::fs::read_to_string(folder.path().join("answers.json")).unwrap();
     let answers: Vec<Answer> = serde_json::from_str(&text).unwrap();
     assert_eq!(answers.len(), prompts.len());
-    let (model, tokenizer) = (load(&file, true), tokenizer::load(&file).unwrap().tokenizer);
+    let alone = Alone::new(load(&file, true)).unwrap();
+    let tokenizer = tokenizer::load(&file).unwrap().tokenizer;
     let mut faults = Vec::new();
     let golden = golden(&folder.path().join("golden.safetensors"));
-    check_logits(&model, &golden, &mut faults);
-    check_gradients(&model, &golden, &mut faults);
+    check_logits(&alone, &golden, &mut faults);
+    check_gradients(&alone, &golden, &mut faults);
+    let model = alone.model();
     assert!(faults.is_empty(), "{}", faults.join("\n"));
     for answer in &answers {
         let ids = tokenizer.encode(answer.prompt.as_str(), true).unwrap();
         assert_eq!(ids.get_ids(), answer.ids, "{:?} is tokenised in another way", answer.prompt);
-        let found = greedy(&model, &answer.ids, answer.greedy.len(), true);
+        let found = greedy(model, &answer.ids, answer.greedy.len(), true);
         assert_eq!(found, answer.greedy, "{:?}", answer.prompt);
     }
     let Answer { ids, greedy: expected, .. } = &answers[0];
-    assert_eq!(greedy(&model, ids, expected.len(), false), *expected, "cached and uncached differ");
+    assert_eq!(greedy(model, ids, expected.len(), false), *expected, "cached and uncached differ");
 }

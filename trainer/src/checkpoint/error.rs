@@ -3,6 +3,7 @@
 use super::StateKind;
 use std::io;
 use std::path::{Path, PathBuf};
+use tangelo_configs::job::OptimizerName;
 use thiserror::Error;
 
 /// An error of saving or loading a checkpoint. Everything here is the fault of files, disks or peers: a failed save
@@ -138,6 +139,20 @@ pub enum CheckpointError {
         checkpoint: PathBuf,
         /// What was wanted.
         kind: StateKind,
+    },
+    /// The checkpoint was written with another optimizer.
+    #[error(
+        "{checkpoint} was written with optimizer.name = \"{found}\", this job has \"{expected}\", which has other \
+             states; set optimizer.name = \"{found}\" to go on with them, or checkpoint.initial_load_model_only = true to \
+             start from the weights"
+    )]
+    OtherOptimizer {
+        /// The checkpoint's folder.
+        checkpoint: PathBuf,
+        /// What it was written with.
+        found: OptimizerName,
+        /// The job's.
+        expected: OptimizerName,
     },
     /// The checkpoint is of another model.
     #[error("{checkpoint} does not fit this model: {difference}")]

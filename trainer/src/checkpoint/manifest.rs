@@ -26,11 +26,17 @@ pub enum StateKind {
     ExpAvg,
     /// AdamW's running mean of squared gradients.
     ExpAvgSq,
+    /// Muon's running mean of gradients.
+    Momentum,
 }
 
 impl StateKind {
     /// Every kind.
-    pub const ALL: [StateKind; 3] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
+    pub const ALL: [StateKind; 4] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Momentum];
+    /// What AdamW has of a parameter.
+    pub const ADAMW: [StateKind; 3] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
+    /// What Muon has of a hidden matrix.
+    pub const MUON: [StateKind; 2] = [StateKind::Param, StateKind::Momentum];
 
     /// The name in files.
     pub const fn as_str(self) -> &'static str {
@@ -38,6 +44,7 @@ impl StateKind {
             StateKind::Param => "param",
             StateKind::ExpAvg => "exp_avg",
             StateKind::ExpAvgSq => "exp_avg_sq",
+            StateKind::Momentum => "momentum",
         }
     }
 }
@@ -53,7 +60,7 @@ impl fmt::Display for StateKind {
 pub struct TrainState {
     /// Steps done, skipped ones included: the next step is this one plus 1.
     pub step: u64,
-    /// AdamW updates done: steps less skipped ones; the exponent of the bias corrections.
+    /// Updates done: steps less skipped ones; the exponent of AdamW's bias corrections.
     pub num_updates: u64,
     /// The loader's position: the first sample of the next global batch.
     pub global_sample_index: u64,

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tangelo_configs::ModelSpec;
+use tangelo_configs::job::OptimizerName;
 use tangelo_core::reshard::Ranks;
 use tangelo_core::{DType, IndexBox, ReshardPlan};
 
@@ -134,6 +135,15 @@ impl Checkpoint {
     /// Whether it holds any tensor of that kind: one without optimizer states cannot be resumed from.
     pub fn has(&self, kind: StateKind) -> bool {
         self.manifest.tensors.iter().any(|tensor| tensor.kind == kind)
+    }
+
+    /// Whether its optimizer states, where it holds any, are those of `expected`.
+    pub fn check_optimizer(&self, expected: OptimizerName) -> Result<(), CheckpointError> {
+        let found = if self.has(StateKind::Momentum) { OptimizerName::Muon } else { OptimizerName::AdamW };
+        if found == expected || !self.has(StateKind::ExpAvg) {
+            return Ok(());
+        }
+        Err(CheckpointError::OtherOptimizer { checkpoint: self.path.clone(), found, expected })
     }
 
     /// Whether its parameters are those of `model`, by name and shape; the error names the first difference.

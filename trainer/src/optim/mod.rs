@@ -1,21 +1,26 @@
-//! From accumulated gradients to updated weights: reduce, clip, check, update, gather.
+//! From accumulated gradients to updated weights: reduce, clip, check, update, publish.
 //!
-//! Invariants: after [`Optimizer::reduce`], the ranges of the gradient buffers that a rank owns hold the sum over all
-//! data ranks, the same bits for every ZeRO scope and bucket size; the global norm is the same f64 on every rank; the
-//! decision to skip a step is therefore the same everywhere without a vote.
+//! Invariants: after [`Optimizer::reduce_bucket`] and [`Optimizer::sum_replicated`], the ranges of the kept gradients that
+//! a rank owns hold the sum over all ranks, elementwise in group order, whatever the bucket; the global norm is the same
+//! f64 on every rank; the decision to skip a step is therefore the same everywhere without a vote.
 
-mod bucket;
+mod muon;
+mod norm;
 
 use crate::error::Result;
-use crate::shards::{OwnedRange, ZeroScope};
-use bucket::Bucket;
-use std::time::{Duration, Instant};
-use tangelo_configs::ModelSpec;
-use tangelo_configs::job::Optimizer as OptimizerConfig;
-use tangelo_kernels::comm::Communicator;
+use crate::groups::Groups;
+use crate::shards::{Cut, OwnedRange, narrow, owned};
+use crate::store::{WeightStore, gradient_kind};
+use muon::Matrices;
+use norm::ChunkOrder;
+use std::ops::Range;
+use std::time::Duration;
+use tangelo_configs::job::{Optimizer as OptimizerConfig, OptimizerName};
+use tangelo_configs::model::EMBEDDING;
+use tangelo_configs::{ModelSpec, Sharding};
+use tangelo_core::{Group, Level};
 use tangelo_kernels::op;
 use tangelo_models::Model;
-use tangelo_planner::memory::BUCKET_ELEMENTS;
 use tch::{Kind, Tensor};
 
 /// What one optimizer step did.
@@ -31,204 +36,259 @@ pub struct StepStats {
     pub update: Duration,
 }
 
-/// First and second moments of what a rank owns, and its fp32 master weights where the model's are narrower.
+/// What an optimizer remembers of gradients; fp32.
+#[derive(Debug)]
+pub enum Moments {
+    /// Of AdamW.
+    AdamW {
+        /// First moment.
+        exp_avg: Tensor,
+        /// Second moment.
+        exp_avg_sq: Tensor,
+    },
+    /// Of Muon, whose parameters are whole matrices.
+    Muon {
+        /// Running mean of gradients.
+        momentum: Tensor,
+    },
+}
+
+/// Moments of what a rank owns, and its fp32 master weights where the model's are narrower.
 #[derive(Debug)]
 pub struct OwnedState {
     /// Index of the unit.
     pub unit: usize,
     /// Where in the unit's flat buffer.
     pub range: OwnedRange,
-    /// fp32 weights: a view of the model's own where those are fp32.
+    /// Where in the unit's kept weights.
+    pub weights_at: Range<usize>,
+    /// Where in the unit's kept gradients.
+    pub gradients_at: Range<usize>,
+    /// fp32 weights: a view of the kept ones where those are fp32.
     pub master: Tensor,
-    /// First moment, fp32.
-    pub exp_avg: Tensor,
-    /// Second moment, fp32.
-    pub exp_avg_sq: Tensor,
+    /// What the optimizer remembers.
+    pub moments: Moments,
     /// Weight decay of this parameter.
     weight_decay: f64,
+    /// The group that must sum this gradient because it holds the same weights.
+    replicated_over: Option<Group>,
 }
 
-/// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with states cut over a ZeRO scope.
+impl OwnedState {
+    /// The kept weights where they are narrower than the master weights: a view.
+    fn model_copy(&self, model: &Model, store: &WeightStore) -> Option<Tensor> {
+        (model.kind() != Kind::Float).then(|| narrow(store.weights(model, self.unit), &self.weights_at))
+    }
+}
+
+/// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with states cut over a ZeRO scope, and Muon where the plan asks for it.
 pub struct Optimizer {
     config: OptimizerConfig,
     max_norm: f64,
-    /// All data ranks.
-    data: Communicator,
-    /// The ranks that share one copy of the states.
-    scope: Communicator,
-    buckets: Vec<Bucket>,
+    /// By bucket: gradients, from the ranks that share them to those that own their states.
+    reduces: Vec<Cut>,
+    /// By bucket: weights, from the ranks that own their states to those that keep them.
+    publishes: Vec<Cut>,
     states: Vec<OwnedState>,
-    /// Chunks of each owned range of each rank of the scope, in global order: who has it and how many.
-    chunk_order: Vec<(usize, usize)>,
-    chunk_counts: Vec<usize>,
+    /// By bucket: what Muon updates.
+    matrices: Vec<Matrices>,
+    chunks: ChunkOrder,
 }
 
 impl Optimizer {
-    /// States of zeros for what this rank owns of `model`.
-    ///
-    /// `max_norm` 0 switches clipping off. `scope` is the group of [`ZeroScope::group`], in that order.
+    /// States of zeros for what `rank` owns. `buckets` are ranges of the model's units; `max_norm` 0 switches clipping
+    /// off.
     pub fn new(
         model: &Model,
-        zero: &ZeroScope,
+        sharding: &Sharding,
+        store: &WeightStore,
+        buckets: &[Range<usize>],
         rank: usize,
-        data: Communicator,
-        scope: Communicator,
         config: &OptimizerConfig,
         max_norm: f64,
     ) -> Optimizer {
-        let group = zero.group(rank);
-        let mut states = Vec::new();
-        let (mut chunk_order, mut chunk_counts) = (Vec::new(), vec![0; group.len()]);
-        for (index, unit) in model.units().iter().enumerate() {
-            states.extend(
-                zero.owned(unit.spans(), rank).into_iter().map(|range| owned_state(model, index, range, config)),
-            );
-            let owned: Vec<Vec<OwnedRange>> = group.iter().map(|&member| zero.owned(unit.spans(), member)).collect();
-            for param in 0..unit.spans().len() {
-                for (member, ranges) in owned.iter().enumerate() {
-                    for range in ranges.iter().filter(|r| r.param == param) {
-                        chunk_order.push((member, range.num_chunks()));
-                        chunk_counts[member] += range.num_chunks();
-                    }
-                }
-            }
+        let states: Vec<OwnedState> = (0..model.units().len())
+            .flat_map(|unit| {
+                let ranges = owned(sharding, &model.units()[unit], Level::States, rank);
+                ranges.into_iter().map(move |range| (unit, range))
+            })
+            .map(|(unit, range)| owned_state(model, sharding, store, unit, range, config))
+            .collect();
+        let cut = |places: &[_], group| {
+            let one =
+                |bucket: &Range<usize>| Cut::new(model, sharding, bucket.clone(), places, Level::States, group, rank);
+            buckets.iter().map(one).collect()
+        };
+        Optimizer {
+            config: config.clone(),
+            max_norm,
+            reduces: cut(store.gradient_places(), Group::StatesOverGradients),
+            publishes: cut(store.weight_places(), Group::StatesOverParameters),
+            matrices: buckets.iter().map(|units| Matrices::new(model, sharding, &states, units, rank)).collect(),
+            states,
+            chunks: ChunkOrder::new(model, sharding, rank),
         }
-        let buckets = Bucket::cut(model, zero, &group, BUCKET_ELEMENTS);
-        Optimizer { config: config.clone(), max_norm, data, scope, buckets, states, chunk_order, chunk_counts }
     }
 
-    /// What this rank owns, in global order.
+    /// Which optimizer the job asked for.
+    pub fn name(&self) -> OptimizerName {
+        self.config.name
+    }
+
+    /// What this rank owns, in the order of units and flat buffers.
     pub fn states(&self) -> &[OwnedState] {
         &self.states
     }
 
-    /// The communicator over all data ranks.
-    pub fn data(&self) -> &Communicator {
-        &self.data
-    }
-
-    /// Sums gradients over the data ranks; afterwards the owned ranges hold the sums.
-    pub fn reduce(&self, model: &Model) -> Result<Duration> {
-        let start = Instant::now();
-        if self.data.size() > 1 {
-            for bucket in &self.buckets {
-                bucket.reduce(model, &self.data, &self.scope)?;
+    /// Sums a bucket's gradients over the ranks that share its weights; afterwards the owned ranges hold the sums.
+    pub fn reduce_bucket(&self, bucket: usize, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
+        let cut = &self.reduces[bucket];
+        let (kind, device) = (gradient_kind(model), model.device());
+        let buffer = |unit| store.gradients(model, unit);
+        let sum = match groups.get(Group::StatesOverGradients) {
+            Some(comm) => {
+                let all = cut.pack(buffer, kind, device);
+                let sum = Tensor::empty([cut.own_len() as i64], (kind, device));
+                comm.reduce_scatter(&sum, &all, cut.counts())?;
+                sum
             }
+            None => cut.pack_own(buffer, kind, device),
+        };
+        if let Some(comm) = groups.get(Group::Replicas) {
+            comm.all_reduce(&sum)?;
         }
-        Ok(start.elapsed())
+        cut.unpack_own(&sum, buffer);
+        Ok(())
     }
 
-    /// The global norm of the reduced gradient: f64 over fixed chunks in global order.
-    /// Also returns the time of its collective.
-    pub fn grad_norm(&self, model: &Model) -> Result<(f64, Duration)> {
-        let local: Vec<f64> = self.states.iter().flat_map(|s| square_sums(model, s)).collect();
-        let start = Instant::now();
-        let all = self.gather_chunks(&local)?;
-        let gathering = start.elapsed();
-        let mut next: Vec<usize> =
-            self.chunk_counts.iter().scan(0, |at, &n| Some(std::mem::replace(at, *at + n))).collect();
-        let mut total = 0.0;
-        for &(member, count) in &self.chunk_order {
-            // One by one: a sum of sums would depend on how chunks are cut among ranks.
-            all[next[member]..next[member] + count].iter().for_each(|chunk| total += chunk);
-            next[member] += count;
+    /// Sums the owned gradients of weights that several tensor ranks or both ends of a pipeline hold.
+    pub fn sum_replicated(&self, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
+        let is_copy = |s: &&OwnedState| model.units()[s.unit].spans()[s.range.param].meta.name == EMBEDDING;
+        for group in [Group::Tensor, Group::KeyReplicas] {
+            let shared = self.states.iter().filter(|s| s.replicated_over == Some(group));
+            self.sum_over(group, shared.collect(), model, store, groups)?;
         }
-        Ok((total.sqrt(), gathering))
+        let tied = groups.get(Group::TiedEnds).is_some() && model.spec().tie_word_embeddings;
+        let copies = self.states.iter().filter(|_| tied).filter(is_copy).collect();
+        self.sum_over(Group::TiedEnds, copies, model, store, groups)
     }
 
-    fn gather_chunks(&self, local: &[f64]) -> Result<Vec<f64>> {
-        if self.scope.size() == 1 {
-            return Ok(local.to_vec());
+    fn sum_over(
+        &self,
+        group: Group,
+        states: Vec<&OwnedState>,
+        model: &Model,
+        store: &WeightStore,
+        groups: &Groups,
+    ) -> Result<()> {
+        let Some(comm) = groups.get(group) else { return Ok(()) };
+        let gradients: Vec<Tensor> = states.iter().map(|s| gradient(s, model, store)).collect();
+        if gradients.is_empty() {
+            return Ok(());
         }
-        let total: usize = self.chunk_counts.iter().sum();
-        let device = self.scope.device();
-        let out = Tensor::zeros([total as i64], (Kind::Double, device));
-        self.scope.all_gather_into(&out, &Tensor::from_slice(local).to_device(device), &self.chunk_counts)?;
-        Ok(Vec::<f64>::try_from(out.to_device(tch::Device::Cpu)).expect("a one-dimensional f64 tensor"))
+        let sum = Tensor::cat(&gradients, 0);
+        comm.all_reduce(&sum)?;
+        let mut at = 0;
+        for gradient in gradients {
+            let len = gradient.numel();
+            gradient.shallow_clone().copy_(&narrow(&sum, &(at..at + len)));
+            at += len;
+        }
+        Ok(())
     }
 
-    /// Reduce, clip, check, update, gather. `step` counts from 1. Gradients are zero afterwards.
-    pub fn step(&mut self, model: &Model, step: u64, lr: f64, loss_is_finite: bool) -> Result<StepStats> {
-        let mut communication = self.reduce(model)?;
-        let start = Instant::now();
-        let (grad_norm, gathering) = self.grad_norm(model)?;
-        let skipped = !(grad_norm.is_finite() && loss_is_finite);
-        if !skipped {
-            self.update(model, step, lr, self.clip_scale(grad_norm));
-        }
-        zero_gradients(model);
-        let update = start.elapsed() - gathering;
-        communication += gathering;
-        if !skipped && self.scope.size() > 1 {
-            let start = Instant::now();
-            for bucket in &self.buckets {
-                bucket.gather(model, &self.scope)?;
-            }
-            communication += start.elapsed();
-        }
-        Ok(StepStats { grad_norm, skipped, communication, update })
+    /// The global norm of the reduced gradient.
+    pub fn grad_norm(&self, model: &Model, store: &WeightStore, groups: &Groups) -> Result<f64> {
+        self.chunks.norm(&self.states, |state| gradient(state, model, store), groups)
     }
 
-    fn clip_scale(&self, grad_norm: f64) -> f64 {
-        // The small constant is PyTorch's, so that clipped runs can be compared with it.
-        if self.max_norm > 0.0 { (self.max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 }
+    /// Clips to the largest norm allowed and updates the hidden matrices of a bucket that this rank owns, with Muon.
+    pub fn update_matrices(
+        &mut self,
+        bucket: usize,
+        model: &Model,
+        store: &WeightStore,
+        groups: &Groups,
+        (lr, grad_norm): (f64, f64),
+    ) -> Result<()> {
+        let options = muon::options(&self.config, self.max_norm, lr, grad_norm);
+        self.matrices[bucket].update(model, store, &self.states, groups, &options)
     }
 
-    fn update(&mut self, model: &Model, step: u64, lr: f64, grad_scale: f64) {
+    /// Clips to the largest norm allowed and updates what this rank owns, with AdamW. `step` counts from 1.
+    pub fn update(&mut self, model: &Model, store: &WeightStore, step: u64, lr: f64, grad_norm: f64) {
         let c = &self.config;
+        let grad_scale = clip_scale(self.max_norm, grad_norm);
         let options = op::AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, step, grad_scale };
         for state in &self.states {
-            let unit = &model.units()[state.unit];
-            let own = |flat: &Tensor| flat.narrow(0, state.range.flat.start as i64, state.range.flat.len() as i64);
-            let grad = own(unit.main_grad().expect("a trained model has gradients"));
-            let narrow = (model.kind() != Kind::Float).then(|| own(unit.flat()));
-            let buffers = op::AdamWState {
-                master: &state.master,
-                exp_avg: &state.exp_avg,
-                exp_avg_sq: &state.exp_avg_sq,
-                grad: &grad,
-                model_copy: narrow.as_ref(),
-            };
+            let Moments::AdamW { exp_avg, exp_avg_sq } = &state.moments else { continue };
+            let grad = gradient(state, model, store);
+            let copy = state.model_copy(model, store);
+            let buffers =
+                op::AdamWState { master: &state.master, exp_avg, exp_avg_sq, grad: &grad, model_copy: copy.as_ref() };
             let segment = op::DecaySegment { range: 0..state.range.flat.len(), weight_decay: state.weight_decay };
             op::adamw_step(buffers, &[segment], &options);
         }
     }
 
-    /// Copies master weights into the model's narrower ones and to the other ranks of the scope (after a restore).
-    pub fn publish_master(&self, model: &Model) -> Result<()> {
-        for state in self.states.iter().filter(|_| model.kind() != Kind::Float) {
-            let flat = model.units()[state.unit].flat();
-            flat.narrow(0, state.range.flat.start as i64, state.range.flat.len() as i64).copy_(&state.master);
-        }
-        if self.scope.size() > 1 {
-            for bucket in &self.buckets {
-                bucket.gather(model, &self.scope)?;
-            }
-        }
+    /// Gives a bucket's updated weights to the ranks that keep them.
+    pub fn publish_bucket(&self, bucket: usize, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
+        let Some(comm) = groups.get(Group::StatesOverParameters) else { return Ok(()) };
+        let cut = &self.publishes[bucket];
+        let (kind, device) = (model.kind(), model.device());
+        let own = cut.pack_own(|unit| store.weights(model, unit), kind, device);
+        let all = Tensor::empty([cut.len() as i64], (kind, device));
+        comm.all_gather_into(&all, &own, cut.counts())?;
+        cut.unpack(&all, |unit| store.weights(model, unit));
         Ok(())
     }
-}
 
-/// Sets every gradient buffer to zero.
-pub fn zero_gradients(model: &Model) {
-    for grad in model.units().iter().filter_map(|u| u.main_grad()) {
-        let _ = grad.shallow_clone().zero_();
+    /// Copies master weights into the kept narrower ones and to the other ranks that keep them (after a restore).
+    pub fn publish_master(&self, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
+        for state in &self.states {
+            if let Some(mut copy) = state.model_copy(model, store) {
+                copy.copy_(&state.master);
+            }
+        }
+        (0..self.publishes.len()).try_for_each(|bucket| self.publish_bucket(bucket, model, store, groups))
     }
 }
 
-fn owned_state(model: &Model, unit: usize, range: OwnedRange, config: &OptimizerConfig) -> OwnedState {
-    let weights = &model.units()[unit];
-    let (start, len) = (range.flat.start as i64, range.flat.len() as i64);
-    let own = weights.flat().narrow(0, start, len);
-    let zeros = || Tensor::zeros([len], (Kind::Float, model.device()));
-    let master = if model.kind() == Kind::Float { own } else { own.to_kind(Kind::Float) };
-    let decays = ModelSpec::decays(&weights.spans()[range.param].meta.name);
-    let weight_decay = if decays { config.weight_decay } else { 0.0 };
-    OwnedState { unit, range, master, exp_avg: zeros(), exp_avg_sq: zeros(), weight_decay }
+/// What gradients of this norm are multiplied by.
+fn clip_scale(max_norm: f64, grad_norm: f64) -> f64 {
+    // The small constant is PyTorch's, so that clipped runs can be compared with it.
+    if max_norm > 0.0 { (max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
-fn square_sums(model: &Model, state: &OwnedState) -> Vec<f64> {
-    let grad = model.units()[state.unit].main_grad().expect("a trained model has gradients");
-    let own = grad.narrow(0, state.range.flat.start as i64, state.range.flat.len() as i64);
-    op::chunk_square_sums(&own, state.range.chunk_len)
+/// The kept gradient of what a rank owns: a view.
+pub fn gradient(state: &OwnedState, model: &Model, store: &WeightStore) -> Tensor {
+    narrow(store.gradients(model, state.unit), &state.gradients_at)
+}
+
+fn owned_state(
+    model: &Model,
+    sharding: &Sharding,
+    store: &WeightStore,
+    unit: usize,
+    range: OwnedRange,
+    config: &OptimizerConfig,
+) -> OwnedState {
+    let weights_at = store.weight_places()[unit].locate(&range.flat);
+    let gradients_at = store.gradient_places()[unit].locate(&range.flat);
+    let own = narrow(store.weights(model, unit), &weights_at);
+    let zeros = || Tensor::zeros([range.flat.len() as i64], (Kind::Float, model.device()));
+    let name = &model.units()[unit].spans()[range.param].meta.name;
+    OwnedState {
+        unit,
+        weights_at,
+        gradients_at,
+        master: if model.kind() == Kind::Float { own } else { own.to_kind(Kind::Float) },
+        moments: match sharding.is_whole(name) {
+            true => Moments::Muon { momentum: zeros() },
+            false => Moments::AdamW { exp_avg: zeros(), exp_avg_sq: zeros() },
+        },
+        weight_decay: if ModelSpec::decays(name) { config.weight_decay } else { 0.0 },
+        replicated_over: sharding.replicated_over(name),
+        range,
+    }
 }

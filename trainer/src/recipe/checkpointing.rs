@@ -75,7 +75,7 @@ impl Checkpointing {
         resumed_from: Option<u64>,
     ) -> Result<Checkpointing> {
         let config = &plan.config.checkpoint;
-        let attempt = tell(worker.data(), &attempt_name())?;
+        let attempt = tell(worker.world(), &attempt_name())?;
         let active = if config.enable {
             let fault = Fault::from_env(info.rank, info.restart_count)?;
             let options = SaverOptions {

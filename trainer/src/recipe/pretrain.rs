@@ -56,7 +56,7 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
             evaluation.run(&worker, &state, &loss, &mut recorder)?;
         }
         if state.step == first_step {
-            worker.data().set_timeout(Duration::from_secs(plan.config.comm.train_timeout_seconds));
+            worker.world().set_timeout(Duration::from_secs(plan.config.comm.train_timeout_seconds));
         }
         if checkpoints.due(state.step, steps, stopped) {
             checkpoints.save(&worker, &state, &mut recorder)?;
@@ -117,7 +117,6 @@ fn plant(fault: Option<&Fault>, worker: &TrainWorker, step: u64) -> Result<()> {
 /// Tests only: a gradient of this rank turns NaN.
 fn plant_nan(fault: Option<&Fault>, worker: &TrainWorker, step: u64) {
     if fault.is_some_and(|f| f.kind == FaultKind::Nan && f.step == step) {
-        let grad = worker.model().units()[0].main_grad().expect("a trained model has gradients");
-        let _ = grad.narrow(0, 0, 1).fill_(f64::NAN);
+        let _ = worker.kept_gradient(0).narrow(0, 0, 1).fill_(f64::NAN);
     }
 }

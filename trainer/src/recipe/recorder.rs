@@ -102,7 +102,7 @@ impl Recorder {
         });
         if state.step > 0 {
             let message =
-                format!("went on from the checkpoint of step {} on {} ranks", state.step, worker.data().size());
+                format!("went on from the checkpoint of step {} on {} ranks", state.step, worker.world().size());
             self.event(EventKind::Resume, state.step, &message);
         }
         self.phase("training");
@@ -247,8 +247,12 @@ impl Recorder {
             (Metric::MemoryBytes, memory),
             (Metric::PredictedMemoryBytes, self.predicted_bytes),
         ];
+        let counted = match loss.allocated {
+            Some(bytes) => Some((Metric::PassAllocationBytes, max_over_ranks(worker, bytes as f64)?)),
+            None => None,
+        };
         if let Some(sinks) = &mut self.sinks {
-            sinks.metrics.record(state.step, &values);
+            sinks.metrics.record(state.step, &[&values[..], counted.as_slice()].concat());
         }
         if self.is_alone() {
             let (step, steps, loss) = (state.step, self.steps, loss.loss);
@@ -265,7 +269,7 @@ impl Recorder {
         let model = worker.model();
         let measured = device::measured_matmul_peak_flops(model.device(), model.kind(), PEAK_SECONDS);
         let own = measured.unwrap_or(f64::NAN);
-        let peak = sum_over_ranks(worker.data(), &[own])?[0];
+        let peak = sum_over_ranks(worker.world(), &[own])?[0];
         self.peak_flops = Some(peak);
         Ok(peak)
     }
@@ -291,9 +295,9 @@ impl Recorder {
 
 /// The largest of a number over ranks.
 fn max_over_ranks(worker: &TrainWorker, value: f64) -> Result<f64> {
-    if worker.data().size() == 1 {
+    if worker.world().size() == 1 {
         return Ok(value);
     }
-    let all = worker.data().all_gather(&tch::Tensor::from_slice(&[value]).to_device(worker.data().device()))?;
+    let all = worker.world().all_gather(&tch::Tensor::from_slice(&[value]).to_device(worker.world().device()))?;
     Ok(all.max().double_value(&[]))
 }

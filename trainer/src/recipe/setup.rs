@@ -5,14 +5,15 @@ use super::recorder::Recorder;
 use crate::checkpoint::{Checkpoint, TrainState, find_usable};
 use crate::error::{Result, TrainError};
 use crate::open_model::{self, Source};
+use crate::persist;
 use crate::process::{RankInfo, threads_for};
 use crate::verb::export;
 use crate::worker::TrainWorker;
-use crate::{init, persist};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tangelo_configs::Plan;
+use tangelo_core::Group;
 use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split};
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_kernels::comm::{Communicator, connect as connect_ranks, gloo};
@@ -61,7 +62,7 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     let data = connect(plan, info, device)?;
     recorder.phase("building the model");
     let mut worker = TrainWorker::new(plan, info.rank, data, device)?;
-    let found = Checkpointing::find(plan, info, worker.data(), recorder)?;
+    let found = Checkpointing::find(plan, info, worker.world(), recorder)?;
     if info.rank == 0 {
         keep_tokenizer(plan, found.is_some())?;
     }
@@ -104,8 +105,8 @@ fn gib(bytes: u64) -> f64 {
 
 /// What this rank's loader reads.
 fn loader_options(plan: &Plan, rank: usize) -> Result<LoaderOptions> {
-    let (rows, ranks) = (plan.global_batch_size, plan.data_parallel_size);
-    tangelo_data::loader_options(&plan.config, Split::Train, rows, rank, ranks).map_err(data_error)
+    let (rows, reader) = (plan.global_batch_size, plan.topology.index(Group::Batch, rank));
+    tangelo_data::loader_options(&plan.config, Split::Train, rows, reader, plan.data_parallel_size).map_err(data_error)
 }
 
 fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator> {
@@ -185,8 +186,7 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
         loader_fingerprint: fingerprint,
     };
     let Some(path) = initial_path(plan) else {
-        init::from_seed(worker.model(), plan.config.debug.seed);
-        worker.adopt_weights();
+        worker.start_from_seed(plan.config.debug.seed);
         return Ok(fresh);
     };
     recorder.phase(&format!("loading {}", path.display()));
@@ -203,9 +203,7 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
         }
         Source::Pretrained(weights) => {
             check_shapes(plan, weights.spec(), &path)?;
-            init::from_source(worker.model(), source.tensors(), &mut |unit, at, values| {
-                worker.adopt_values(unit, at, values);
-            })?;
+            worker.start_from(source.tensors())?;
             Ok(fresh)
         }
     }

@@ -5,15 +5,17 @@
 //! communicators, and speed. Without a GPU it says so and succeeds.
 
 use super::generate::{Options, generate};
+use crate::alone::Alone;
 use crate::error::{Result, TrainError};
-use crate::executor::{BlockExecutor, MicroBatch};
 use crate::init;
 use crate::sample::Sampler;
 use std::time::Instant;
 use tangelo_configs::ModelSpec;
+use tangelo_core::batch::{ragged_f32, ragged_u32};
 use tangelo_core::hash::{mix64, uniform};
+use tangelo_core::{Batch, Column};
 use tangelo_kernels::{comm, device};
-use tangelo_models::{Model, PackContext};
+use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
 
 /// fp32 products on a GPU (TF32 off) round as a CPU's do; sums of some thousand terms stay within this.
@@ -76,43 +78,53 @@ fn small(flavor: &str) -> Result<ModelSpec> {
 
 fn model(spec: &ModelSpec, kind: Kind, device: Device) -> Model {
     let model = Model::zeros(spec, kind, device, true);
-    init::from_seed(&model, SEED);
+    model.units().iter().for_each(|unit| init::from_seed(unit, SEED, model.spec().initializer_range));
     model
 }
 
-/// `count` random tokens in documents of uneven length.
-fn batch(vocab: usize, count: usize, device: Device) -> MicroBatch {
+/// `count` random tokens in documents of uneven length, as one row.
+fn batch(vocab: usize, count: usize) -> Batch {
     let token = |i: usize| (mix64(SEED ^ i as u64) % vocab as u64) as u32;
-    let tokens: Vec<u32> = (0..count).map(token).collect();
-    let borders: Vec<i64> = vec![0, count as i64 / 3, count as i64 / 2, count as i64];
-    let positions: Vec<u32> = borders.windows(2).flat_map(|b| 0..(b[1] - b[0]) as u32).collect();
-    let targets: Vec<i64> = (0..count).map(|i| i64::from(token(i + 1))).collect();
-    let weights: Vec<f32> = (0..count).map(|i| (uniform(SEED, i as u64) + 0.5) as f32).collect();
-    MicroBatch {
-        pack: PackContext::new(&tokens, &positions, borders, device),
-        targets: Tensor::from_slice(&targets).to_device(device),
-        weights: Tensor::from_slice(&weights).to_device(device),
-    }
+    let borders = [0, count / 3, count / 2, count];
+    let documents = || borders.windows(2).enumerate();
+    let column = |values: Vec<u32>| ragged_u32(&[values]);
+    let columns = vec![
+        (Column::Tokens, column((0..count).map(token).collect())),
+        (Column::Targets, column((0..count).map(|i| token(i + 1)).collect())),
+        (Column::Positions, column(documents().flat_map(|(_, b)| 0..(b[1] - b[0]) as u32).collect())),
+        (Column::SeqId, column(documents().flat_map(|(id, b)| vec![id as u32; b[1] - b[0]]).collect())),
+        (Column::CeWeight, ragged_f32(&[(0..count).map(|i| (uniform(SEED, i as u64) + 0.5) as f32).collect()])),
+    ];
+    Batch::from_columns(columns).expect("columns of one row")
+}
+
+fn alone(model: Model) -> std::result::Result<Alone, String> {
+    Alone::new(model).map_err(|e| e.to_string())
+}
+
+/// The loss of a batch; gradients are added.
+fn pass(alone: &Alone, batch: &Batch) -> std::result::Result<f64, String> {
+    let again = vec![false; alone.model().num_blocks()];
+    alone.forward_backward(batch, &again).map_err(|e| e.to_string())
 }
 
 /// Loss, logits and every unit's gradient on `device` against the CPU in float64.
 fn compare(spec: &ModelSpec, device: Device, kind: Kind, tolerance: f64) -> std::result::Result<String, String> {
-    let executor = BlockExecutor::new(vec![false; spec.blocks.len()]);
     // The truth has the same weights: bf16 weights are bf16 numbers in float64 too.
-    let tested = model(spec, kind, device);
-    let truth = Model::zeros(spec, Kind::Double, Device::Cpu, true);
-    for (to, from) in truth.units().iter().zip(tested.units()) {
+    let tested = alone(model(spec, kind, device))?;
+    let truth = alone(Model::zeros(spec, Kind::Double, Device::Cpu, true))?;
+    for (to, from) in truth.model().units().iter().zip(tested.model().units()) {
         tch::no_grad(|| to.flat().shallow_clone().copy_(from.flat()));
     }
-    let run = |model: &Model| executor.forward_backward(model, &batch(spec.vocab_size, 96, model.device()), 1.0 / 96.0);
-    let (found, expected) = (run(&tested).loss_sum, run(&truth).loss_sum);
+    let batch = batch(spec.vocab_size, 96);
+    let (found, expected) = (pass(&tested, &batch)?, pass(&truth, &batch)?);
     let mut worst = ((found - expected) / expected).abs();
-    for (a, b) in tested.units().iter().zip(truth.units()) {
+    for (a, b) in tested.model().units().iter().zip(truth.model().units()) {
         let (Some(a), Some(b)) = (a.main_grad(), b.main_grad()) else { continue };
         worst = worst.max(relative_error(a, b));
     }
-    let pack = |device| batch(spec.vocab_size, 96, device).pack;
-    worst = worst.max(relative_error(&tested.logits(&pack(device)), &truth.logits(&pack(Device::Cpu))));
+    let logits = |alone: &Alone| alone.logits(&batch).map_err(|e| e.to_string());
+    worst = worst.max(relative_error(&logits(&tested)?, &logits(&truth)?));
     let text = format!("largest relative error {worst:.2e}, at most {tolerance:.0e} allowed");
     if worst <= tolerance { Ok(text) } else { Err(text) }
 }
@@ -141,18 +153,18 @@ fn cached_equals_uncached(spec: &ModelSpec, device: Device) -> std::result::Resu
 fn speed(gpu: Device, kind: Kind) -> std::result::Result<String, String> {
     let shape = tangelo_configs::flavor::flavor("smollm2-135m").and_then(|flavor| flavor.spec(49_152));
     let spec = shape.map_err(|e| e.to_string())?;
-    let (model, tokens) = (model(&spec, kind, gpu), 8192);
-    let executor = BlockExecutor::new(vec![false; spec.blocks.len()]);
-    let batch = batch(spec.vocab_size, tokens, gpu);
-    let steps = || {
+    let (trained, tokens) = (alone(model(&spec, kind, gpu))?, 8192);
+    let batch = batch(spec.vocab_size, tokens);
+    let steps = || -> std::result::Result<(), String> {
         for _ in 0..TIMED_STEPS {
-            executor.forward_backward(&model, &batch, 1.0);
+            pass(&trained, &batch)?;
         }
         tch::Cuda::synchronize(0);
+        Ok(())
     };
-    steps();
+    steps()?;
     let start = Instant::now();
-    steps();
+    steps()?;
     let rate = f64::from(TIMED_STEPS) * tokens as f64 / start.elapsed().as_secs_f64();
     let peak = device::measured_matmul_peak_flops(gpu, kind, 1.0).map_err(|e| e.to_string())?;
     let products = 6.0 * spec.num_parameters() as f64;

@@ -1,10 +1,8 @@
 //! A call under way: its checks, what it moves, and the sums that all back ends share.
 
-use super::{CommErrorKind, Communicator};
-use crate::comm::backend::{Backend, Call, Failure, SubGroup, Transfer, is_supported, offsets, peers};
+use super::Communicator;
+use crate::comm::backend::{Backend, Call, Failure, Transfer, is_supported, offsets, peers};
 use crate::comm::reduce::{ReduceOp, reduce_in_rank_order};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use tch::{Device, Kind, Tensor};
 
 /// Most elements of a part that one round of a reduction moves: 4 MiB in fp32.
@@ -94,7 +92,7 @@ impl Run<'_> {
     }
 
     pub(super) fn count_bytes(&self, bytes: usize) {
-        self.comm.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.comm.shared.count_bytes(bytes);
     }
 
     pub(super) fn with_backend(
@@ -192,44 +190,4 @@ impl Run<'_> {
         self.all_gather(&output, &input, &counts)?;
         parts(&output.f_to_device(Device::Cpu)?, &counts).into_iter().map(|part| Ok(Vec::try_from(part)?)).collect()
     }
-
-    // ---- groups ----------------------------------------------------------------------------------------------
-
-    /// Members of this rank's new group, as ranks of this one, and an id that none of the members' groups has.
-    pub(super) fn agree_on_groups(&self, color: Option<u32>, key: i64) -> Result<(Vec<usize>, u32), Failure> {
-        let next_group = &self.comm.next_group;
-        let mine = [color.map_or(-1, i64::from), key, next_group.load(Ordering::Relaxed) as i64];
-        let bytes: Vec<u8> = mine.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let all: Vec<Vec<i64>> = self.all_gather_bytes(&bytes)?.iter().map(|bytes| numbers(bytes)).collect();
-        if let Some(odd) = all.iter().position(|numbers| numbers.len() != mine.len()) {
-            return Err(
-                CommErrorKind::Mismatch(format!("rank {} did not describe its group", self.comm.ranks[odd])).into()
-            );
-        }
-        let id = all.iter().map(|numbers| numbers[2]).max().unwrap_or(1);
-        next_group.store(id as u64 + 1, Ordering::Relaxed);
-        let mut members: Vec<usize> = (0..self.size()).filter(|&rank| all[rank][0] == mine[0]).collect();
-        members.sort_by_key(|&rank| (all[rank][1], rank));
-        let id = u32::try_from(id).map_err(|_| Failure::backend("more groups than ids"))?;
-        Ok((members, id))
-    }
-
-    pub(super) fn open_group(&self, group: SubGroup) -> Result<Communicator, Failure> {
-        let rank = group.members.iter().position(|&rank| rank == self.rank());
-        let rank = rank.ok_or_else(|| Failure::backend("a rank is not in its own group"))?;
-        let backend = match &self.comm.backend {
-            Some(backend) if group.members.len() > 1 => Some(backend.borrow_mut().split(&self.call, &group)?),
-            _ => None,
-        };
-        let ranks = group.members.iter().map(|&member| self.comm.ranks[member]).collect();
-        let mut communicator = Communicator::new(backend, &group.name, rank, ranks, self.comm.options.clone());
-        communicator.next_group = Arc::clone(&self.comm.next_group);
-        communicator.counters = Arc::clone(&self.comm.counters);
-        communicator.timeout_ms = Arc::clone(&self.comm.timeout_ms);
-        Ok(communicator)
-    }
-}
-
-fn numbers(bytes: &[u8]) -> Vec<i64> {
-    bytes.chunks_exact(8).map(|chunk| i64::from_le_bytes(std::array::from_fn(|i| chunk[i]))).collect()
 }

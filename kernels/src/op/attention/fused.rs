@@ -23,7 +23,9 @@ pub fn attention_with_past(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, windo
     let (num_queries, num_keys) = (q.size()[0], k.size()[0]);
     let heads_first = |x: &Tensor| x.transpose(0, 1).unsqueeze(0);
     let whole = num_queries == num_keys && window >= num_keys;
-    let mask = (!whole).then(|| hidden_positions(num_queries, num_keys, Some(window), q.device()).logical_not());
+    let mask = (!whole).then(|| {
+        hidden_positions(num_queries, num_keys, num_keys - num_queries, Some(window), q.device()).logical_not()
+    });
     let (q, k, v) = (heads_first(q), heads_first(k), heads_first(v));
     Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, whole, scale, true)
         .squeeze_dim(0)

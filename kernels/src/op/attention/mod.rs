@@ -7,6 +7,7 @@
 
 mod fused;
 pub mod reference;
+pub mod spans;
 
 use tch::Tensor;
 

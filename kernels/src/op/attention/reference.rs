@@ -24,15 +24,22 @@ pub fn attention_with_past(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, windo
     let (queries, keys) = (heads_first(q), heads_first(&k.repeat_interleave_self_int(group, 1, None)));
     let values = heads_first(&v.repeat_interleave_self_int(group, 1, None));
     let scores = queries.matmul(&keys.transpose(1, 2)) * scale;
-    let hidden = hidden_positions(q.size()[0], k.size()[0], window, q.device());
+    let (num_queries, num_keys) = (q.size()[0], k.size()[0]);
+    let hidden = hidden_positions(num_queries, num_keys, num_keys - num_queries, window, q.device());
     let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, kind);
     weights.matmul(&values).transpose(0, 1).contiguous().to_kind(q.kind())
 }
 
-/// `[Tq, Tk]`, true where the query must not look.
-pub(super) fn hidden_positions(num_queries: i64, num_keys: i64, window: Option<i64>, device: Device) -> Tensor {
+/// `[Tq, Tk]`, true where the query must not look; the first query is `offset` positions behind the first key.
+pub(super) fn hidden_positions(
+    num_queries: i64,
+    num_keys: i64,
+    offset: i64,
+    window: Option<i64>,
+    device: Device,
+) -> Tensor {
     let key = Tensor::arange(num_keys, (Kind::Int64, device)).unsqueeze(0);
-    let query = (Tensor::arange(num_queries, (Kind::Int64, device)) + (num_keys - num_queries)).unsqueeze(1);
+    let query = (Tensor::arange(num_queries, (Kind::Int64, device)) + offset).unsqueeze(1);
     let distance = query - key;
     let future = distance.lt(0);
     match window {

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 pub mod reference;
+pub mod vocab_parallel;
 
 use tch::Tensor;
 

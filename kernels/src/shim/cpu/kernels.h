@@ -5,15 +5,17 @@
 
 namespace tangelo::cpu {
 
-// Query, key and value heads are strided rows in token-major tensors.
+// Query, key and value heads are strided rows in token-major tensors. Positions count from the first key. Every query
+// sees a key, and every key has a query at its position or behind: num_keys <= offset + num_queries.
 struct AttentionShape {
-  int64_t num_queries;   // the last queries of the document
-  int64_t num_keys;      // the document's length so far
+  int64_t num_queries;
+  int64_t num_keys;
+  int64_t offset;        // the first query's position
   int64_t head_dim;
   int64_t q_stride;      // elements between tokens of q, and of the output
   int64_t kv_stride;     // elements between tokens of k and v
   float scale;
-  int64_t window;        // keys a query sees, itself included; num_keys for all
+  int64_t window;        // keys a query sees, itself included; at least offset + num_queries for all
 };
 
 struct Typed {
@@ -38,13 +40,25 @@ struct Typed {
   void (*add_to)(const void* from, float* to, int64_t begin, int64_t end);
   // Sums of `grad` over rows, added to fp32 columns [begin, end).
   void (*add_column_sums)(const void* grad, int64_t rows, int64_t width, float* to, int64_t begin, int64_t end);
-  // One head of one document. `lse` has one float per query. `scratch` as attention_scratch says.
+  // One head. `lse` has one float per query, or is null. `scratch` as attention_scratch says.
   void (*attention)(const AttentionShape& shape, const void* q, const void* k, const void* v, void* out, float* lse,
                     float* scratch);
-  // dq, dk, dv of one head; dk and dv are fp32, [num_keys, head_dim] with stride `dkv_stride`. Needs no past.
+  // The same from where an earlier call left its softmax: `out` is fp32 and goes on from what it and `lse` hold.
+  void (*attention_running)(const AttentionShape& shape, const void* q, const void* k, const void* v, void* out,
+                            float* lse, float* scratch);
+  // dq, dk, dv of one head; dk and dv are fp32, [num_keys, head_dim] with stride `dkv_stride`.
   void (*attention_backward)(const AttentionShape& shape, const void* q, const void* k, const void* v, const void* out,
                              const void* dout, const float* lse, void* dq, float* dk, float* dv, int64_t dkv_stride,
                              float* scratch);
+  // The same, added to what dq, dk and dv hold; `out` and dq are fp32.
+  void (*attention_backward_running)(const AttentionShape& shape, const void* q, const void* k, const void* v,
+                                     const void* out, const void* dout, const float* lse, void* dq, float* dk,
+                                     float* dv, int64_t dkv_stride, float* scratch);
+  // Of a row of some of the logits: the largest (minus infinity where `width` is 0), the sum of exp(logit - largest),
+  // and the one of `target`, minus infinity where that is -1.
+  void (*softmax_stats_row)(const void* logits, int64_t width, int64_t target, float* stats);
+  // Such a row becomes (exp(logit - lse) - one hot) * scale; exactly 0 where the scale is.
+  void (*softmax_gradient_row)(void* logits, int64_t width, int64_t target, float lse, float scale);
 };
 
 struct AdamWScalars {

@@ -209,7 +209,7 @@ fn a_file_size_limit_names_the_file_and_keeps_the_older_one() {
     check_newest(folder.path(), seed, 10, 0);
 }
 
-/// In the child, `folder` is a file system of 256 KiB.
+/// In the child, `folder` is a file system of 384 KiB: two checkpoints with every kind of state fit, not three.
 fn fill_the_disk(folder: &Path, seed: u64) {
     save(folder, seed, &[10], Layout::rows(2), |_| {});
     let ballast = folder.join("ballast");
@@ -237,7 +237,7 @@ fn fill_the_disk(folder: &Path, seed: u64) {
 #[test]
 fn a_full_disk_keeps_the_older_one_and_saving_goes_on_when_there_is_space() {
     let (folder, seed) = (tempfile::tempdir().unwrap(), fresh_seed());
-    let mount = format!("mount -t tmpfs -o size=256k tmpfs '{}'", folder.path().display());
+    let mount = format!("mount -t tmpfs -o size=384k tmpfs '{}'", folder.path().display());
     let possible = Command::new("unshare").args(["-rm", "sh", "-c", &mount]).output();
     if !possible.is_ok_and(|output| output.status.success()) {
         println!("skipped: this machine lets no user mount a tmpfs of their own");

@@ -160,7 +160,7 @@ impl Layout {
         .unwrap();
         let mut placement = Placement::sharded(vec![mesh.whole(Axis::DpShard)], self.block);
         let (dim, over) = (meta.shape.len() - 1, vec![mesh.whole(Axis::Tp)]);
-        placement.splits.push(tangelo_core::Split { dim, over, block: 1 });
+        placement.splits.push(tangelo_core::Split { dim, over, block: 1, first: 0 });
         placement.boxes(&meta.shape, &mesh)
     }
 }

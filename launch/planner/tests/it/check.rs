@@ -1,5 +1,4 @@
 //! The report of `tangelo check`, and the sizes behind it.
-#![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
 use expect_test::{Expect, expect};
 use std::path::{Path, PathBuf};

@@ -1,0 +1,253 @@
+//! Memory of the rank with the most, predicted item by item.
+//!
+//! Every item is a documented sum, so that a measurement can be laid beside it and the difference has a place. With e
+//! bytes per element of parameters and activations (4 or 2); P parameters of one tensor rank of the stage, U of its
+//! largest block; weights cut over p ranks, gradients over g, states over z; T tokens per micro-batch, of which a rank
+//! has T_o in its residual stream (cut over cp and tp), T_c in its products (cp) and T_a in attention (ring); F
+//! micro-batches in flight at once in the stage's schedule:
+//!
+//! | item | bytes |
+//! |---|---|
+//! | parameters | e P / p |
+//! | main gradients | 4 P / g, always fp32 |
+//! | master weights | 4 P / z where e = 2, else the parameters themselves |
+//! | AdamW's moments | 8 P / z |
+//! | activations | F times the sum over the stage's blocks of [`saved_bytes`] |
+//! | inputs | F T_c times the bytes of ids, positions, targets, weight and rotary angles |
+//! | gathered weights | e P where p > 1 and weights are kept for the pass |
+//! | head and loss | final norm in, out and their gradients: 4 e D T_o, with tp 2 e D T_c gathered; a chunk of C tokens: C V / tp (e + 8 + e); the head's chunk gradient e D V / tp where e = 2 |
+//! | whole head | e (and 4, where gradients are cut) times its parameters, those of a tied embedding included |
+//! | backward of a block | gradients alive at once, a recomputed part's own activations, a weight gradient where e = 2; buffers of the exchange of heads and of the ring |
+//! | whole blocks | 2 e U: this one and the next; 4 (2 U + U / g): gradients made, sent and arriving; a tied embedding's |
+//! | whole embedding | e (2 E + U): as it arrives, unpacked, the first block; or 4 (2 E + E / g) |
+//! | collectives | the largest bucket of kept gradients twice (sent, received) in fp32; of kept and owned weights |
+//! | checkpoint copy | 12 P / z (weights and moments in fp32), held by the host while files are written |
+//!
+//! The peak is what persists plus the largest of what comes and goes: the loss, or the backward of a block, with all
+//! activations kept; the embedding, with those of the other micro-batches in flight; or the collectives after backward.
+//! Of all stages, the one with the highest peak is shown. Scopes are taken to cut evenly: they deal whole chunks of
+//! rows, so the first ranks of a large scope hold more than that, by a chunk of each parameter at most.
+
+mod activations;
+mod units;
+
+pub use activations::RankTokens;
+
+use crate::program;
+use crate::table::{Align, Table, bytes, count};
+use activations::{LocalBlock, input_bytes, loss_bytes};
+use tangelo_configs::Plan;
+use tangelo_configs::job::{AsyncMode, DeviceChoice, Recompute};
+use tangelo_core::Group;
+use tangelo_core::pipeline::most_in_flight;
+use units::StageUnits;
+
+/// Tokens whose logits exist at once; the trainer's choice.
+pub const LOSS_CHUNK_TOKENS: usize = 512;
+
+pub use crate::program::BUCKET_ELEMENTS;
+
+/// Predicted bytes of one rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// The stage of the rank.
+    pub stage: usize,
+    /// Elements of parameters that it computes with.
+    pub num_parameters: u64,
+    /// Parameters in their type.
+    pub parameters: u64,
+    /// Gradients in fp32.
+    pub gradients: u64,
+    /// fp32 copies of parameters of a smaller type.
+    pub master_weights: u64,
+    /// AdamW's two moments in fp32.
+    pub optimizer_states: u64,
+    /// Micro-batches whose activations are kept at once.
+    pub in_flight: u64,
+    /// Kept by blocks from forward to backward, for all micro-batches in flight.
+    pub activations: u64,
+    /// Ids, positions, targets, weights and rotary angles of all micro-batches in flight.
+    pub inputs: u64,
+    /// Weights that are gathered once for the pass.
+    pub gathered_weights: u64,
+    /// Final norm, one chunk of logits and their gradients.
+    pub loss: u64,
+    /// Weights and gradients of the head, where they are cut and now whole.
+    pub whole_head: u64,
+    /// What the backward of one block needs beside what was kept.
+    pub backward: u64,
+    /// Weights and gradients of the blocks at work, where they are cut and now whole.
+    pub whole_blocks: u64,
+    /// Likewise of the embedding.
+    pub whole_embedding: u64,
+    /// Buffers of collectives; none for one rank.
+    pub collectives: u64,
+    /// Copy of weights and states from which an asynchronous checkpoint is written; in host memory.
+    pub checkpoint_copy: u64,
+    /// Whether the device is the host, so that the copy counts.
+    pub on_host: bool,
+}
+
+/// Predicts the memory of the rank with the most.
+pub fn predict(plan: &Plan) -> Memory {
+    let stages = (0..plan.topology.num_stages()).map(|stage| predict_stage(plan, stage));
+    // Of equal ones, the first.
+    stages.rev().max_by_key(Memory::total_bytes).unwrap_or_default()
+}
+
+/// Predicts the memory of the rank with the most of a stage.
+pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
+    let e = plan.compute_dtype().size_bytes() as u64;
+    let (units, scopes) = (StageUnits::new(plan, stage), plan.topology.scopes);
+    let all = units.total();
+    let owned = all.div_ceil(scopes.states as u64);
+    let layers = plan.stage_layers[stage].clone();
+    let in_flight = most_in_flight(&program::actions(plan, stage)) as u64;
+    let asynchronous = plan.config.checkpoint.enable && plan.config.checkpoint.async_mode == AsyncMode::Async;
+    let is_last = stage + 1 == plan.topology.num_stages();
+    Memory {
+        stage,
+        num_parameters: all,
+        parameters: e * all.div_ceil(scopes.parameters as u64),
+        gradients: 4 * all.div_ceil(scopes.gradients as u64),
+        master_weights: if e == 4 { 0 } else { 4 * owned },
+        optimizer_states: 8 * owned,
+        in_flight,
+        activations: times(
+            in_flight,
+            layers.clone().map(|layer| saved_bytes(plan, layer)).fold(0, u64::saturating_add),
+        ),
+        inputs: times(in_flight, input_bytes(plan)),
+        gathered_weights: units.kept_whole(e),
+        loss: if is_last { loss_bytes(plan) } else { 0 },
+        whole_head: units.in_loss(e),
+        backward: layers.map(|layer| LocalBlock::new(plan, layer).backward()).max().unwrap_or(0),
+        whole_blocks: units.in_backward(e),
+        whole_embedding: units.in_embedding(e),
+        collectives: units.collectives(&stage_buckets(plan, stage), e),
+        checkpoint_copy: if asynchronous { 12 * owned } else { 0 },
+        on_host: plan.config.training.device == DeviceChoice::Cpu,
+    }
+}
+
+/// Bytes that block `layer` keeps from forward to backward of a micro-batch, on the rank with the most: what its
+/// operators save, but only the input of what is run again.
+///
+/// With D hidden, H and K heads of d, F the feed-forward's width, all of one tensor rank, elements per token:
+/// - first norm: input D and output D (which the q, k, v product keeps); 4 bytes for the inverse root;
+/// - attention: q, k and v after RoPE (H + 2K) d, output H d (which the output projection keeps), 4 H bytes of
+///   log-sum-exp; with norms on q and k also the projection's output (H + 2K) d, of which v is a part, and
+///   4 (H + K) bytes of inverse roots;
+/// - second norm: input D (the residual stream) and output D (which the gate and up product keeps); 4 bytes;
+/// - feed-forward: gate and up 2F, their gated product F (which the down projection keeps).
+///
+/// Norms are of T_o tokens, attention of T_a, the rest of T_c. What is exchanged is kept where it arrives: under tensor
+/// parallelism the norms' outputs are gathered (T_c), and the sums that go into the residual stream are kept, 2 D
+/// (T_o); where heads are exchanged, q, k, v and the output are those of attention's share of heads, and the output H d
+/// comes back (T_c).
+///
+/// The block's output is the next one's input. Weights are not copied.
+pub fn saved_bytes(plan: &Plan, layer: usize) -> u64 {
+    LocalBlock::new(plan, layer).saved()
+}
+
+/// The same, for each token of the micro-batch.
+pub fn saved_bytes_per_token(plan: &Plan, layer: usize) -> u64 {
+    let tokens = plan.config.training.local_batch_size * plan.config.training.seq_len;
+    saved_bytes(plan, layer) / tokens.max(1) as u64
+}
+
+/// A product that stops at 2^54 bytes, where sums of many still fit: no machine has that much.
+fn times(a: u64, b: u64) -> u64 {
+    a.saturating_mul(b).min(1 << 54)
+}
+
+/// Elements of each bucket of gradients, stage by stage: neighbouring units (embedding, blocks, head) until one is
+/// full.
+pub fn buckets(plan: &Plan) -> Vec<usize> {
+    let stages = (0..plan.topology.num_stages()).flat_map(|stage| stage_buckets(plan, stage));
+    stages.map(|n| n as usize).collect()
+}
+
+/// The same for one stage.
+pub(crate) fn stage_buckets(plan: &Plan, stage: usize) -> Vec<u64> {
+    let units = StageUnits::new(plan, stage).elements;
+    let buckets = program::build(plan, stage).buckets;
+    buckets.into_iter().map(|bucket| units[bucket].iter().map(|(_, n)| n).sum()).collect()
+}
+
+impl Memory {
+    /// Weights, gradients and optimizer states.
+    pub fn persistent(&self) -> u64 {
+        self.parameters + self.gradients + self.master_weights + self.optimizer_states
+    }
+
+    /// The largest of what comes and goes within a step.
+    pub fn transient(&self) -> u64 {
+        let micro_batches = self.activations + self.inputs;
+        let others = micro_batches - micro_batches / self.in_flight.max(1);
+        let at_work = (self.loss + self.whole_head).max(self.backward + self.whole_blocks);
+        let pass = (micro_batches + at_work).max(others + self.whole_embedding);
+        (self.gathered_weights + pass).max(self.collectives)
+    }
+
+    /// The most that the device holds at once.
+    pub fn total_bytes(&self) -> u64 {
+        self.persistent() + self.transient() + if self.on_host { self.checkpoint_copy } else { 0 }
+    }
+
+    /// The items, the arithmetic behind them, and the peak.
+    pub fn render(&self, plan: &Plan) -> String {
+        use Align::{Left, Right};
+        let (dtype, scopes) = (plan.compute_dtype(), plan.topology.scopes);
+        let parameters = count(self.num_parameters as f64);
+        let over = |ranks: usize| if ranks == 1 { String::new() } else { format!(" / {ranks} ranks") };
+        let (tokens, layers) = (RankTokens::of(plan), plan.stage_layers[self.stage].clone());
+        let stages = plan.topology.num_stages();
+        let here = if stages == 1 { String::new() } else { format!(" (stage {} of {stages})", self.stage) };
+        let flying = if self.in_flight == 1 { String::new() } else { format!("{} x ", self.in_flight) };
+        let chunk = tokens.context.min(LOSS_CHUNK_TOKENS as u64);
+        let vocabulary = plan.model.vocab_size.div_ceil(plan.topology.size(Group::Tensor));
+        let again = layers.clone().filter(|&layer| plan.recompute(layer) != Recompute::None).count();
+        let mut table = Table::new(&[("memory per rank", Left), ("", Right), ("", Left)]);
+        let mut row = |name: &str, n: u64, how: String| table.row([name.into(), bytes(n), how]);
+        let e = dtype.size_bytes();
+        row("parameters", self.parameters, format!("{parameters} x {e} B{}{here}", over(scopes.parameters)));
+        row("gradients", self.gradients, format!("{parameters} x 4 B{}", over(scopes.gradients)));
+        if self.master_weights > 0 {
+            row("master weights", self.master_weights, format!("{parameters} x 4 B{}", over(scopes.states)));
+        }
+        row("optimizer states", self.optimizer_states, format!("{parameters} x 8 B{}", over(scopes.states)));
+        row(
+            "activations",
+            self.activations,
+            format!("{flying}{} tokens, {again} of {} blocks recomputed", tokens.context, layers.len()),
+        );
+        row("inputs", self.inputs, format!("{flying}{} tokens", tokens.context));
+        if self.gathered_weights > 0 {
+            row("gathered weights", self.gathered_weights, "for the whole pass".into());
+        }
+        if self.loss > 0 {
+            row("head and loss", self.loss, format!("{chunk} tokens x {vocabulary} logits at once"));
+        }
+        if self.whole_head > 0 {
+            row("whole head", self.whole_head, "with the loss".into());
+        }
+        row("backward of a block", self.backward, "not at the same time as the loss".into());
+        if self.whole_blocks > 0 {
+            row("whole blocks", self.whole_blocks, "at work or on their way, with backward".into());
+        }
+        if self.whole_embedding > 0 {
+            row("whole embedding", self.whole_embedding, "not at the same time as blocks".into());
+        }
+        row("collectives", self.collectives, "not at the same time as activations".into());
+        let place = if self.on_host { "while a checkpoint is written" } else { "in host memory, not in the peak" };
+        row("checkpoint copy", self.checkpoint_copy, place.into());
+        row(
+            "peak",
+            self.total_bytes(),
+            format!("{} stay, {} come and go", bytes(self.persistent()), bytes(self.transient())),
+        );
+        table.render()
+    }
+}

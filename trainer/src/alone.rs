@@ -1,0 +1,55 @@
+//! A whole model on one device, without an optimizer: forward and backward through the same interpreter as in a job, for
+//! checks against other implementations.
+
+use crate::error::Result;
+use crate::executor::{Executor, Parts};
+use crate::groups::Groups;
+use crate::micro_batch::Rows;
+use crate::store::WeightStore;
+use tangelo_configs::Sharding;
+use tangelo_configs::job::RotateMethod;
+use tangelo_core::{Batch, LossSpec, Program, Topology};
+use tangelo_kernels::comm::Communicator;
+use tangelo_models::Model;
+use tch::Tensor;
+
+/// A model and what its executor needs.
+pub struct Alone {
+    model: Model,
+    store: WeightStore,
+    groups: Groups,
+    topology: Topology,
+}
+
+impl Alone {
+    /// Takes a whole, trained model.
+    pub fn new(model: Model) -> Result<Alone> {
+        let store = WeightStore::new(&model, &Sharding::single(model.spec()), 0);
+        let topology = Topology::single();
+        let groups = Groups::open(Communicator::single_on(model.device()), &topology)?;
+        Ok(Alone { model, store, groups, topology })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The next-token loss of all rows of a batch, as one micro-batch; its gradients are added. `again` marks the blocks
+    /// that run again in backward.
+    pub fn forward_backward(&self, batch: &Batch, again: &[bool]) -> Result<f64> {
+        let parts = Parts { model: &self.model, store: &self.store, groups: &self.groups };
+        let rows = self.rows(batch)?;
+        Ok(Executor::new(parts, &rows, false).run(&Program::alone(again))?.shared[0])
+    }
+
+    /// The logits of every token, `[T, V]`.
+    pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
+        Ok(self.model.logits(&self.rows(batch)?.micro_batch(0)?.pack))
+    }
+
+    fn rows<'a>(&'a self, batch: &'a Batch) -> Result<Rows<'a>> {
+        let (loss, place) = (LossSpec::next_token(), (&self.topology, 0));
+        Rows::new(batch, &loss, batch.num_sequences(), place, RotateMethod::default(), self.model.device())
+    }
+}
