@@ -23,6 +23,7 @@ presets![
     "tiny-10m",
     "smollm2-135m",
     "smollm2-135m-continue",
+    "smollm2-135m-long",
     "llama-3.2-1b",
     "llama-3.1-8b",
     "llama-3.1-70b",
