@@ -1,22 +1,10 @@
 //! Memory of layouts, by hand.
 
-use std::path::Path;
+use crate::NoAssets;
 use tangelo_configs::resolve::{load_str, resolve};
-use tangelo_configs::{ModelAssets, ModelSpec, Plan, Resources};
+use tangelo_configs::{Plan, Resources};
 use tangelo_planner::memory::{predict_stage, saved_bytes};
 use tangelo_planner::{Memory, predict};
-
-struct NoAssets;
-
-impl ModelAssets for NoAssets {
-    fn model_spec(&self, _: &Path) -> Result<ModelSpec, String> {
-        Err("there is none".into())
-    }
-
-    fn vocab_size(&self, _: &Path) -> Result<usize, String> {
-        Ok(300)
-    }
-}
 
 /// D 64, eight heads on four of 8, F 192, 8 layers; untied.
 const MODEL: &str = "vocab_size = 512\nhidden_size = 64\nintermediate_size = 192\nnum_hidden_layers = 8\n\

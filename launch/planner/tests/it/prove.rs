@@ -1,26 +1,14 @@
 //! The proof: whole layouts pass it, planted mismatches are caught and named.
 
+use crate::NoAssets;
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
-use std::path::Path;
 use tangelo_configs::resolve::{load_str, resolve};
-use tangelo_configs::{ModelAssets, ModelSpec, Plan, Resources};
+use tangelo_configs::{Plan, Resources};
 use tangelo_core::{Call, CallKind, Group};
 use tangelo_planner::prove::{Does, Schedule, Step};
 use tangelo_planner::traffic::{Traffic, minimum};
 use tangelo_planner::{prove, render_schedule};
-
-struct NoAssets;
-
-impl ModelAssets for NoAssets {
-    fn model_spec(&self, _: &Path) -> Result<ModelSpec, String> {
-        Err("there is none".into())
-    }
-
-    fn vocab_size(&self, _: &Path) -> Result<usize, String> {
-        Ok(300)
-    }
-}
 
 fn plan(world_size: usize, model: &str, parallelism: &str, sets: &[&str]) -> Result<Plan, String> {
     let text = format!(
