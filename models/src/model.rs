@@ -81,7 +81,7 @@ impl Model {
             },
         });
         let ids = spec.embedding_parameters(dtype).first().map_or(0..0, |meta| {
-            let whole = Sharding::model_placement(sharding, meta);
+            let whole = sharding.model_placement(meta);
             let rows = Placement { only_at: None, ..whole }.box_of(&meta.shape, &sharding.topology().mesh, rank);
             rows.ranges[0].start as i64..rows.ranges[0].end as i64
         });

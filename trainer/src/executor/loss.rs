@@ -15,8 +15,7 @@ use tch::{Kind, Tensor};
 impl Executor<'_> {
     /// Adds the micro-batch's loss, and where training makes the gradients of head and norm and of the residual stream.
     pub(super) fn loss(&mut self, micro_batch: usize, train: bool) -> Result<()> {
-        let lane = self.lanes.remove(&micro_batch).expect("a micro-batch under way");
-        let mut lane = lane;
+        let mut lane = self.lanes.remove(&micro_batch).expect("a micro-batch under way");
         let input = lane.x().detach().set_requires_grad(train);
         let normed = if train {
             tch::with_grad(|| self.model.final_norm(&input))
