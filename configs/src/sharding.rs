@@ -3,14 +3,15 @@
 //!
 //! A parameter is first cut by pipeline stage (whole units) and tensor parallelism (heads, features, ids), then along
 //! dim 0, in whole chunks of rows, over the nested ZeRO scopes. A chunk is never split and its size depends on the shape
-//! alone, so sums over chunks in global order do not depend on the scope.
+//! alone, so sums over chunks in global order do not depend on the scope. Chunks are dealt out in turn: a parameter begins
+//! where the one before it ended, so that no rank collects what is left over of each.
 //!
 //! Under Muon, which needs whole matrices, the hidden ones are not cut over ZeRO scopes: each has one owner, chosen by
 //! `owners`. A tensor rank's part of a matrix is owned by the rank with the same coordinates otherwise.
 
 use crate::model::{EMBEDDING, TensorCut};
 use crate::{MixerSpec, ModelSpec};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use tangelo_core::{
     Axis, DType, Group, IndexBox, Level, ParamMeta, Placement, Split, SubAxis, Topology, Unit, ZeroScopes,
@@ -32,8 +33,10 @@ pub struct Sharding {
     stage_layers: Vec<Range<usize>>,
     tied: bool,
     head_dim: usize,
-    /// The owners of matrices that no ZeRO scope cuts, by name: for each, which coordinate of each nested cut comes first.
-    owners: BTreeMap<String, [usize; 3]>,
+    /// Which coordinate of each nested cut gets the first part of a parameter, by name.
+    first: BTreeMap<String, [usize; 3]>,
+    /// Matrices that no ZeRO scope cuts: the first of each cut owns them.
+    whole: BTreeSet<String>,
 }
 
 impl Sharding {
@@ -44,19 +47,24 @@ impl Sharding {
             let MixerSpec::Attention(a) = &block.mixer;
             a.head_dim
         });
-        let (tied, owners) = (spec.tie_word_embeddings, BTreeMap::new());
-        Sharding { topology, stage_layers, tied, head_dim, owners }
+        let (tied, first, whole) = (spec.tie_word_embeddings, BTreeMap::new(), BTreeSet::new());
+        let mut sharding = Sharding { topology, stage_layers, tied, head_dim, first, whole };
+        sharding.first = turns(&sharding, spec);
+        sharding
     }
 
     /// The same with hidden matrices owned whole, as Muon needs them.
     pub fn with_whole_matrices(mut self, spec: &ModelSpec) -> Sharding {
-        self.owners = owners(&self, spec);
+        let owners = owners(&self, spec);
+        self.whole = owners.keys().cloned().collect();
+        self.first = turns(&self, spec);
+        self.first.extend(owners);
         self
     }
 
     /// Whether ZeRO scopes leave a parameter whole: then its owner updates it with Muon.
     pub fn is_whole(&self, name: &str) -> bool {
-        self.owners.contains_key(name)
+        self.whole.contains(name)
     }
 
     /// The whole model on one rank.
@@ -150,12 +158,18 @@ impl Sharding {
         let mut placement = self.model_placement(meta);
         let row_len: usize = local_row_len(&placement, meta, &self.topology);
         // A block of all rows goes to the first coordinate whole.
-        let (block, first) = match self.owners.get(&meta.name) {
-            Some(&owner) => (meta.shape[0], owner),
-            None => (chunk_rows(row_len), [0; 3]),
-        };
+        let block = if self.is_whole(&meta.name) { meta.shape[0] } else { chunk_rows(row_len) };
+        let first = self.first.get(&meta.name).copied().unwrap_or_default();
         placement.splits.extend(self.topology.zero_splits(level, block, first));
         placement
+    }
+
+    /// Chunks of what a tensor rank holds of a parameter, on the rank that holds most.
+    fn num_chunks(&self, meta: &ParamMeta) -> usize {
+        let placement = self.model_placement(meta);
+        let row_cuts = placement.splits.iter().filter(|s| s.dim == 0).flat_map(|s| &s.over);
+        let rows = meta.shape[0].div_ceil(row_cuts.map(|s| s.degree).product());
+        rows.div_ceil(chunk_rows(local_row_len(&placement, meta, &self.topology)))
     }
 
     /// The box of a parameter that `rank` computes with: its stage's and tensor rank's.
@@ -185,6 +199,31 @@ impl Sharding {
         let copy = name == EMBEDDING && self.copies_embedding() && self.topology.stage(rank) != 0;
         first && !copy
     }
+}
+
+/// Where each parameter's chunks begin: through the units of a stage in execution order, each where the one before it
+/// ended, in every nested cut. (Within a cut, parts with a chunk more than others count as if they had it not.)
+fn turns(sharding: &Sharding, spec: &ModelSpec) -> BTreeMap<String, [usize; 3]> {
+    let ZeroScopes { parameters, gradients, states } = sharding.topology.scopes;
+    let degrees = [parameters, gradients / parameters, states / gradients];
+    let mut first = BTreeMap::new();
+    if states == 1 {
+        return first;
+    }
+    for stage in 0..sharding.stage_layers.len() {
+        let mut next = [0; 3];
+        let metas = sharding.units(stage).into_iter().flat_map(|unit| sharding.parameters(spec, unit, DType::F32));
+        for meta in metas.filter(|meta| !sharding.is_whole(&meta.name)) {
+            let mut chunks = sharding.num_chunks(&meta);
+            // The last stage's copy of an embedding lies as the embedding does.
+            first.entry(meta.name).or_insert(next);
+            for (next, degree) in next.iter_mut().zip(degrees) {
+                *next = (*next + chunks) % degree;
+                chunks /= degree;
+            }
+        }
+    }
+    first
 }
 
 /// Who owns each hidden matrix: a function of shapes, stages and scopes alone. Through the layers of a stage, the matrices
@@ -275,6 +314,19 @@ mod tests {
         boxes.sort();
         boxes.dedup();
         boxes
+    }
+
+    #[test]
+    fn ranks_of_a_scope_hold_alike() {
+        let spec = crate::architecture::flavor_spec(&flavor("smollm2-135m").unwrap().model, 49152).unwrap();
+        for (dp, scopes) in [(7, [1, 1, 7]), (16, [16, 16, 16]), (64, [8, 64, 64]), (512, [1, 1, 512])] {
+            let sharding = sharding(&spec, [1, 1, dp, 1, 1], 1, scopes);
+            let metas = spec.parameters(DType::F32);
+            let held = |rank| metas.iter().map(|m| sharding.box_at(m, Level::States, rank).volume()).sum::<usize>();
+            let (least, most) = ((0..dp).map(held).min().unwrap(), (0..dp).map(held).max().unwrap());
+            let even = metas.iter().map(ParamMeta::num_elements).sum::<usize>() / dp;
+            assert!(most <= even + 3 * CHUNK_ELEMENTS && least + 3 * CHUNK_ELEMENTS >= even, "{dp}: {least} to {most}");
+        }
     }
 
     #[test]
