@@ -180,10 +180,15 @@ pub enum Instruction {
         /// Whether gradients are made.
         train: bool,
     },
+    /// Sends the kept gradients of a bucket's units to the ranks that own their states, or, where the scope of states is
+    /// that of gradients, asks for their sum over the scope's replicas.
+    StartBucket(usize),
+    /// Where both is to be done: waits for the first, asks for the second.
+    SumBucket(usize),
+    /// Waits for what was asked last; then this rank has the sums of what it owns.
+    FinishBucket(usize),
     /// The loss, from all ranks.
     ShareLoss,
-    /// Reduces the gradients of some units to the parts whose states this rank owns.
-    ReduceBucket(usize),
     /// Sums the gradients of weights that several ranks of the model hold.
     SumReplicated,
     /// The global norm of the gradient.
@@ -227,9 +232,9 @@ impl Instruction {
 /// One rank's share of a training step.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
-    /// Forward and backward of all micro-batches.
+    /// Forward and backward of all micro-batches, and the sum of their gradients over ranks.
     pub pass: Vec<Instruction>,
-    /// Reduce, clip, update, publish.
+    /// Clip, update, publish.
     pub update: Vec<Instruction>,
     /// Forward only, of one micro-batch (number 0).
     pub evaluate: Vec<Instruction>,

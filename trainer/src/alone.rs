@@ -1,6 +1,7 @@
 //! A whole model on one device, without an optimizer: forward and backward through the same interpreter as in a job, for
 //! checks against other implementations.
 
+use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::executor::{Executor, Parts};
 use crate::groups::Groups;
@@ -38,7 +39,8 @@ impl Alone {
     /// The next-token loss of all rows of a batch, as one micro-batch; its gradients are added. `again` marks the blocks
     /// that run again in backward.
     pub fn forward_backward(&self, batch: &Batch, again: &[bool]) -> Result<f64> {
-        let parts = Parts { model: &self.model, store: &self.store, groups: &self.groups };
+        let buckets = Buckets::default();
+        let parts = Parts { model: &self.model, store: &self.store, buckets: &buckets, groups: &self.groups };
         let rows = self.rows(batch)?;
         Ok(Executor::new(parts, &rows, false).run(&Program::alone(again))?.shared[0])
     }

@@ -1,7 +1,8 @@
 //! The communicators of a rank: one for each [`Group`] of the job, and the channels to its neighbours in the pipeline.
 //!
-//! Weights on their way to a block, and gradients on their way from one, travel beside the computation: those two groups,
-//! and the channels, have threads of their own. All others are used where the rank stands still.
+//! Weights on their way to a block, gradients on their way from one, keys on their way round the ring and the messages of
+//! a pipeline travel beside the computation: those groups, and the channels, have threads of their own. All others are
+//! used where the rank stands still.
 
 use crate::error::Result;
 use std::collections::HashMap;
@@ -32,7 +33,8 @@ pub struct Neighbours {
 }
 
 /// Groups whose calls run beside the computation.
-const BESIDE: [Group; 2] = [Group::Parameters, Group::Gradients];
+const BESIDE: [Group; 5] =
+    [Group::Parameters, Group::Gradients, Group::StatesOverGradients, Group::Replicas, Group::Ring];
 
 impl Groups {
     /// Opens all groups; every rank of `world` must call it with the same topology.

@@ -9,6 +9,7 @@
 //! every rank; the update has the same bits for every ZeRO scope. Deliberately absent: hooks and callbacks.
 
 pub mod alone;
+pub mod buckets;
 pub mod checkpoint;
 pub mod error;
 pub mod executor;

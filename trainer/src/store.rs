@@ -19,8 +19,10 @@ use tch::{Kind, Tensor};
 
 /// A tensor that is being filled by other ranks.
 pub struct Arriving {
-    tensor: Tensor,
-    pending: Pending,
+    /// Its values once `pending` is done.
+    pub tensor: Tensor,
+    /// The call.
+    pub pending: Pending,
 }
 
 /// The shards of one rank, by unit of its stage.

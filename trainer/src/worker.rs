@@ -1,5 +1,6 @@
 //! A rank's share of the model, and the verbs that a recipe drives it with.
 
+use crate::buckets::Buckets;
 use crate::error::{Result, TrainError};
 use crate::executor::{Executor, Parts};
 use crate::groups::Groups;
@@ -42,6 +43,7 @@ pub struct LossStats {
 pub struct TrainWorker {
     model: Model,
     store: WeightStore,
+    buckets: Buckets,
     optimizer: Optimizer,
     groups: Groups,
     sharding: Sharding,
@@ -77,10 +79,12 @@ impl TrainWorker {
         let model = Model::part(&plan.model, &sharding, rank, kind, device, true);
         let store = WeightStore::new(&model, &sharding, rank);
         let (config, max_norm) = (&plan.config.optimizer, plan.config.training.max_norm);
+        let buckets = Buckets::new(&model, &sharding, &store, &program.buckets, rank);
         let optimizer = Optimizer::new(&model, &sharding, &store, &program.buckets, rank, config, max_norm);
         Ok(TrainWorker {
             model,
             store,
+            buckets,
             optimizer,
             groups,
             sharding,
@@ -183,10 +187,15 @@ impl TrainWorker {
     /// After optimizer states were written: makes the kept weights equal to the master copies on every rank.
     pub fn adopt_state(&mut self, num_updates: u64) -> Result<()> {
         self.num_updates = num_updates;
-        tch::no_grad(|| self.optimizer.publish_master(&self.model, &self.store, &self.groups))
+        let (model, store, groups) = (&self.model, &self.store, &self.groups);
+        tch::no_grad(|| {
+            self.optimizer.round_master(model, store);
+            (0..self.buckets.len()).try_for_each(|bucket| self.buckets.publish(bucket, model, store, groups))
+        })
     }
 
-    /// Adds the gradients of the loss over this rank's rows of a global batch, normalised by the whole batch's weight.
+    /// Adds the gradients of the loss over this rank's rows of a global batch, normalised by the whole batch's weight, and
+    /// sums them over ranks: once before every [`TrainWorker::optim_step`].
     ///
     /// `stop` travels with the loss: every rank learns in the same step that one of them was asked to end.
     pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec, stop: bool) -> Result<LossStats> {
@@ -215,10 +224,10 @@ impl TrainWorker {
     }
 
     fn parts(&self) -> Parts<'_> {
-        Parts { model: &self.model, store: &self.store, groups: &self.groups }
+        Parts { model: &self.model, store: &self.store, buckets: &self.buckets, groups: &self.groups }
     }
 
-    /// Reduces, clips and, unless the loss or the gradient is not finite, updates the weights.
+    /// Clips and, unless the loss or the gradient is not finite, updates the weights.
     pub fn optim_step(&mut self, lr: f64, loss: &LossStats) -> Result<StepStats> {
         tch::no_grad(|| self.update(lr, loss.loss.is_finite()))
     }
@@ -229,7 +238,6 @@ impl TrainWorker {
         let mut stats = StepStats::default();
         for &instruction in &self.program.update {
             match instruction {
-                Instruction::ReduceBucket(bucket) => self.optimizer.reduce_bucket(bucket, model, store, groups)?,
                 Instruction::SumReplicated => self.optimizer.sum_replicated(model, store, groups)?,
                 Instruction::Norm => {
                     stats.grad_norm = self.optimizer.grad_norm(model, store, groups)?;
@@ -243,7 +251,7 @@ impl TrainWorker {
                     self.optimizer.update(model, store, self.num_updates, lr, stats.grad_norm);
                 }
                 Instruction::PublishBucket(bucket) if !stats.skipped => {
-                    self.optimizer.publish_bucket(bucket, model, store, groups)?;
+                    self.buckets.publish(bucket, model, store, groups)?;
                 }
                 Instruction::UpdateMatrices(_) | Instruction::Update | Instruction::PublishBucket(_) => {}
                 other => unreachable!("{other:?} belongs to the pass"),

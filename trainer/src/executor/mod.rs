@@ -18,6 +18,7 @@ mod lane;
 mod loss;
 mod ring;
 
+use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::groups::Groups;
 use crate::micro_batch::Rows;
@@ -59,6 +60,8 @@ pub struct Parts<'a> {
     pub model: &'a Model,
     /// Where weights and gradients are kept.
     pub store: &'a WeightStore,
+    /// How gradients go to the owners of states.
+    pub buckets: &'a Buckets,
     /// The rank's communicators.
     pub groups: &'a Groups,
 }
@@ -67,6 +70,7 @@ pub struct Parts<'a> {
 pub struct Executor<'a> {
     model: &'a Model,
     store: &'a WeightStore,
+    buckets: &'a Buckets,
     groups: &'a Groups,
     exchanger: Exchanger<'a>,
     rows: &'a Rows<'a>,
@@ -75,9 +79,10 @@ pub struct Executor<'a> {
     /// Whether this rank was asked to stop; travels with the loss, so that all ranks learn it in the same step.
     stop: bool,
     lanes: HashMap<usize, Lane>,
-    /// Weights, by unit, and gradients on their way.
+    /// Weights and gradients on their way, by unit; sums of gradients, by bucket.
     gathering: HashMap<Unit, Arriving>,
     reducing: HashMap<Unit, Arriving>,
+    summing: HashMap<usize, Arriving>,
     /// Values and gradients on their way to neighbours.
     sent: Vec<Pending>,
     stats: PassStats,
@@ -86,11 +91,12 @@ pub struct Executor<'a> {
 impl<'a> Executor<'a> {
     /// An executor for one pass over `rows`.
     pub fn new(parts: Parts<'a>, rows: &'a Rows<'a>, stop: bool) -> Executor<'a> {
-        let Parts { model, store, groups } = parts;
+        let Parts { model, store, buckets, groups } = parts;
         let exchanger = Exchanger::new(groups, rows.place);
         Executor {
             model,
             store,
+            buckets,
             groups,
             exchanger,
             rows,
@@ -99,6 +105,7 @@ impl<'a> Executor<'a> {
             lanes: HashMap::new(),
             gathering: HashMap::new(),
             reducing: HashMap::new(),
+            summing: HashMap::new(),
             sent: Vec::new(),
             stats: PassStats::default(),
         }
@@ -126,7 +133,7 @@ impl<'a> Executor<'a> {
 
     fn step(&mut self, instruction: Instruction) -> Result<()> {
         use Instruction as I;
-        let (model, store, groups) = (self.model, self.store, self.groups);
+        let (model, store, buckets, groups) = (self.model, self.store, self.buckets, self.groups);
         match instruction {
             I::StartGather(unit) => _ = self.gathering.insert(unit, store.start_gather(model, unit, groups)),
             I::FinishGather(unit) => {
@@ -158,12 +165,19 @@ impl<'a> Executor<'a> {
             I::Loss { micro_batch, train } => self.loss(micro_batch, train)?,
             I::CountTokens => self.count_tokens()?,
             I::ShareLoss => self.share_loss()?,
-            I::ReduceBucket(_)
-            | I::SumReplicated
-            | I::Norm
-            | I::UpdateMatrices(_)
-            | I::Update
-            | I::PublishBucket(_) => {
+            I::StartBucket(bucket) => {
+                let started = tch::no_grad(|| buckets.start_reduce(bucket, model, store, groups));
+                self.summing.insert(bucket, started);
+            }
+            I::SumBucket(bucket) => {
+                let arriving = self.summing.remove(&bucket).expect(STARTED);
+                self.summing.insert(bucket, buckets.sum(arriving, groups)?);
+            }
+            I::FinishBucket(bucket) => {
+                let arriving = self.summing.remove(&bucket).expect(STARTED);
+                buckets.finish_reduce(bucket, arriving, model, store)?;
+            }
+            I::SumReplicated | I::Norm | I::UpdateMatrices(_) | I::Update | I::PublishBucket(_) => {
                 unreachable!("{instruction:?} belongs to the update")
             }
         }

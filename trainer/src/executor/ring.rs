@@ -1,8 +1,9 @@
 //! Attention of this rank's queries over the keys and values of all ranks of the ring.
 //!
 //! ```text
-//!   rotate:  step i: attend to the keys of rank (r - i); give them to r + 1, take those of r - i - 1 from r - 1
-//!            backward: keys go round once more, their gradients one step behind, added to where they pass
+//!   rotate:  step i: give the keys of rank (r - i) to r + 1 and take those of r - i - 1 from r - 1, while attending to
+//!            the former; backward: keys go round once more, their gradients one step behind: what arrives is added to
+//!            what was computed meanwhile
 //!   gather:  all keys at once; backward gathers again and reduces their gradients to their owners
 //! ```
 //!
@@ -16,7 +17,7 @@ use crate::store::gradient_kind;
 use tangelo_configs::job::RotateMethod;
 use tangelo_core::sequence::visible_keys;
 use tangelo_core::{Group, SequenceLayout};
-use tangelo_kernels::comm::Communicator;
+use tangelo_kernels::comm::{Background, Pending};
 use tangelo_kernels::op::attention::spans::{Running, Span, attend, attend_backward};
 use tch::{Kind, Tensor};
 
@@ -29,9 +30,22 @@ pub struct RingRecord {
     lse: Tensor,
 }
 
+/// What comes in with a turn.
+struct Turn {
+    received: Tensor,
+    pending: Pending,
+}
+
+impl Turn {
+    fn wait(self) -> Result<Tensor> {
+        self.pending.wait()?;
+        Ok(self.received)
+    }
+}
+
 /// The ring, and how attention weighs.
 struct Ring<'a> {
-    comm: &'a Communicator,
+    comm: &'a Background,
     layout: SequenceLayout,
     borders: Vec<i64>,
     scale: f64,
@@ -59,19 +73,25 @@ impl Ring<'_> {
         visible_keys(&queries, &keys, &self.borders).into_iter().map(span).collect()
     }
 
-    /// Room for the keys and values (or their gradients) of `source`.
+    /// Room for what belongs to `source`.
     fn room(&self, like: &Tensor, source: usize, kind: Kind) -> Tensor {
         let mut shape = like.size();
         shape[1] = self.layout.ring_len(source) as i64;
         Tensor::empty(shape.as_slice(), (kind, like.device()))
     }
 
-    /// Gives `kv` to the next rank and takes what belongs to `source` from the one before.
-    fn turn(&self, kv: &Tensor, source: usize) -> Result<Tensor> {
+    /// Gives `kv`, which must stay as it is, to the next rank and takes what belongs to `source` from the one before.
+    fn turn(&self, kv: &Tensor, source: usize) -> Turn {
         let received = self.room(kv, source, kv.kind());
         let (rank, size) = (self.comm.rank(), self.size());
-        self.comm.shift(kv, (rank + 1) % size, &received, (rank + size - 1) % size)?;
-        Ok(received)
+        let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
+        let pending = self.comm.start_shift(kv.shallow_clone(), to, received.shallow_clone(), from);
+        Turn { received, pending }
+    }
+
+    /// The turn after `step`, where there is one.
+    fn next(&self, here: &Tensor, step: usize) -> Option<Turn> {
+        (step + 1 < self.size()).then(|| self.turn(here, self.source(step + 1)))
     }
 
     fn attend(&self, q: &Tensor, kv: &Tensor, source: usize, running: &mut Running) {
@@ -89,7 +109,7 @@ impl Ring<'_> {
     fn gather(&self, kv: &Tensor) -> Result<Vec<Tensor>> {
         let counts = self.counts(kv);
         let all = Tensor::empty([counts.iter().sum::<usize>() as i64], (kv.kind(), kv.device()));
-        self.comm.all_gather_into(&all, kv, &counts)?;
+        self.comm.start_all_gather_into(all.shallow_clone(), kv.shallow_clone(), counts.clone()).wait()?;
         let mut at = 0;
         let part = |rank: usize| {
             let mut shape = kv.size();
@@ -114,9 +134,10 @@ impl Ring<'_> {
             RotateMethod::Ring => {
                 let mut here = kv.shallow_clone();
                 for step in 0..self.size() {
+                    let next = self.next(&here, step);
                     self.attend(q, &here, self.source(step), &mut running);
-                    if step + 1 < self.size() {
-                        here = self.turn(&here, self.source(step + 1))?;
+                    if let Some(next) = next {
+                        here = next.wait()?;
                     }
                 }
             }
@@ -151,28 +172,30 @@ impl Ring<'_> {
         }
         let flat: Vec<Tensor> = gradients.iter().map(|g| g.reshape([-1])).collect();
         let own = Tensor::zeros(record.kv.size(), (wide, record.kv.device()));
-        self.comm.reduce_scatter(&own, &Tensor::cat(&flat, 0), &self.counts(&record.kv))?;
+        let (sums, counts) = (own.shallow_clone(), self.counts(&record.kv));
+        self.comm.start_reduce_scatter(sums, Tensor::cat(&flat, 0), counts).wait()?;
         Ok(own)
     }
 
     fn backward_rotating(&self, record: &RingRecord, dout: &Tensor, dq: &Tensor, wide: Kind) -> Result<Tensor> {
         let own = Tensor::zeros(record.kv.size(), (wide, record.kv.device()));
+        let mut next = self.next(&record.kv, 0);
         self.back(record, dout, &record.kv, self.source(0), dq, &own);
-        let mut here = record.kv.shallow_clone();
-        let mut travelling: Option<Tensor> = None;
+        // The gradient of what is here, from the ranks that it came by.
+        let mut passed: Option<Turn> = None;
         for step in 1..self.size() {
-            let source = self.source(step);
-            here = self.turn(&here, source)?;
-            let gradient = match travelling.take() {
-                Some(passed) => self.turn(&passed, source)?,
-                None => self.room(&here, source, wide).zero_(),
-            };
-            self.back(record, dout, &here, source, dq, &gradient);
-            travelling = Some(gradient);
+            let here = next.take().expect("a turn for each step").wait()?;
+            next = self.next(&here, step);
+            let mut gradient = self.room(&here, self.source(step), wide).zero_();
+            self.back(record, dout, &here, self.source(step), dq, &gradient);
+            if let Some(passed) = passed.take() {
+                gradient += passed.wait()?;
+            }
+            // It follows the keys one step behind; after the last step the next rank is its owner.
+            passed = Some(self.turn(&gradient, self.source(step + 1)));
         }
-        // After all steps but one of a round, the next rank is the owner of what is here.
-        match travelling {
-            Some(passed) => Ok(own + self.turn(&passed, self.comm.rank())?),
+        match passed {
+            Some(passed) => Ok(own + passed.wait()?),
             None => Ok(own),
         }
     }
@@ -181,7 +204,7 @@ impl Ring<'_> {
 impl Executor<'_> {
     fn ring_of<'a>(&'a self, lane: &Lane, layer: usize) -> Ring<'a> {
         let (scale, window) = self.model.block_shape(layer).attention_scale();
-        let comm = self.groups.get(Group::Ring).expect("ring attention needs a ring");
+        let comm = self.groups.beside(Group::Ring).expect("ring attention needs a ring");
         Ring { comm, layout: lane.layout(), borders: lane.batch.pack.cu_seqlens.clone(), scale, window }
     }
 

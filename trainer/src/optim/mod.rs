@@ -1,16 +1,16 @@
-//! From accumulated gradients to updated weights: reduce, clip, check, update, publish.
+//! From reduced gradients to updated weights: clip, check, update.
 //!
-//! Invariants: after [`Optimizer::reduce_bucket`] and [`Optimizer::sum_replicated`], the ranges of the kept gradients that
-//! a rank owns hold the sum over all ranks, elementwise in group order, whatever the bucket; the global norm is the same
-//! f64 on every rank; the decision to skip a step is therefore the same everywhere without a vote.
+//! Invariants: after a pass and [`Optimizer::sum_replicated`], the ranges of the kept gradients that a rank owns hold the
+//! sum over all ranks, elementwise in group order, whatever the bucket; the global norm is the same f64 on every rank; the
+//! decision to skip a step is therefore the same everywhere without a vote.
 
 mod muon;
 mod norm;
 
 use crate::error::Result;
 use crate::groups::Groups;
-use crate::shards::{Cut, OwnedRange, narrow, owned};
-use crate::store::{WeightStore, gradient_kind};
+use crate::shards::{OwnedRange, narrow, owned};
+use crate::store::WeightStore;
 use muon::Matrices;
 use norm::ChunkOrder;
 use std::ops::Range;
@@ -85,10 +85,6 @@ impl OwnedState {
 pub struct Optimizer {
     config: OptimizerConfig,
     max_norm: f64,
-    /// By bucket: gradients, from the ranks that share them to those that own their states.
-    reduces: Vec<Cut>,
-    /// By bucket: weights, from the ranks that own their states to those that keep them.
-    publishes: Vec<Cut>,
     states: Vec<OwnedState>,
     /// By bucket: what Muon updates.
     matrices: Vec<Matrices>,
@@ -114,16 +110,9 @@ impl Optimizer {
             })
             .map(|(unit, range)| owned_state(model, sharding, store, unit, range, config))
             .collect();
-        let cut = |places: &[_], group| {
-            let one =
-                |bucket: &Range<usize>| Cut::new(model, sharding, bucket.clone(), places, Level::States, group, rank);
-            buckets.iter().map(one).collect()
-        };
         Optimizer {
             config: config.clone(),
             max_norm,
-            reduces: cut(store.gradient_places(), Group::StatesOverGradients),
-            publishes: cut(store.weight_places(), Group::StatesOverParameters),
             matrices: buckets.iter().map(|units| Matrices::new(model, sharding, &states, units, rank)).collect(),
             states,
             chunks: ChunkOrder::new(model, sharding, rank),
@@ -138,27 +127,6 @@ impl Optimizer {
     /// What this rank owns, in the order of units and flat buffers.
     pub fn states(&self) -> &[OwnedState] {
         &self.states
-    }
-
-    /// Sums a bucket's gradients over the ranks that share its weights; afterwards the owned ranges hold the sums.
-    pub fn reduce_bucket(&self, bucket: usize, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
-        let cut = &self.reduces[bucket];
-        let (kind, device) = (gradient_kind(model), model.device());
-        let buffer = |unit| store.gradients(model, unit);
-        let sum = match groups.get(Group::StatesOverGradients) {
-            Some(comm) => {
-                let all = cut.pack(buffer, kind, device);
-                let sum = Tensor::empty([cut.own_len() as i64], (kind, device));
-                comm.reduce_scatter(&sum, &all, cut.counts())?;
-                sum
-            }
-            None => cut.pack_own(buffer, kind, device),
-        };
-        if let Some(comm) = groups.get(Group::Replicas) {
-            comm.all_reduce(&sum)?;
-        }
-        cut.unpack_own(&sum, buffer);
-        Ok(())
     }
 
     /// Sums the owned gradients of weights that several tensor ranks or both ends of a pipeline hold.
@@ -231,26 +199,13 @@ impl Optimizer {
         }
     }
 
-    /// Gives a bucket's updated weights to the ranks that keep them.
-    pub fn publish_bucket(&self, bucket: usize, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
-        let Some(comm) = groups.get(Group::StatesOverParameters) else { return Ok(()) };
-        let cut = &self.publishes[bucket];
-        let (kind, device) = (model.kind(), model.device());
-        let own = cut.pack_own(|unit| store.weights(model, unit), kind, device);
-        let all = Tensor::empty([cut.len() as i64], (kind, device));
-        comm.all_gather_into(&all, &own, cut.counts())?;
-        cut.unpack(&all, |unit| store.weights(model, unit));
-        Ok(())
-    }
-
-    /// Copies master weights into the kept narrower ones and to the other ranks that keep them (after a restore).
-    pub fn publish_master(&self, model: &Model, store: &WeightStore, groups: &Groups) -> Result<()> {
+    /// Copies master weights into the kept narrower ones (after a restore).
+    pub fn round_master(&self, model: &Model, store: &WeightStore) {
         for state in &self.states {
             if let Some(mut copy) = state.model_copy(model, store) {
                 copy.copy_(&state.master);
             }
         }
-        (0..self.publishes.len()).try_for_each(|bucket| self.publish_bucket(bucket, model, store, groups))
     }
 }
 

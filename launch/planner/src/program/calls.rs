@@ -11,7 +11,7 @@
 //! | its backward | R - 1 shifts of keys and values and as many of fp32 gradients, or an all-gather and a reduce-scatter |
 //! | `Loss` under tensor parallelism | gather of hidden states, three numbers a token for each chunk, scatter of gradients |
 //! | `Send`, `Receive` | this rank's tokens of the residual stream |
-//! | `ReduceBucket` | reduce-scatter beyond the gradients' scope, then all-reduce beyond the states' |
+//! | `StartBucket`, `SumBucket` | reduce-scatter beyond the gradients' scope, then all-reduce beyond the states', beside |
 //! | `SumReplicated` | all-reduces of what several tensor ranks, or both ends of the pipeline, hold |
 //! | `Norm` | all-gather of float64 chunk sums over the owners of states, of one number over the parts of the model |
 //! | `UpdateMatrices` | under tensor parallelism, an all-gather in fp32 of the parts of the matrices that a rank owns |
@@ -144,7 +144,8 @@ impl Sizes {
             I::RingAttendBackward { layer, .. } => self.ring_backward(&place, layer),
             I::Exchange { exchange, pass, layer, .. } => vec![self.exchange(&place, exchange, pass, layer)],
             I::Loss { train, .. } => self.loss(&place, train),
-            I::ReduceBucket(bucket) => self.reduce_bucket(&place, bucket),
+            I::StartBucket(bucket) => self.start_bucket(&place, bucket),
+            I::SumBucket(bucket) => vec![self.sum_bucket(&place, bucket)],
             I::SumReplicated => self.sum_replicated(&place),
             I::Norm => self.norm(&place),
             I::UpdateMatrices(bucket) => self.matrices(&place, bucket),
@@ -153,7 +154,9 @@ impl Sizes {
                 let counts = Arc::clone(&self.part(&place).bucket_publishes[bucket][at]);
                 vec![call(Group::StatesOverParameters, CallKind::AllGather, self.element_bytes, counts)]
             }
-            I::FinishGather(_) | I::Release(_) | I::OpenGradient(_) | I::FinishReduce(_) => Vec::new(),
+            I::FinishGather(_) | I::Release(_) | I::OpenGradient(_) | I::FinishReduce(_) | I::FinishBucket(_) => {
+                Vec::new()
+            }
             I::Stash(_) | I::Restore(_) | I::Block { .. } | I::BlockBackward { .. } | I::Update => Vec::new(),
         };
         calls.into_iter().filter(|call| self.topology.size(call.group) > 1).collect()
@@ -260,15 +263,18 @@ impl Sizes {
 
     // ---- the update ------------------------------------------------------------------------------------------------
 
-    fn reduce_bucket(&self, place: &Place, bucket: usize) -> Vec<Call> {
-        let part = self.part(place);
-        let index = |group| self.topology.index(group, place.rank);
-        let counts = Arc::clone(&part.bucket_reduces[bucket][index(Group::Gradients)]);
-        let own = part.owned[bucket][index(Group::States)];
-        vec![
-            call(Group::StatesOverGradients, CallKind::ReduceScatter, GRADIENT_BYTES, counts),
-            call(Group::Replicas, CallKind::AllReduce, GRADIENT_BYTES, [own].into()),
-        ]
+    fn start_bucket(&self, place: &Place, bucket: usize) -> Vec<Call> {
+        if self.topology.size(Group::StatesOverGradients) == 1 {
+            return vec![self.sum_bucket(place, bucket)];
+        }
+        let at = self.topology.index(Group::Gradients, place.rank);
+        let counts = Arc::clone(&self.part(place).bucket_reduces[bucket][at]);
+        vec![call(Group::StatesOverGradients, CallKind::ReduceScatter, GRADIENT_BYTES, counts)]
+    }
+
+    fn sum_bucket(&self, place: &Place, bucket: usize) -> Call {
+        let own = self.part(place).owned[bucket][self.topology.index(Group::States, place.rank)];
+        call(Group::Replicas, CallKind::AllReduce, GRADIENT_BYTES, [own].into())
     }
 
     fn sum_replicated(&self, place: &Place) -> Vec<Call> {

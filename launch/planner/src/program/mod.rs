@@ -24,8 +24,9 @@ use tangelo_configs::job::{OptimizerName, PipelineSchedule as Schedule};
 use tangelo_core::pipeline::{self, Pass, PipelineSchedule};
 use tangelo_core::{DType, Group, Instruction, Program, Unit};
 
-/// Elements after which a bucket of gradients is closed.
-pub const BUCKET_ELEMENTS: usize = 16 << 20;
+/// Elements after which a bucket of gradients is closed: 25 MiB in fp32. Blocks of large models fill one each; smaller
+/// ones need several buckets, so that all but the last are on their way while backward goes on.
+pub const BUCKET_ELEMENTS: usize = (25 << 20) / 4;
 
 /// The program of the ranks of `stage`.
 pub fn build(plan: &Plan, stage: usize) -> Program {
@@ -34,9 +35,8 @@ pub fn build(plan: &Plan, stage: usize) -> Program {
     let pass = std::mem::take(&mut builder.list);
     builder.evaluate();
     let evaluate = std::mem::take(&mut builder.list);
-    let buckets = builder.buckets();
-    builder.update(buckets.len());
-    Program { pass, update: builder.list, evaluate, buckets }
+    builder.update();
+    Program { pass, update: builder.list, evaluate, buckets: builder.buckets }
 }
 
 /// The pipeline's order for the actions of `stage`.
@@ -59,6 +59,12 @@ struct Builder<'a> {
     list: Vec<Instruction>,
     /// Units whose gradients are on their way.
     reducing: Vec<Unit>,
+    buckets: Vec<Range<usize>>,
+    /// By bucket, in the backward of the last micro-batch: units whose gradients are still to come.
+    missing: Vec<usize>,
+    /// Buckets on their way to the owners of states, and those that are summed over replicas.
+    scattering: Option<usize>,
+    summing: Option<usize>,
 }
 
 impl Builder<'_> {
@@ -73,6 +79,10 @@ impl Builder<'_> {
             ties_here: plan.model.tie_word_embeddings && !sharding.copies_embedding(),
             list: Vec::new(),
             reducing: Vec::new(),
+            buckets: buckets(plan, stage),
+            missing: Vec::new(),
+            scattering: None,
+            summing: None,
         }
     }
 
@@ -128,6 +138,60 @@ impl Builder<'_> {
     fn settle(&mut self) {
         for unit in std::mem::take(&mut self.reducing) {
             self.emit(Instruction::FinishReduce(unit));
+            self.close(unit);
+        }
+    }
+
+    /// A unit's gradients of one micro-batch are made.
+    fn made(&mut self, unit: Unit) {
+        if self.is_split(Group::Gradients) {
+            self.reduce(unit);
+        } else {
+            self.close(unit);
+        }
+    }
+
+    // ---- buckets, in the backward of the last micro-batch ----------------------------------------------------------
+
+    /// This rank keeps the sum of a unit's gradients over all micro-batches: a bucket whose units are all there leaves.
+    fn close(&mut self, unit: Unit) {
+        let index = self.units.iter().position(|&own| own == unit).expect("a unit of this stage");
+        let bucket = self.buckets.iter().position(|units| units.contains(&index)).expect("buckets cover the units");
+        let Some(missing) = self.missing.get_mut(bucket) else { return };
+        *missing -= 1;
+        if *missing == 0 {
+            self.send_bucket(bucket);
+        }
+    }
+
+    /// One bucket is on its way at a time, and one in each of two calls where two are made.
+    fn send_bucket(&mut self, bucket: usize) {
+        match (self.is_split(Group::StatesOverGradients), self.is_split(Group::Replicas)) {
+            (false, false) => {}
+            (true, true) => {
+                self.sum_scattered();
+                self.emit(Instruction::StartBucket(bucket));
+                self.scattering = Some(bucket);
+            }
+            _ => {
+                self.finish_bucket();
+                self.emit(Instruction::StartBucket(bucket));
+                self.summing = Some(bucket);
+            }
+        }
+    }
+
+    fn sum_scattered(&mut self) {
+        self.finish_bucket();
+        if let Some(bucket) = self.scattering.take() {
+            self.emit(Instruction::SumBucket(bucket));
+            self.summing = Some(bucket);
+        }
+    }
+
+    fn finish_bucket(&mut self) {
+        if let Some(bucket) = self.summing.take() {
+            self.emit(Instruction::FinishBucket(bucket));
         }
     }
 
@@ -140,14 +204,23 @@ impl Builder<'_> {
             self.gather_all();
         }
         let start = self.list.len();
-        for action in actions(self.plan, self.stage) {
+        let actions = actions(self.plan, self.stage);
+        let last = actions.iter().rposition(|action| action.pass == Pass::Backward);
+        for (index, action) in actions.iter().enumerate() {
+            if last == Some(index) {
+                self.missing = self.buckets.iter().map(Range::len).collect();
+            }
             match action.pass {
                 Pass::Forward => self.forward(action.micro_batch, true),
                 Pass::Backward => self.backward(action.micro_batch),
             }
         }
+        self.sum_scattered();
+        self.finish_bucket();
         if keeps {
             self.keep_gathered(start);
+        } else {
+            keep_at_turns(&mut self.list);
         }
         self.emit(Instruction::ShareLoss);
     }
@@ -230,14 +303,14 @@ impl Builder<'_> {
                 self.list.extend(steps);
             }
             self.release(unit);
-            self.reduce(unit);
+            self.made(unit);
         }
         if self.is_first {
             if !self.ties_here {
                 self.open(Unit::Embedding);
             }
             self.emit(Instruction::EmbedBackward(micro_batch));
-            self.reduce(Unit::Embedding);
+            self.made(Unit::Embedding);
         } else {
             self.emit(Instruction::Send(Pass::Backward, micro_batch));
         }
@@ -262,7 +335,7 @@ impl Builder<'_> {
             self.release(unit);
         }
         if train {
-            self.reduce(Unit::Head);
+            self.made(Unit::Head);
         }
     }
 
@@ -275,13 +348,10 @@ impl Builder<'_> {
 
     // ---- update ----------------------------------------------------------------------------------------------------
 
-    fn update(&mut self, num_buckets: usize) {
-        let reduces = self.is_split(Group::StatesOverGradients) || self.is_split(Group::Replicas);
+    fn update(&mut self) {
+        let num_buckets = self.buckets.len();
         let replicated = [Group::Tensor, Group::KeyReplicas].into_iter().any(|group| self.is_split(group));
         let copies = self.plan.sharding().copies_embedding() && (self.is_first || self.is_last);
-        if reduces {
-            self.list.extend((0..num_buckets).map(Instruction::ReduceBucket));
-        }
         if replicated || copies {
             self.emit(Instruction::SumReplicated);
         }
@@ -294,26 +364,50 @@ impl Builder<'_> {
             self.list.extend((0..num_buckets).map(Instruction::PublishBucket));
         }
     }
+}
 
-    /// Neighbouring units until a bucket is full.
-    fn buckets(&self) -> Vec<Range<usize>> {
-        let sharding = self.plan.sharding();
-        let size = |unit: &Unit| -> usize {
-            let metas = sharding.parameters(&self.plan.model, *unit, DType::F32);
-            metas.iter().map(|m| m.num_elements()).sum::<usize>() / self.plan.topology.size(Group::Tensor)
-        };
-        let mut buckets: Vec<Range<usize>> = Vec::new();
-        let mut filled = usize::MAX;
-        for (index, unit) in self.units.iter().enumerate() {
-            if filled >= BUCKET_ELEMENTS {
-                buckets.push(index..index);
-                filled = 0;
-            }
-            if let Some(open) = buckets.last_mut() {
-                open.end = index + 1;
-            }
-            filled += size(unit);
+/// Neighbouring units of a stage until a bucket is full.
+fn buckets(plan: &Plan, stage: usize) -> Vec<Range<usize>> {
+    let sharding = plan.sharding();
+    let size = |unit| -> usize {
+        let metas = sharding.parameters(&plan.model, unit, DType::F32);
+        metas.iter().map(|m| m.num_elements()).sum::<usize>() / plan.topology.size(Group::Tensor)
+    };
+    let mut buckets: Vec<Range<usize>> = Vec::new();
+    let mut filled = usize::MAX;
+    for (index, unit) in sharding.units(stage).into_iter().enumerate() {
+        if filled >= BUCKET_ELEMENTS {
+            buckets.push(index..index);
+            filled = 0;
         }
-        buckets
+        if let Some(open) = buckets.last_mut() {
+            open.end = index + 1;
+        }
+        filled += size(unit);
+    }
+    buckets
+}
+
+/// Where the block whose weights are given back is the next one to be gathered (forward turns into backward), they stay.
+fn keep_at_turns(list: &mut Vec<Instruction>) {
+    let is_block = |unit: Unit| matches!(unit, Unit::Block(_));
+    let mut at = 0;
+    while at < list.len() {
+        if let Instruction::Release(unit) = list[at]
+            && is_block(unit)
+        {
+            let later = |wanted| list.iter().skip(at).position(|&i| i == wanted).map(|n| at + n);
+            let next = list[at..].iter().find(|i| matches!(i, Instruction::StartGather(unit) if is_block(*unit)));
+            let finish = later(Instruction::FinishGather(unit));
+            if next == Some(&Instruction::StartGather(unit))
+                && let (Some(start), Some(finish)) = (later(Instruction::StartGather(unit)), finish)
+            {
+                for index in [finish, start, at] {
+                    list.remove(index);
+                }
+                continue;
+            }
+        }
+        at += 1;
     }
 }

@@ -6,7 +6,8 @@
 //! 2. *pairing*: the k-th send of every channel meets a k-th receive of the same size;
 //! 3. *progress*: ranks advance until all have ended. A call waits for all members; weights and gradients travel beside
 //!    the computation and are waited for where they are used; a receive waits for its send; sends wait for nothing, but
-//!    a pass ends only when all of them were received.
+//!    a pass ends only when all of them were received. (Turns of a ring are taken as waited for where they begin, which is
+//!    stricter than the trainer.)
 //!
 //! One simulated order is enough: the calls of each group and channel have a fixed order, so what a rank is given does
 //! not depend on who is faster, and a step that can end in one order ends in all. Parts may be looked at apart for the
@@ -37,7 +38,7 @@ pub const PARTS: [&str; 3] = ["pass", "update", "evaluate"];
 const UPDATE: usize = 1;
 
 /// Groups whose calls run beside the computation.
-const BESIDE: [Group; 2] = [Group::Parameters, Group::Gradients];
+const BESIDE: [Group; 4] = [Group::Parameters, Group::Gradients, Group::StatesOverGradients, Group::Replicas];
 
 /// Shows that the ranks of `plan` understand each other.
 ///
@@ -81,7 +82,7 @@ pub struct Schedule {
 }
 
 /// Coordinates on which a rank's list of calls depends.
-type Key = (usize, [usize; 4]);
+type Key = (usize, [usize; 5]);
 
 impl Schedule {
     /// The programs of all ranks of `plan`, with sizes.
@@ -108,8 +109,11 @@ impl Schedule {
     fn keys(&self, rank: usize) -> [Key; 3] {
         let index = |group| self.topology.index(group, rank);
         let (stage, tensor) = (self.topology.stage(rank), index(Group::Tensor));
-        let of_sequence = [stage, tensor, index(Group::Ring), index(Group::Heads)];
-        [(0, of_sequence), (1, [stage, tensor, index(Group::States), 0]), (2, of_sequence)]
+        let of_sequence = |owner| [stage, tensor, index(Group::Ring), index(Group::Heads), owner];
+        let [reduces, sums] = [Group::StatesOverGradients, Group::Replicas].map(|group| self.topology.size(group) > 1);
+        // Sums are of what a rank owns; what is sent to owners depends on what it keeps.
+        let owner = if sums { index(Group::States) } else { usize::from(reduces) * index(Group::Gradients) };
+        [(0, of_sequence(owner)), (1, [stage, tensor, index(Group::States), 0, 0]), (2, of_sequence(0))]
     }
 
     fn add_list(&mut self, sizes: &Sizes, rank: usize, part: usize) -> usize {
@@ -117,27 +121,16 @@ impl Schedule {
         let program = std::mem::take(&mut self.programs[stage][part]);
         let mut calls_of: HashMap<Instruction, Vec<u32>> = HashMap::new();
         let mut started: HashMap<Instruction, u32> = HashMap::new();
-        let mut numbers = [0u32; BESIDE.len()];
+        let mut numbers = [0u32; Group::ALL.len()];
         let mut list = Vec::new();
         for (at, &instruction) in program.iter().enumerate() {
             let mut push = |does| list.push(Step { instruction: at as u32, does });
-            match instruction {
-                Instruction::FinishGather(unit) => {
-                    push(Does::Await(Group::Parameters, started[&Instruction::StartGather(unit)]));
-                }
-                Instruction::FinishReduce(unit) => {
-                    push(Does::Await(Group::Gradients, started[&Instruction::StartReduce(unit)]));
-                }
-                _ => {}
+            if let Some(start) = self.awaits(instruction) {
+                push(Does::Await(self.starts(start).expect("what is waited for was started"), started[&start]));
             }
-            let beside = match instruction {
-                Instruction::StartGather(_) => Some(0),
-                Instruction::StartReduce(_) => Some(1),
-                _ => None,
-            };
-            if let Some(group) = beside {
-                started.insert(instruction, numbers[group]);
-                numbers[group] += 1;
+            if let Some(group) = self.starts(instruction) {
+                started.insert(instruction, numbers[group as usize]);
+                numbers[group as usize] += 1;
             }
             let kind = instruction.of_any_micro_batch();
             let calls = calls_of.entry(kind).or_insert_with(|| {
@@ -151,6 +144,32 @@ impl Schedule {
         self.programs[stage][part] = program;
         self.lists.push(list);
         self.lists.len() - 1
+    }
+
+    /// The group in which an instruction starts a call beside the computation.
+    fn starts(&self, instruction: Instruction) -> Option<Group> {
+        match instruction {
+            Instruction::StartGather(_) => Some(Group::Parameters),
+            Instruction::StartReduce(_) => Some(Group::Gradients),
+            Instruction::StartBucket(_) if self.topology.size(Group::StatesOverGradients) > 1 => {
+                Some(Group::StatesOverGradients)
+            }
+            Instruction::StartBucket(_) | Instruction::SumBucket(_) => Some(Group::Replicas),
+            _ => None,
+        }
+    }
+
+    /// The instruction whose call an instruction waits for.
+    fn awaits(&self, instruction: Instruction) -> Option<Instruction> {
+        let both = [Group::StatesOverGradients, Group::Replicas].iter().all(|&group| self.topology.size(group) > 1);
+        match instruction {
+            Instruction::FinishGather(unit) => Some(Instruction::StartGather(unit)),
+            Instruction::FinishReduce(unit) => Some(Instruction::StartReduce(unit)),
+            Instruction::SumBucket(bucket) => Some(Instruction::StartBucket(bucket)),
+            Instruction::FinishBucket(bucket) if both => Some(Instruction::SumBucket(bucket)),
+            Instruction::FinishBucket(bucket) => Some(Instruction::StartBucket(bucket)),
+            _ => None,
+        }
     }
 
     /// Number of ranks.
