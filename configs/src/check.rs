@@ -141,6 +141,9 @@ fn muon(found: &mut Found, o: &Optimizer) {
 }
 
 fn parallelism(found: &mut Found, p: &Parallelism) {
+    found.require(p.gradient_bucket_mb > 0.0, || {
+        format!("`parallelism.gradient_bucket_mb` = {}; it is a size above 0, in MiB", p.gradient_bucket_mb)
+    });
     found.within("parallelism.data_parallel_replicate_degree", p.data_parallel_replicate_degree, 1, MAX_RANKS);
     for (key, degree) in [
         ("parallelism.data_parallel_shard_degree", p.data_parallel_shard_degree),
@@ -297,6 +300,16 @@ pub(crate) fn check_with_model(c: &JobConfig, spec: &ModelSpec) -> Result<(), Co
              are not meant for this model; lower the one or raise the other"
         )
     });
+    let num_layers = spec.blocks.len();
+    for (index, layers) in c.activation_checkpoint.layers.iter().enumerate() {
+        found.require(layers.last < num_layers, || {
+            format!(
+                "`activation_checkpoint.layers.{index}`: `last` = {}, but the model's {num_layers} layers are 0 to {}",
+                layers.last,
+                num_layers - 1
+            )
+        });
+    }
     found.result()
 }
 

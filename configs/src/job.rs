@@ -329,12 +329,16 @@ pub struct Parallelism {
     /// Ranks over which parameters are sharded (our own key; ZeRO-3 scope). 1: replicated, -1: all of
     /// `data_parallel_shard_degree` x `context_parallel_degree`, as for the two below.
     pub zero_parameter_degree: i64,
-    /// Ranks over which gradients are sharded (our own key; ZeRO-2 scope). 1: replicated; at least the one above.
+    /// Ranks over which gradients are sharded (our own key; ZeRO-2 scope), a multiple of the one above. 1: as far as that.
     pub zero_gradient_degree: i64,
-    /// Ranks over which optimizer states are sharded (our own key; ZeRO-1 scope). 1: replicated; at least the one above.
+    /// Ranks over which optimizer states are sharded (our own key; ZeRO-1 scope), a multiple of the one above. 1:
+    /// replicated.
     pub zero_optimizer_degree: i64,
     /// Whether gathered weights are given back between forward and backward, where `zero_parameter_degree` is above 1.
     pub fsdp_reshard_after_forward: ReshardAfterForward,
+    /// MiB of fp32 gradients after which they leave together for the ranks that own their states, while backward goes on
+    /// (our own key).
+    pub gradient_bucket_mb: f64,
     /// Tensor parallel, with the sequence split between matrices.
     pub tensor_parallel_degree: usize,
     /// Pipeline stages.
@@ -636,6 +640,7 @@ impl Default for Parallelism {
             zero_gradient_degree: 1,
             zero_optimizer_degree: -1,
             fsdp_reshard_after_forward: ReshardAfterForward::Default,
+            gradient_bucket_mb: 25.0,
             tensor_parallel_degree: 1,
             pipeline_parallel_degree: 1,
             pipeline_parallel_schedule: PipelineSchedule::OneFOneB,

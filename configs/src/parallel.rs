@@ -1,7 +1,7 @@
 //! The `[parallelism]` section as a [`Topology`] and the layers of each stage.
 
 use crate::check::Found;
-use crate::job::{JobConfig, Parallelism};
+use crate::job::{JobConfig, Parallelism, ReshardAfterForward};
 use crate::{AttentionSpec, ConfigError, MixerSpec, ModelSpec};
 use std::ops::Range;
 use tangelo_core::layout::part_range;
@@ -10,15 +10,9 @@ use tangelo_core::{Axis, DeviceMesh, MeshError, Topology, ZeroScopes};
 /// Turns -1 degrees into numbers and builds the mesh.
 pub(crate) fn resolve_mesh(config: &mut JobConfig, world_size: usize) -> Result<DeviceMesh, ConfigError> {
     let p = &mut config.parallelism;
-    let others = [
-        p.data_parallel_replicate_degree,
-        p.tensor_parallel_degree,
-        p.pipeline_parallel_degree,
-        p.context_parallel_degree,
-    ];
-    let others = others.into_iter().fold(1, usize::saturating_mul);
+    check_world_size(p, world_size)?;
     if p.data_parallel_shard_degree == -1 {
-        p.data_parallel_shard_degree = (world_size / others).max(1) as i64;
+        p.data_parallel_shard_degree = (world_size / product(&other_degrees(p))) as i64;
     }
     let weights = p.data_parallel_shard_degree * p.context_parallel_degree as i64;
     for degree in [&mut p.zero_parameter_degree, &mut p.zero_gradient_degree, &mut p.zero_optimizer_degree] {
@@ -26,8 +20,11 @@ pub(crate) fn resolve_mesh(config: &mut JobConfig, world_size: usize) -> Result<
             *degree = weights;
         }
     }
-    // Gradients are cut at least as far as the weights they belong to.
-    p.zero_gradient_degree = p.zero_gradient_degree.max(p.zero_parameter_degree);
+    // Gradients are cut at least as far as the weights they belong to, unless told otherwise.
+    let raised = p.zero_gradient_degree == 1 && p.zero_parameter_degree > 1;
+    if raised {
+        p.zero_gradient_degree = p.zero_parameter_degree;
+    }
     let mesh = DeviceMesh::new(&[
         (Axis::Pp, p.pipeline_parallel_degree),
         (Axis::DpReplicate, p.data_parallel_replicate_degree),
@@ -36,9 +33,63 @@ pub(crate) fn resolve_mesh(config: &mut JobConfig, world_size: usize) -> Result<
         (Axis::Tp, p.tensor_parallel_degree),
     ])
     .map_err(mesh_error)?;
-    mesh.check_world_size(world_size).map_err(mesh_error)?;
-    check_zero_scopes(p, weights as usize)?;
+    check_zero_scopes(p, weights as usize, raised)?;
     Ok(mesh)
+}
+
+/// All degrees but that of `data_parallel_shard_degree`, with their keys, as ranks are laid out.
+fn other_degrees(p: &Parallelism) -> [(&'static str, usize); 4] {
+    [
+        ("pipeline_parallel_degree", p.pipeline_parallel_degree),
+        ("data_parallel_replicate_degree", p.data_parallel_replicate_degree),
+        ("context_parallel_degree", p.context_parallel_degree),
+        ("tensor_parallel_degree", p.tensor_parallel_degree),
+    ]
+}
+
+/// Absurd degrees are refused by their number, not by an overflow.
+fn product(degrees: &[(&str, usize)]) -> usize {
+    degrees.iter().fold(1, |product: usize, (_, degree)| product.saturating_mul(*degree))
+}
+
+fn check_world_size(p: &Parallelism, world_size: usize) -> Result<(), ConfigError> {
+    let mut degrees = other_degrees(p).to_vec();
+    let takes_the_rest = p.data_parallel_shard_degree == -1;
+    if !takes_the_rest {
+        degrees.insert(2, ("data_parallel_shard_degree", p.data_parallel_shard_degree as usize));
+    }
+    let ranks = product(&degrees);
+    let fits = if takes_the_rest { ranks > 0 && world_size.is_multiple_of(ranks) } else { ranks == world_size };
+    let mut found = Found::default();
+    found.require(fits, || {
+        // Degrees of 1 do not explain anything, unless all are.
+        degrees.retain(|(key, degree)| *degree != 1 || ranks == 1 && *key == "data_parallel_shard_degree");
+        let factors: Vec<String> = degrees.iter().map(|(key, n)| format!("`parallelism.{key}` {n}")).collect();
+        let arithmetic = match factors.as_slice() {
+            [_] => format!("`parallelism.{}` = {ranks}", degrees[0].0),
+            _ => format!("{} = {ranks}", factors.join(" x ")),
+        };
+        let leaves = world_size.checked_rem(ranks).unwrap_or(world_size);
+        match takes_the_rest {
+            true => format!(
+                "{arithmetic} ranks do not divide the job's {world_size}: {world_size} / {ranks} leaves {leaves}; \
+                 change a degree, or start a multiple of {ranks} ranks"
+            ),
+            false => format!(
+                "{arithmetic} ranks, but the job has {world_size}; change a degree (data_parallel_shard_degree = \
+                 -1 takes what the others leave), or start {ranks} ranks"
+            ),
+        }
+    });
+    found.result()
+}
+
+/// Says whether gathered weights are given back between forward and backward, where that was left open.
+pub(crate) fn resolve_reshard(p: &mut Parallelism) {
+    if p.fsdp_reshard_after_forward == ReshardAfterForward::Default {
+        let never = p.pipeline_parallel_degree > 1;
+        p.fsdp_reshard_after_forward = if never { ReshardAfterForward::Never } else { ReshardAfterForward::Always };
+    }
 }
 
 fn mesh_error(e: MeshError) -> ConfigError {
@@ -46,8 +97,9 @@ fn mesh_error(e: MeshError) -> ConfigError {
 }
 
 /// The lattice of ZeRO scopes: optimizer states are spread at least as far as gradients, these as parameters, and each
-/// scope divides the next (AMSP, arXiv 2311.00257).
-fn check_zero_scopes(p: &Parallelism, weights: usize) -> Result<(), ConfigError> {
+/// scope divides the next (AMSP, arXiv 2311.00257). `raised`: the gradients' scope is that of parameters because nobody set
+/// it.
+fn check_zero_scopes(p: &Parallelism, weights: usize, raised: bool) -> Result<(), ConfigError> {
     let mut found = Found::default();
     let divides = |found: &mut Found, (inner, m): (&str, usize), (outer, n): (&str, usize)| {
         found.require(n.is_multiple_of(m), || {
@@ -71,8 +123,18 @@ fn check_zero_scopes(p: &Parallelism, weights: usize) -> Result<(), ConfigError>
         divides(&mut found, scope, (&all, weights));
     }
     if found.is_empty() {
-        divides(&mut found, gradients, ("`parallelism.zero_optimizer_degree`", states.1));
+        let inner = if raised { parameters } else { gradients };
+        divides(&mut found, inner, ("`parallelism.zero_optimizer_degree`", states.1));
         divides(&mut found, parameters, ("`parallelism.zero_gradient_degree`", gradients.1));
+    }
+    let cp = p.context_parallel_degree;
+    for (key, n) in [parameters, gradients, states] {
+        found.require(!found.is_empty() || cp.is_multiple_of(n) || n.is_multiple_of(cp), || {
+            format!(
+                "`parallelism.{key}` = {n} and `parallelism.context_parallel_degree` = {cp}: one must be a multiple of \
+                 the other, because a scope fills neighbouring ranks and context parallel ones are the nearest"
+            )
+        });
     }
     found.result()
 }
@@ -156,7 +218,9 @@ fn tensor_shapes(found: &mut Found, p: &Parallelism, a: &AttentionSpec, intermed
     found.require(kv.is_multiple_of(tp) || tp.is_multiple_of(kv), || {
         format!(
             "`model.num_key_value_heads` = {kv} and `parallelism.tensor_parallel_degree` = {tp}: one must be a multiple \
-             of the other, so that each rank has whole heads or several ranks share one"
+             of the other, so that each rank has whole heads or several ranks share one; {} leaves {}",
+            if kv > tp { format!("{kv} / {tp}") } else { format!("{tp} / {kv}") },
+            kv.max(tp) % kv.min(tp)
         )
     });
 }
@@ -182,8 +246,13 @@ fn head_shapes(found: &mut Found, p: &Parallelism, a: &AttentionSpec) {
     });
     found.require(kv.is_multiple_of(degree) || degree.is_multiple_of(kv), || {
         format!(
-            "{kv} key heads per tensor rank and `parallelism.context_parallel_head_degree` = {degree}: one must be a \
-             multiple of the other"
+            "{kv} key heads per tensor rank (`model.num_key_value_heads` {} / `parallelism.tensor_parallel_degree` {tp}) \
+             and `parallelism.context_parallel_head_degree` = {degree}: one must be a multiple of the other, but {} / {} \
+             leaves {}",
+            a.num_kv_heads,
+            kv.max(degree),
+            kv.min(degree),
+            kv.max(degree) % kv.min(degree)
         )
     });
 }

@@ -170,6 +170,7 @@ fn resolve_unplaced(
     resolve_paths(&mut config, resources)?;
     check_values(&config)?;
     let mesh = parallel::resolve_mesh(&mut config, resources.world_size)?;
+    parallel::resolve_reshard(&mut config.parallelism);
     resolve_device(&mut config, resources);
     resolve_schedule(&mut config);
     let model = architecture::resolve(&mut config, assets)?;

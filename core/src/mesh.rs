@@ -69,18 +69,6 @@ pub enum MeshError {
         /// The axis.
         axis: Axis,
     },
-    /// The degrees multiply to another number than there are ranks.
-    #[error("{arithmetic} = {product} ranks, but the world size is {world_size}; {hint}")]
-    WorldSize {
-        /// The product as a sum of its factors, `pp 1 x dp_replicate 2 x ...`.
-        arithmetic: String,
-        /// The product.
-        product: usize,
-        /// The ranks there are.
-        world_size: usize,
-        /// What to do.
-        hint: String,
-    },
     /// A part of an axis does not divide it.
     #[error("{axis} has degree {degree}, which {part} does not divide: {degree} / {part} leaves {}", degree % part)]
     Indivisible {
@@ -110,17 +98,6 @@ impl DeviceMesh {
             all[axis.index()] = degree;
         }
         Ok(DeviceMesh { degrees: all })
-    }
-
-    /// Fails unless the mesh has exactly `world_size` ranks.
-    pub fn check_world_size(&self, world_size: usize) -> Result<(), MeshError> {
-        let product = self.world_size();
-        if product == world_size {
-            return Ok(());
-        }
-        let factors: Vec<String> = Axis::ALL.iter().map(|&a| format!("{a} {}", self.degree(a))).collect();
-        let hint = format!("change a degree, or start {product} ranks (--nproc-per-node)");
-        Err(MeshError::WorldSize { arithmetic: factors.join(" x "), product, world_size, hint })
     }
 
     /// Number of ranks.
@@ -240,10 +217,6 @@ mod tests {
     #[test]
     fn errors_show_the_arithmetic() {
         let mesh = DeviceMesh::new(&[(Axis::DpShard, 3), (Axis::Tp, 2)]).unwrap();
-        expect_test::expect![[
-            r#"pp 1 x dp_replicate 1 x dp_shard 3 x cp 1 x tp 2 = 6 ranks, but the world size is 4; change a degree, or start 6 ranks (--nproc-per-node)"#
-        ]]
-        .assert_eq(&mesh.check_world_size(4).unwrap_err().to_string());
         expect_test::expect!["dp_shard has degree 3, which 2 does not divide: 3 / 2 leaves 1"]
             .assert_eq(&mesh.inner(Axis::DpShard, 2).unwrap_err().to_string());
         assert!(DeviceMesh::new(&[(Axis::Cp, 0)]).is_err());

@@ -114,7 +114,7 @@ pub enum Instruction {
     OpenGradient(Unit),
     /// Sends a unit's gradients of one micro-batch to the ranks that keep them.
     StartReduce(Unit),
-    /// Waits for the sum, adds it to what this rank keeps and gives the room back.
+    /// Waits for the sum and adds it to what this rank keeps.
     FinishReduce(Unit),
     /// Takes a micro-batch's rows and makes `x` of its tokens.
     Embed(usize),

@@ -78,6 +78,16 @@ impl Group {
         Group::Stages,
     ];
 
+    /// Whether calls of this group run on a thread of their own, beside the computation: weights on their way to a block,
+    /// gradients on their way from one and to the owners of states, keys on their way round the ring.
+    pub const fn is_beside(self) -> bool {
+        match self {
+            Group::Parameters | Group::Gradients | Group::StatesOverGradients | Group::Replicas | Group::Ring => true,
+            Group::World | Group::Batch | Group::Tensor | Group::KeyReplicas | Group::Heads => false,
+            Group::StatesOverParameters | Group::States | Group::TiedEnds | Group::Stages | Group::ModelParts => false,
+        }
+    }
+
     /// The name, as errors and tables show it.
     pub const fn name(self) -> &'static str {
         match self {

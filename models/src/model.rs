@@ -37,13 +37,25 @@ pub struct Model {
     device: Device,
 }
 
+impl Head {
+    fn new(spec: &ModelSpec, unit: &UnitWeights, embedding: Option<&Weight>) -> Head {
+        let weight = match embedding {
+            Some(embedding) if spec.tie_word_embeddings => embedding.share(),
+            _ if spec.tie_word_embeddings => unit.weight(EMBEDDING),
+            _ => unit.weight(LM_HEAD),
+        };
+        Head { norm: unit.weight(FINAL_NORM), weight }
+    }
+}
+
 impl Model {
     /// A whole model with zeroed weights of type `kind`; with fp32 gradient buffers where `trained`.
     pub fn zeros(spec: &ModelSpec, kind: Kind, device: Device, trained: bool) -> Model {
         Model::part(spec, &Sharding::single(spec), 0, kind, device, trained)
     }
 
-    /// What `rank` computes with: its stage's units, of each its tensor rank's part.
+    /// What `rank` computes with: its stage's units, of each its tensor rank's part. What a ZeRO scope cuts has no memory
+    /// yet: no more than one unit is ever whole.
     pub fn part(
         spec: &ModelSpec,
         sharding: &Sharding,
@@ -60,26 +72,24 @@ impl Model {
             (meta, held)
         };
         let parts = |unit: &Unit| sharding.parameters(spec, *unit, dtype).into_iter().map(held).collect();
-        let units: Vec<UnitWeights> =
-            unit_names.iter().map(|unit| UnitWeights::zeros(parts(unit), kind, device, trained)).collect();
-        let unit = |name: Unit| unit_names.iter().position(|&u| u == name).map(|at| &units[at]);
         let local = |layer: usize| local_block(&spec.blocks[layer], sharding.topology().size(Group::Tensor));
         let blocks = layers.clone().map(|layer| Block::new(local(layer), spec.rms_norm_eps)).collect();
-        let block_weights = (layers.clone())
-            .map(|layer| {
-                let weights = unit(Unit::Block(layer)).expect("a stage holds the units of its layers");
-                BlockWeights::new(&spec.blocks[layer], layer, weights, tensor_rank == 0)
-            })
-            .collect();
-        let embedding = unit(Unit::Embedding).map(|unit| unit.weight(EMBEDDING));
-        let head = unit(Unit::Head).map(|unit| Head {
-            norm: unit.weight(FINAL_NORM),
-            weight: match &embedding {
-                Some(embedding) if spec.tie_word_embeddings => embedding.share(),
-                _ if spec.tie_word_embeddings => unit.weight(EMBEDDING),
-                _ => unit.weight(LM_HEAD),
-            },
-        });
+        let (mut units, mut block_weights, mut embedding, mut head) = (Vec::new(), Vec::new(), None, None);
+        for &name in &unit_names {
+            let unit = UnitWeights::zeros(parts(&name), kind, device, trained);
+            match name {
+                Unit::Embedding => embedding = Some(unit.weight(EMBEDDING)),
+                Unit::Block(layer) => {
+                    block_weights.push(BlockWeights::new(&spec.blocks[layer], layer, &unit, tensor_rank == 0));
+                }
+                Unit::Head => head = Some(Head::new(spec, &unit, embedding.as_ref())),
+            }
+            // Views need the memory that they are made of; afterwards what is cut is there only while it is used.
+            let scopes = sharding.topology().scopes;
+            unit.hold_weights(scopes.parameters == 1);
+            unit.hold_gradients(scopes.gradients == 1);
+            units.push(unit);
+        }
         let ids = spec.embedding_parameters(dtype).first().map_or(0..0, |meta| {
             let whole = sharding.model_placement(meta);
             let rows = Placement { only_at: None, ..whole }.box_of(&meta.shape, &sharding.topology().mesh, rank);

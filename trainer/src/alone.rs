@@ -52,6 +52,7 @@ impl Alone {
 
     fn rows<'a>(&'a self, batch: &'a Batch) -> Result<Rows<'a>> {
         let (loss, place) = (LossSpec::next_token(), (&self.topology, 0));
-        Rows::new(batch, &loss, batch.num_sequences(), place, RotateMethod::default(), self.model.device())
+        let rows = Rows::new(batch, &loss, batch.num_sequences(), place, RotateMethod::default(), self.model.device())?;
+        Ok(rows.within(self.model.spec().vocab_size))
     }
 }

@@ -32,10 +32,6 @@ pub struct Neighbours {
     pub gradients_out: Option<Sender>,
 }
 
-/// Groups whose calls run beside the computation.
-const BESIDE: [Group; 5] =
-    [Group::Parameters, Group::Gradients, Group::StatesOverGradients, Group::Replicas, Group::Ring];
-
 impl Groups {
     /// Opens all groups; every rank of `world` must call it with the same topology.
     pub fn open(world: Communicator, topology: &Topology) -> Result<Groups> {
@@ -51,7 +47,7 @@ impl Groups {
         let (mut others, mut beside) = (HashMap::new(), HashMap::new());
         for (group, comm) in wanted.into_iter().zip(opened) {
             match comm {
-                Some(comm) if BESIDE.contains(&group) => _ = beside.insert(group, Background::new(comm)),
+                Some(comm) if group.is_beside() => _ = beside.insert(group, Background::new(comm)),
                 Some(comm) => _ = others.insert(group, comm),
                 None => {}
             }

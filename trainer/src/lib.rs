@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariants: one thread (the device thread) touches tensors; a step's decisions (skip, stop, resume) are the same on
-//! every rank; the update has the same bits for every ZeRO scope. Deliberately absent: hooks and callbacks.
+//! every rank; gradients and updates do not depend on how buffers are cut into shards and buckets. Deliberately absent: hooks and callbacks.
 
 pub mod alone;
 pub mod buckets;

@@ -65,6 +65,8 @@ pub struct Rows<'a> {
     /// How keys and values go round the ring.
     pub rotate_method: RotateMethod,
     device: Device,
+    /// Ids are below it.
+    vocab_size: usize,
 }
 
 impl<'a> Rows<'a> {
@@ -81,10 +83,16 @@ impl<'a> Rows<'a> {
         batch.require(&[Column::Positions, Column::SeqId])?;
         let (weight, coefficient) = weight_column(loss)?;
         let place = SequencePlace::of(topology, rank);
-        Ok(Rows { batch, weight, coefficient, rows, skip: 0, topology, place, rotate_method, device })
+        let vocab_size = usize::MAX;
+        Ok(Rows { batch, weight, coefficient, rows, skip: 0, topology, place, rotate_method, device, vocab_size })
     }
 
-    /// One micro-batch as number 0 of its own.
+    /// The same rows, refused where an id that is read lies outside a vocabulary of `vocab_size`.
+    pub fn within(self, vocab_size: usize) -> Rows<'a> {
+        Rows { vocab_size, ..self }
+    }
+
+    /// The same rows, of which micro-batch `index` is number 0.
     pub fn only(&self, index: usize) -> Rows<'a> {
         Rows { skip: index, ..*self }
     }
@@ -114,6 +122,8 @@ impl<'a> Rows<'a> {
         let own = layout.context_ranges(self.place.ring, self.place.heads);
         let (tokens, positions) = (rows.u32_values(Column::Tokens)?, rows.u32_values(Column::Positions)?);
         let (targets, weights) = (rows.u32_values(Column::Targets)?, rows.f32_values(self.weight)?);
+        self.check_ids("token", tokens.iter().copied().map(Some))?;
+        self.check_ids("target", targets.iter().zip(&*weights).map(|(&id, &w)| (w != 0.0).then_some(id)))?;
         let targets: Vec<i64> = pick(&targets, &own).into_iter().map(i64::from).collect();
         let borders = document_borders(&rows.row_lengths()?, &rows.u32_values(Column::SeqId)?);
         Ok(MicroBatch {
@@ -122,6 +132,18 @@ impl<'a> Rows<'a> {
             weights: Tensor::from_slice(&pick(&weights, &own)).to_device(self.device),
             layout,
         })
+    }
+
+    /// An id that nobody holds a row for would be a zero embedding, or a loss of infinity, under tensor parallelism.
+    fn check_ids(&self, what: &str, ids: impl Iterator<Item = Option<u32>>) -> Result<()> {
+        match ids.enumerate().find(|(_, id)| id.is_some_and(|id| id as usize >= self.vocab_size)) {
+            Some((at, Some(id))) => Err(TrainError::Data(format!(
+                "{what} {at} of a micro-batch is id {id}, but the model's vocabulary has {}: the data was prepared with \
+                 another tokenizer than the model's, or a shard is damaged; prepare it again",
+                self.vocab_size
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn layout(&self, num_tokens: usize) -> SequenceLayout {

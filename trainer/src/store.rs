@@ -39,7 +39,7 @@ pub struct WeightStore {
 }
 
 impl WeightStore {
-    /// Shards of zeros for the units of `model`; what is cut is given back by the model.
+    /// Shards of zeros for the units of `model`.
     pub fn new(model: &Model, sharding: &Sharding, rank: usize) -> WeightStore {
         let units = model.units();
         let place = |level| units.iter().map(|unit| Place::of(sharding, unit, level, rank)).collect::<Vec<_>>();
@@ -51,23 +51,14 @@ impl WeightStore {
         };
         let shard =
             |place: &Place, kind| place.shard_len().map(|len| Tensor::zeros([len as i64], (kind, model.device())));
-        let store = WeightStore {
+        WeightStore {
             weights: weight_places.iter().map(|p| shard(p, model.kind())).collect(),
             gradients: gradient_places.iter().map(|p| shard(p, gradient_kind(model))).collect(),
             gathers: cut(Level::Parameters, Group::Parameters),
             reduces: cut(Level::Gradients, Group::Gradients),
             weight_places,
             gradient_places,
-        };
-        for (index, unit) in units.iter().enumerate() {
-            if store.weights[index].is_some() {
-                unit.hold_weights(false);
-            }
-            if store.gradients[index].is_some() {
-                unit.hold_gradients(false);
-            }
         }
-        store
     }
 
     /// Where a unit's kept weights lie.

@@ -51,6 +51,10 @@ pub struct TrainWorker {
     rank: usize,
     rows_per_micro_batch: usize,
     rotate_method: RotateMethod,
+    /// Micro-batches of a pass.
+    num_micro_batches: usize,
+    /// Whether the gradients are those of a whole pass, summed over ranks.
+    has_gradients: bool,
     /// Updates done so far.
     num_updates: u64,
     counts_allocations: bool,
@@ -92,6 +96,8 @@ impl TrainWorker {
             rank,
             rows_per_micro_batch: plan.config.training.local_batch_size,
             rotate_method: plan.config.parallelism.context_parallel_rotate_method,
+            num_micro_batches: plan.gradient_accumulation_steps,
+            has_gradients: false,
             num_updates: 0,
             counts_allocations: !device.is_cuda()
                 && std::env::var_os(env::COUNT_ALLOCATIONS).is_some_and(|v| !v.is_empty()),
@@ -199,13 +205,18 @@ impl TrainWorker {
     ///
     /// `stop` travels with the loss: every rank learns in the same step that one of them was asked to end.
     pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec, stop: bool) -> Result<LossStats> {
+        if self.has_gradients {
+            return Err(TrainError::Internal("forward_backward was called again without optim_step between".into()));
+        }
         let rows = self.rows(batch, loss)?;
+        self.check_rows(rows.len())?;
         let run = || Executor::new(self.parts(), &rows, stop).run(&self.program.pass);
         let (pass, allocated) = match self.counts_allocations {
             true => device::count_allocations(run),
             false => (run(), 0),
         };
         let pass = pass?;
+        self.has_gradients = true;
         Ok(LossStats {
             allocated: self.counts_allocations.then_some(allocated),
             loss: pass.shared[0],
@@ -218,13 +229,32 @@ impl TrainWorker {
         })
     }
 
+    /// A pass has a fixed number of micro-batches, equal on all ranks.
+    fn check_rows(&self, found: usize) -> Result<()> {
+        let (expected, each) = (self.num_micro_batches, self.rows_per_micro_batch);
+        if found == expected {
+            return Ok(());
+        }
+        Err(TrainError::Data(format!(
+            "a batch of {found} micro-batches of {each} sequences, expected {expected}: a rank's share of \
+             training.global_batch_size"
+        )))
+    }
+
     fn rows<'a>(&'a self, batch: &'a Batch, loss: &LossSpec) -> Result<Rows<'a>> {
         let place = (self.sharding.topology(), self.rank);
-        Rows::new(batch, loss, self.rows_per_micro_batch, place, self.rotate_method, self.model.device())
+        let rows = Rows::new(batch, loss, self.rows_per_micro_batch, place, self.rotate_method, self.model.device())?;
+        Ok(rows.within(self.model.spec().vocab_size))
     }
 
     fn parts(&self) -> Parts<'_> {
         Parts { model: &self.model, store: &self.store, buckets: &self.buckets, groups: &self.groups }
+    }
+
+    /// Throws the gradients of a pass away; another may begin.
+    pub fn discard_gradients(&mut self) {
+        self.store.zero_gradients(&self.model);
+        self.has_gradients = false;
     }
 
     /// Clips and, unless the loss or the gradient is not finite, updates the weights.
@@ -257,8 +287,8 @@ impl TrainWorker {
                 other => unreachable!("{other:?} belongs to the pass"),
             }
         }
-        store.zero_gradients(model);
         stats.communication = groups.waited() - waited;
+        self.discard_gradients();
         stats.update = start.elapsed().saturating_sub(stats.communication);
         Ok(stats)
     }

@@ -110,7 +110,8 @@ fn every_default_is_filled_in() {
         zero_parameter_degree = 1
         zero_gradient_degree = 1
         zero_optimizer_degree = 4
-        fsdp_reshard_after_forward = "default"
+        fsdp_reshard_after_forward = "always"
+        gradient_bucket_mb = 25.0
         tensor_parallel_degree = 1
         pipeline_parallel_degree = 1
         pipeline_parallel_schedule = "1F1B"
@@ -210,14 +211,42 @@ fn degrees_multiply_to_the_world_size() {
         &["parallelism.data_parallel_shard_degree=3"],
         4,
         expect![
-            "pp 1 x dp_replicate 1 x dp_shard 3 x cp 1 x tp 1 = 3 ranks, but the world size is 4; change a degree, or start 3 ranks (--nproc-per-node)"
+            "--set parallelism.data_parallel_shard_degree=3: `parallelism.data_parallel_shard_degree` = 3 ranks, but the job has 4; change a degree (data_parallel_shard_degree = -1 takes what the others leave), or start 3 ranks"
         ],
     );
     fails(
         &["parallelism.data_parallel_replicate_degree=2"],
         5,
         expect![
-            "pp 1 x dp_replicate 2 x dp_shard 2 x cp 1 x tp 1 = 4 ranks, but the world size is 5; change a degree, or start 4 ranks (--nproc-per-node)"
+            "--set parallelism.data_parallel_replicate_degree=2: `parallelism.data_parallel_replicate_degree` = 2 ranks do not divide the job's 5: 5 / 2 leaves 1; change a degree, or start a multiple of 2 ranks"
+        ],
+    );
+    fails(
+        &["parallelism.tensor_parallel_degree=2", "parallelism.context_parallel_degree=2"],
+        6,
+        expect![
+            "--set parallelism.context_parallel_degree=2: `parallelism.context_parallel_degree` 2 x `parallelism.tensor_parallel_degree` 2 = 4 ranks do not divide the job's 6: 6 / 4 leaves 2; change a degree, or start a multiple of 4 ranks"
+        ],
+    );
+    fails(
+        &["parallelism.context_parallel_degree=2", "parallelism.zero_parameter_degree=3"],
+        6,
+        expect![
+            "--set parallelism.zero_parameter_degree=3: `parallelism.zero_parameter_degree` = 3 and `parallelism.context_parallel_degree` = 2: one must be a multiple of the other, because a scope fills neighbouring ranks and context parallel ones are the nearest"
+        ],
+    );
+    fails(
+        &["parallelism.zero_parameter_degree=4", "parallelism.zero_optimizer_degree=2"],
+        4,
+        expect![
+            "--set parallelism.zero_parameter_degree=4: `parallelism.zero_parameter_degree` = 4 must divide `parallelism.zero_optimizer_degree` = 2, but 4 > 2; scopes nest: data_parallel_shard x context_parallel >= zero_optimizer >= zero_gradient >= zero_parameter"
+        ],
+    );
+    fails(
+        &["activation_checkpoint.layers=[{first=2,last=4,recompute='full'}]"],
+        1,
+        expect![
+            "--set activation_checkpoint.layers=[{first=2,last=4,recompute='full'}]: `activation_checkpoint.layers.0`: `last` = 4, but the model's 4 layers are 0 to 3"
         ],
     );
     fails(
@@ -283,8 +312,8 @@ fn shapes_that_do_not_divide_are_refused_with_the_arithmetic() {
         &["parallelism.tensor_parallel_degree=3"],
         3,
         expect![[r#"
-        --set parallelism.tensor_parallel_degree=3: `model.intermediate_size` = 512 is not a multiple of `parallelism.tensor_parallel_degree` = 3: 512 / 3 leaves 2; take a degree that divides it
-        --set parallelism.tensor_parallel_degree=3: `model.num_key_value_heads` = 2 and `parallelism.tensor_parallel_degree` = 3: one must be a multiple of the other, so that each rank has whole heads or several ranks share one"#]],
+            --set parallelism.tensor_parallel_degree=3: `model.intermediate_size` = 512 is not a multiple of `parallelism.tensor_parallel_degree` = 3: 512 / 3 leaves 2; take a degree that divides it
+            --set parallelism.tensor_parallel_degree=3: `model.num_key_value_heads` = 2 and `parallelism.tensor_parallel_degree` = 3: one must be a multiple of the other, so that each rank has whole heads or several ranks share one; 3 / 2 leaves 1"#]],
     );
     refused(
         &["parallelism.pipeline_parallel_degree=7"],
@@ -305,7 +334,7 @@ fn shapes_that_do_not_divide_are_refused_with_the_arithmetic() {
         4,
         expect![[r#"
             --set parallelism.context_parallel_head_degree=3: `parallelism.context_parallel_head_degree` = 3 must divide `parallelism.context_parallel_degree` = 4: 4 / 3 leaves 1
-            --set parallelism.context_parallel_head_degree=3: 2 key heads per tensor rank and `parallelism.context_parallel_head_degree` = 3: one must be a multiple of the other"#]],
+            --set parallelism.context_parallel_head_degree=3: 2 key heads per tensor rank (`model.num_key_value_heads` 2 / `parallelism.tensor_parallel_degree` 1) and `parallelism.context_parallel_head_degree` = 3: one must be a multiple of the other, but 3 / 2 leaves 1"#]],
     );
     refused(
         &["parallelism.context_parallel_degree=64", "parallelism.context_parallel_head_degree=64"],

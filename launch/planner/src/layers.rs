@@ -48,6 +48,8 @@ pub fn layers(plan: &Plan) -> Vec<LayerCost> {
     let head = if model.tie_word_embeddings { "norm and tied head" } else { "norm and head" };
     // The final norm's input and output.
     let saved = (2 * model.hidden_size * dtype.size_bytes() + DType::F32.size_bytes()) as u64;
+    let tokens = (plan.config.training.local_batch_size * seq_len).max(1) as u64;
+    let saved = saved * crate::memory::RankTokens::of(plan).own / tokens;
     all.push(cost(head.into(), model.head_parameters(dtype), head_flops(model), saved, false));
     all
 }

@@ -9,7 +9,7 @@
 //!
 //! | for | bytes sent by all ranks |
 //! |---|---|
-//! | weights | a gather: e P (p - 1) V / p, of blocks for each pass (and each micro-batch), once where weights are kept; new weights: e P (s/p - 1) V / s |
+//! | weights | a gather: e P (p - 1) V / p, of blocks for each pass (and each micro-batch) but where the same block comes next, once where weights are kept; new weights: e P (s/p - 1) V / s; Muon's updates of H elements of matrices cut by t: 4 H (t - 1) V / s |
 //! | gradients | 4 P (g - 1) V / g per micro-batch where g > 1; 4 P (s/g - 1) V / s; all-reduce over the V / s others: 2 x 4 P (V / s - 1); what c ranks hold alike: 2 x 4 P' (c - 1) V / s |
 //! | tensor | (t - 1) T D e for each gather or scatter: 2 for the embedding, 2 for the loss, 4 a block and pass; t (t - 1) T x 12 for the loss |
 //! | heads | (h - 1) T d e a tensor rank for each head that a rank gets (its share of q, k, v and o), each pass |
@@ -21,10 +21,12 @@
 //! all-reduce of n bytes over c ranks needs 2 n (c - 1) in all; small ones send c n (c - 1) in one exchange instead of
 //! two, which shows in small models. What coordinates ranks (numbers of tokens, losses, norms) has no minimum.
 
+use crate::program::actions;
+use crate::prove::UPDATE;
 use tangelo_configs::job::Recompute;
 use tangelo_configs::model::EMBEDDING;
 use tangelo_configs::{MixerSpec, Plan, Sharding};
-use tangelo_core::{Call, CallKind, DType, Group, Unit};
+use tangelo_core::{Call, CallKind, DType, Group, Pass, Unit};
 
 /// What bytes are sent for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,13 +62,14 @@ impl Traffic {
         Traffic::Coordination,
     ];
 
-    /// What a call is for.
-    pub fn of(call: &Call) -> Traffic {
+    /// What a call of a part of the program is for.
+    pub fn of(call: &Call, part: usize) -> Traffic {
         match call.group {
             Group::Parameters | Group::StatesOverParameters => Traffic::Weights,
             Group::Gradients | Group::StatesOverGradients | Group::Replicas => Traffic::Gradients,
             Group::KeyReplicas | Group::TiedEnds => Traffic::Gradients,
             Group::Tensor if call.kind == CallKind::AllReduce => Traffic::Gradients,
+            Group::Tensor if part == UPDATE => Traffic::Weights,
             Group::Tensor => Traffic::Tensor,
             Group::Heads => Traffic::Heads,
             Group::Ring => Traffic::Ring,
@@ -149,16 +152,41 @@ impl Minimum<'_> {
             Unit::Head => false,
         };
         match self.plan.reshards_after_forward() {
-            true => self.steps * if read_twice { 2.0 } else { 1.0 },
+            true => self.steps * if read_twice { 2.0 } else { 1.0 } - self.turns(unit),
             false => 1.0,
         }
+    }
+
+    /// How often a block's weights stay because it is the next to be used: a stage's last block where forward turns into
+    /// backward, its first where it turns back.
+    fn turns(&self, unit: Unit) -> f64 {
+        let Unit::Block(layer) = unit else { return 0.0 };
+        let mut turns = 0;
+        for (stage, layers) in self.plan.stage_layers.iter().enumerate() {
+            let actions = actions(self.plan, stage);
+            let to = |pass| actions.windows(2).filter(|pair| pair[0].pass != pass && pair[1].pass == pass).count();
+            let (last, first) = (layer + 1 == layers.end, layer == layers.start);
+            turns += usize::from(last) * to(Pass::Backward) + usize::from(first) * to(Pass::Forward);
+            if layers.len() == 1 && last {
+                // Passes of one kind follow each other with the same block.
+                turns += actions.windows(2).filter(|pair| pair[0].pass == pair[1].pass).count();
+            }
+        }
+        turns as f64
     }
 
     fn weights(&self) -> f64 {
         let (p, s, copies) = (self.size(Group::Parameters), self.size(Group::States), self.copies());
         let gathered: f64 = self.units().map(|unit| self.gathers(unit) * self.parameters(unit)).sum();
         let all: f64 = self.units().map(|unit| self.parameters(unit)).sum();
-        self.e * (gathered * (p - 1.0) * copies / p + all * (s / p - 1.0) * copies / s)
+        self.e * (gathered * (p - 1.0) * copies / p + all * (s / p - 1.0) * copies / s) + self.updates()
+    }
+
+    /// Muon's updates of matrices that tensor ranks cut, made whole on each of them in fp32.
+    fn updates(&self) -> f64 {
+        let metas = self.units().flat_map(|unit| self.sharding.parameters(&self.plan.model, unit, DType::F32));
+        let whole: f64 = metas.filter(|m| self.sharding.is_whole(&m.name)).map(|m| m.num_elements() as f64).sum();
+        4.0 * whole * (self.size(Group::Tensor) - 1.0) * self.copies() / self.size(Group::States)
     }
 
     fn gradients(&self) -> f64 {

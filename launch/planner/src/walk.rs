@@ -3,7 +3,7 @@
 
 use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, predict, stage_buckets};
 use crate::table::{Align, Table, bytes};
-use tangelo_configs::job::{DeviceChoice, Recompute};
+use tangelo_configs::job::{DeviceChoice, OptimizerName, Recompute};
 use tangelo_configs::{MixerSpec, Plan};
 use tangelo_core::{DType, Group};
 
@@ -144,11 +144,15 @@ fn update_stages(plan: &Plan) -> Vec<Stage> {
         );
         stages.push(stage("reduce", "main gradients", &[kept], "f32", note));
     }
-    let clip = match plan.config.training.max_norm {
-        0.0 => "AdamW".into(),
-        norm => format!("clipped to a global norm of {norm}, AdamW"),
+    let (optimizer, states) = match plan.config.optimizer.name {
+        OptimizerName::AdamW => ("AdamW", 3),
+        OptimizerName::Muon => ("Muon for the blocks' matrices, AdamW for the rest (one state more)", 2),
     };
-    stages.push(stage("update", "weights and states", &[3, owned], "f32", clip));
+    let clip = match plan.config.training.max_norm {
+        0.0 => optimizer.into(),
+        norm => format!("clipped to a global norm of {norm}, {optimizer}"),
+    };
+    stages.push(stage("update", "weights and states", &[states, owned], "f32", clip));
     if zero > scopes.parameters {
         let note = format!("over {} ranks", zero / scopes.parameters);
         stages.push(stage("all-gather", "weights", &[all.div_ceil(scopes.parameters)], dtype, note));

@@ -143,8 +143,8 @@ pub enum CheckpointError {
     /// The checkpoint was written with another optimizer.
     #[error(
         "{checkpoint} was written with optimizer.name = \"{found}\", this job has \"{expected}\", which has other \
-             states; set optimizer.name = \"{found}\" to go on with them, or checkpoint.initial_load_model_only = true to \
-             start from the weights"
+             states; set optimizer.name = \"{found}\" to go on with them, or start a new run from the weights: another \
+             job.dump_folder, checkpoint.initial_load_path = {checkpoint:?} and checkpoint.initial_load_model_only = true"
     )]
     OtherOptimizer {
         /// The checkpoint's folder.

@@ -110,15 +110,20 @@ impl Ring<'_> {
         let counts = self.counts(kv);
         let all = Tensor::empty([counts.iter().sum::<usize>() as i64], (kv.kind(), kv.device()));
         self.comm.start_all_gather_into(all.shallow_clone(), kv.shallow_clone(), counts.clone()).wait()?;
-        let mut at = 0;
-        let part = |rank: usize| {
+        Ok(self.parts(&all, kv))
+    }
+
+    /// Every rank's part of what lies end to end in rank order, shaped like this rank's `kv`.
+    fn parts(&self, all: &Tensor, kv: &Tensor) -> Vec<Tensor> {
+        let (counts, mut at) = (self.counts(kv), 0);
+        let part = |(rank, count): (usize, usize)| {
             let mut shape = kv.size();
             shape[1] = self.layout.ring_len(rank) as i64;
-            let view = all.narrow(0, at, counts[rank] as i64).view(shape.as_slice());
-            at += counts[rank] as i64;
+            let view = all.narrow(0, at, count as i64).view(shape.as_slice());
+            at += count as i64;
             view
         };
-        Ok((0..self.size()).map(part).collect())
+        counts.into_iter().enumerate().map(part).collect()
     }
 
     // ---- forward ---------------------------------------------------------------------------------------------------
@@ -165,15 +170,13 @@ impl Ring<'_> {
     }
 
     fn backward_gathered(&self, record: &RingRecord, dout: &Tensor, dq: &Tensor, wide: Kind) -> Result<Tensor> {
-        let kv = self.gather(&record.kv)?;
-        let gradients: Vec<Tensor> = kv.iter().map(|kv| Tensor::zeros(kv.size(), (wide, kv.device()))).collect();
-        for (source, (kv, dkv)) in kv.iter().zip(&gradients).enumerate() {
-            self.back(record, dout, kv, source, dq, dkv);
+        let (kv, counts) = (self.gather(&record.kv)?, self.counts(&record.kv));
+        let all = Tensor::zeros([counts.iter().sum::<usize>() as i64], (wide, dq.device()));
+        for (source, (kv, dkv)) in kv.iter().zip(self.parts(&all, &record.kv)).enumerate() {
+            self.back(record, dout, kv, source, dq, &dkv);
         }
-        let flat: Vec<Tensor> = gradients.iter().map(|g| g.reshape([-1])).collect();
         let own = Tensor::zeros(record.kv.size(), (wide, record.kv.device()));
-        let (sums, counts) = (own.shallow_clone(), self.counts(&record.kv));
-        self.comm.start_reduce_scatter(sums, Tensor::cat(&flat, 0), counts).wait()?;
+        self.comm.start_reduce_scatter(own.shallow_clone(), all, counts).wait()?;
         Ok(own)
     }
 

@@ -42,8 +42,8 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
         let start = Instant::now();
         let batch = batches.next()?;
         let waited = start.elapsed();
-        let loss_stats = worker.forward_backward(&batch, &loss, stop.is_set())?;
         plant_nan(fault.as_ref(), &worker, state.step);
+        let loss_stats = worker.forward_backward(&batch, &loss, stop.is_set())?;
         checkpoints.fence(&mut recorder);
         state.learning_rate = schedule.lr(state.step as usize);
         let step_stats = worker.optim_step(state.learning_rate, &loss_stats)?;

@@ -18,6 +18,7 @@ use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split};
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_kernels::comm::{Communicator, connect as connect_ranks, gloo};
 use tangelo_kernels::device;
+use tangelo_planner::memory::{self, Memory};
 use tch::Device;
 
 /// Batches made ready while the current one is trained on.
@@ -81,14 +82,17 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
 
 /// Fails at once where the ranks of this node cannot fit: an out-of-memory kill names nobody and explains nothing.
 fn check_memory(plan: &Plan, info: &RankInfo, device: Device) -> Result<()> {
-    let predicted = tangelo_planner::memory::predict(plan);
-    let needed = predicted.total_bytes() * info.local_world_size as u64;
+    let first = info.rank - info.local_rank;
+    let here = (first..first + info.local_world_size).map(|rank| plan.topology.stage(rank));
+    let stages: Vec<Memory> = here.map(|stage| memory::predict_stage(plan, stage)).collect();
+    let needed: u64 = stages.iter().map(Memory::total_bytes).sum();
+    let predicted = stages.into_iter().max_by_key(Memory::total_bytes).unwrap_or_default();
     match device::available_memory() {
         Some(available) if !device.is_cuda() && info.local_rank == 0 && needed > available => {
             Err(TrainError::Device(format!(
                 "{} ranks on this node are predicted to need {:.1} GiB, {:.1} GiB are available. Lower \
                  training.local_batch_size or training.seq_len, set activation_checkpoint.mode = \"full\", or use \
-                 fewer ranks per node. Per rank:\n{}",
+                 fewer ranks per node. The fullest rank:\n{}",
                 info.local_world_size,
                 gib(needed),
                 gib(available),

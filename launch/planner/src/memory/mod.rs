@@ -11,22 +11,24 @@
 //! | parameters | e P / p |
 //! | main gradients | 4 P / g, always fp32 |
 //! | master weights | 4 P / z where e = 2, else the parameters themselves |
-//! | AdamW's moments | 8 P / z |
+//! | optimizer states | 8 P / z; 4 for matrices under Muon |
 //! | activations | F times the sum over the stage's blocks of [`saved_bytes`] |
 //! | inputs | F T_c times the bytes of ids, positions, targets, weight and rotary angles |
 //! | gathered weights | e P where p > 1 and weights are kept for the pass |
 //! | head and loss | final norm in, out and their gradients: 4 e D T_o, with tp 2 e D T_c gathered; a chunk of C tokens: C V / tp (e + 8 + e); the head's chunk gradient e D V / tp where e = 2 |
-//! | whole head | e (and 4, where gradients are cut) times its parameters, those of a tied embedding included |
+//! | whole head | e (and 4, where gradients are cut) times its parameters, those of a tied embedding included; e U of the last block |
 //! | backward of a block | gradients alive at once, a recomputed part's own activations, a weight gradient where e = 2; buffers of the exchange of heads and of the ring |
 //! | whole blocks | 2 e U: this one and the next; 4 (2 U + U / g): gradients made, sent and arriving; a tied embedding's |
 //! | whole embedding | e (2 E + U): as it arrives, unpacked, the first block; or 4 (2 E + E / g) |
+//! | leaving buckets | of several, the largest of kept gradients in fp32: sent, received and summed, beside backward |
 //! | collectives | the largest bucket of kept gradients twice (sent, received) in fp32; of kept and owned weights |
+//! | matrices | Muon's: 4 of the largest matrix and 2 of its smaller side squared, in fp32; what tensor ranks give each other |
 //! | checkpoint copy | 12 P / z (weights and moments in fp32), held by the host while files are written |
 //!
 //! The peak is what persists plus the largest of what comes and goes: the loss, or the backward of a block, with all
-//! activations kept; the embedding, with those of the other micro-batches in flight; or the collectives after backward.
-//! Of all stages, the one with the highest peak is shown. Scopes are taken to cut evenly: they deal whole chunks of
-//! rows, so the first ranks of a large scope hold more than that, by a chunk of each parameter at most.
+//! activations kept; the embedding, with those of the other micro-batches in flight; or what follows backward. Of all
+//! stages, the one with the highest peak is shown. Scopes are taken to cut evenly (they do but for a few chunks of rows);
+//! matrices that Muon owns whole are counted where most of them lie.
 
 mod activations;
 mod units;
@@ -36,16 +38,15 @@ pub use activations::RankTokens;
 use crate::program;
 use crate::table::{Align, Table, bytes, count};
 use activations::{LocalBlock, input_bytes, loss_bytes};
+use std::ops::Range;
 use tangelo_configs::Plan;
-use tangelo_configs::job::{AsyncMode, DeviceChoice, Recompute};
-use tangelo_core::Group;
+use tangelo_configs::job::{AsyncMode, DeviceChoice, OptimizerName, Recompute};
 use tangelo_core::pipeline::most_in_flight;
+use tangelo_core::{Group, Level};
 use units::StageUnits;
 
 /// Tokens whose logits exist at once; the trainer's choice.
 pub const LOSS_CHUNK_TOKENS: usize = 512;
-
-pub use crate::program::BUCKET_ELEMENTS;
 
 /// Predicted bytes of one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,7 +61,7 @@ pub struct Memory {
     pub gradients: u64,
     /// fp32 copies of parameters of a smaller type.
     pub master_weights: u64,
-    /// AdamW's two moments in fp32.
+    /// AdamW's two moments, Muon's momentum, in fp32.
     pub optimizer_states: u64,
     /// Micro-batches whose activations are kept at once.
     pub in_flight: u64,
@@ -80,8 +81,14 @@ pub struct Memory {
     pub whole_blocks: u64,
     /// Likewise of the embedding.
     pub whole_embedding: u64,
+    /// Buckets of gradients on their way while backward goes on.
+    pub leaving: u64,
+    /// Activations and inputs that are still kept when the first of them leaves.
+    pub kept_then: u64,
     /// Buffers of collectives; none for one rank.
     pub collectives: u64,
+    /// What Muon needs to make matrices orthogonal.
+    pub matrices: u64,
     /// Copy of weights and states from which an asynchronous checkpoint is written; in host memory.
     pub checkpoint_copy: u64,
     /// Whether the device is the host, so that the copy counts.
@@ -98,34 +105,36 @@ pub fn predict(plan: &Plan) -> Memory {
 /// Predicts the memory of the rank with the most of a stage.
 pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
     let e = plan.compute_dtype().size_bytes() as u64;
-    let (units, scopes) = (StageUnits::new(plan, stage), plan.topology.scopes);
-    let all = units.total();
-    let owned = all.div_ceil(scopes.states as u64);
+    let units = StageUnits::new(plan, stage);
+    let owned = units.held(Level::States);
+    let buckets = program::buckets(plan, stage);
+    let (leaving, left_blocks) = units.leaving(&buckets);
     let layers = plan.stage_layers[stage].clone();
     let in_flight = most_in_flight(&program::actions(plan, stage)) as u64;
     let asynchronous = plan.config.checkpoint.enable && plan.config.checkpoint.async_mode == AsyncMode::Async;
     let is_last = stage + 1 == plan.topology.num_stages();
+    let saved = |layers: Range<usize>| layers.map(|layer| saved_bytes(plan, layer)).fold(0, u64::saturating_add);
     Memory {
         stage,
-        num_parameters: all,
-        parameters: e * all.div_ceil(scopes.parameters as u64),
-        gradients: 4 * all.div_ceil(scopes.gradients as u64),
+        num_parameters: units.total(),
+        parameters: e * units.held(Level::Parameters),
+        gradients: 4 * units.held(Level::Gradients),
         master_weights: if e == 4 { 0 } else { 4 * owned },
-        optimizer_states: 8 * owned,
+        optimizer_states: units.state_bytes(),
         in_flight,
-        activations: times(
-            in_flight,
-            layers.clone().map(|layer| saved_bytes(plan, layer)).fold(0, u64::saturating_add),
-        ),
+        activations: times(in_flight, saved(layers.clone())),
+        leaving,
+        kept_then: saved(layers.start..layers.end - left_blocks).saturating_add(input_bytes(plan)),
         inputs: times(in_flight, input_bytes(plan)),
         gathered_weights: units.kept_whole(e),
         loss: if is_last { loss_bytes(plan) } else { 0 },
         whole_head: units.in_loss(e),
-        backward: layers.map(|layer| LocalBlock::new(plan, layer).backward()).max().unwrap_or(0),
+        backward: layers.clone().map(|layer| LocalBlock::new(plan, layer).backward()).max().unwrap_or(0),
         whole_blocks: units.in_backward(e),
         whole_embedding: units.in_embedding(e),
         collectives: units.collectives(&stage_buckets(plan, stage), e),
-        checkpoint_copy: if asynchronous { 12 * owned } else { 0 },
+        matrices: units.matrices(),
+        checkpoint_copy: if asynchronous { 4 * owned + units.state_bytes() } else { 0 },
         on_host: plan.config.training.device == DeviceChoice::Cpu,
     }
 }
@@ -172,8 +181,7 @@ pub fn buckets(plan: &Plan) -> Vec<usize> {
 /// The same for one stage.
 pub(crate) fn stage_buckets(plan: &Plan, stage: usize) -> Vec<u64> {
     let units = StageUnits::new(plan, stage).elements;
-    let buckets = program::build(plan, stage).buckets;
-    buckets.into_iter().map(|bucket| units[bucket].iter().map(|(_, n)| n).sum()).collect()
+    program::buckets(plan, stage).into_iter().map(|bucket| units[bucket].iter().map(|(_, n)| n).sum()).collect()
 }
 
 impl Memory {
@@ -186,9 +194,11 @@ impl Memory {
     pub fn transient(&self) -> u64 {
         let micro_batches = self.activations + self.inputs;
         let others = micro_batches - micro_batches / self.in_flight.max(1);
-        let at_work = (self.loss + self.whole_head).max(self.backward + self.whole_blocks);
-        let pass = (micro_batches + at_work).max(others + self.whole_embedding);
-        (self.gathered_weights + pass).max(self.collectives)
+        let block = self.backward + self.whole_blocks;
+        let at_work = (self.loss + self.whole_head).max(block);
+        let last = self.kept_then.min(micro_batches) + block + self.leaving;
+        let pass = (micro_batches + at_work).max(others + self.whole_embedding).max(last);
+        (self.gathered_weights + pass).max(self.collectives).max(self.matrices)
     }
 
     /// The most that the device holds at once.
@@ -217,7 +227,11 @@ impl Memory {
         if self.master_weights > 0 {
             row("master weights", self.master_weights, format!("{parameters} x 4 B{}", over(scopes.states)));
         }
-        row("optimizer states", self.optimizer_states, format!("{parameters} x 8 B{}", over(scopes.states)));
+        let states = match plan.config.optimizer.name {
+            OptimizerName::AdamW => format!("{parameters} x 8 B{}", over(scopes.states)),
+            OptimizerName::Muon => format!("8 B, 4 B for matrices{}, where most are owned", over(scopes.states)),
+        };
+        row("optimizer states", self.optimizer_states, states);
         row(
             "activations",
             self.activations,
@@ -240,7 +254,13 @@ impl Memory {
         if self.whole_embedding > 0 {
             row("whole embedding", self.whole_embedding, "not at the same time as blocks".into());
         }
+        if self.leaving > 0 {
+            row("leaving buckets", self.leaving, "with the last micro-batch's backward".into());
+        }
         row("collectives", self.collectives, "not at the same time as activations".into());
+        if self.matrices > 0 {
+            row("matrices", self.matrices, "made orthogonal, one by one".into());
+        }
         let place = if self.on_host { "while a checkpoint is written" } else { "in host memory, not in the peak" };
         row("checkpoint copy", self.checkpoint_copy, place.into());
         row(

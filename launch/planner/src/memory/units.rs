@@ -1,7 +1,9 @@
 //! Weights, gradients and states of a stage: what a rank keeps of them, and what is there whole for a while.
 
+use std::ops::Range;
 use tangelo_configs::Plan;
-use tangelo_core::{DType, Group, Unit};
+use tangelo_configs::job::OptimizerName;
+use tangelo_core::{DType, Group, Level, ParamMeta, Unit};
 
 /// Elements that the first tensor rank of a stage (which has the most) computes with.
 pub(super) struct StageUnits<'a> {
@@ -14,13 +16,14 @@ pub(super) struct StageUnits<'a> {
 impl StageUnits<'_> {
     pub(super) fn new(plan: &Plan, stage: usize) -> StageUnits<'_> {
         let sharding = plan.sharding();
-        let rank = stage * (plan.topology.mesh.world_size() / plan.topology.num_stages());
+        let mut found = StageUnits { plan, stage, elements: Vec::new() };
+        let rank = found.first_rank();
         let elements = |unit| -> u64 {
             let metas = sharding.parameters(&plan.model, unit, DType::F32);
             metas.iter().map(|meta| sharding.model_box(meta, rank).volume() as u64).sum()
         };
-        let elements = sharding.units(stage).into_iter().map(|unit| (unit, elements(unit))).collect();
-        StageUnits { plan, stage, elements }
+        found.elements = sharding.units(stage).into_iter().map(|unit| (unit, elements(unit))).collect();
+        found
     }
 
     fn size(&self, group: Group) -> u64 {
@@ -72,11 +75,93 @@ impl StageUnits<'_> {
         weights + gradients
     }
 
-    /// Whole weights and gradients of the head.
+    /// Whole weights and gradients of the head, and the weights of the last block, which backward reads next.
     pub(super) fn in_loss(&self, e: u64) -> u64 {
-        let weights = if self.gathers() { e } else { 0 };
-        let gradients = if self.size(Group::Gradients) > 1 { 4 } else { 0 };
-        (weights + gradients) * self.head()
+        let weights = if self.gathers() { e * (self.head() + self.last_block()) } else { 0 };
+        let gradients = if self.size(Group::Gradients) > 1 { 4 * self.head() } else { 0 };
+        weights + gradients
+    }
+
+    fn last_block(&self) -> u64 {
+        self.of(|unit| matches!(unit, Unit::Block(_))).last().copied().unwrap_or(0)
+    }
+
+    /// Elements that the fullest rank holds at a level. Scopes cut evenly but for some chunks; Muon's matrices are dealt.
+    pub(super) fn held(&self, level: Level) -> u64 {
+        let scopes = self.plan.topology.scopes;
+        let degree = [scopes.parameters, scopes.gradients, scopes.states][level as usize] as u64;
+        if !self.is_muon() {
+            return self.total().div_ceil(degree);
+        }
+        self.fullest(level, |_| 1)
+    }
+
+    /// Bytes of the optimizer's fp32 states on the fullest rank: two moments, but one momentum of Muon's matrices.
+    pub(super) fn state_bytes(&self) -> u64 {
+        if !self.is_muon() {
+            return 8 * self.held(Level::States);
+        }
+        let sharding = self.plan.sharding();
+        self.fullest(Level::States, |name| if sharding.is_whole(name) { 4 } else { 8 })
+    }
+
+    fn is_muon(&self) -> bool {
+        self.plan.config.optimizer.name == OptimizerName::Muon
+    }
+
+    fn first_rank(&self) -> usize {
+        self.stage * (self.plan.topology.mesh.world_size() / self.plan.topology.num_stages())
+    }
+
+    fn metas(&self) -> Vec<ParamMeta> {
+        let sharding = self.plan.sharding();
+        let units = sharding.units(self.stage).into_iter();
+        units.flat_map(|unit| sharding.parameters(&self.plan.model, unit, DType::F32)).collect()
+    }
+
+    fn fullest(&self, level: Level, weight: impl Fn(&str) -> u64) -> u64 {
+        let (sharding, metas) = (self.plan.sharding(), self.metas());
+        let ranks = self.plan.topology.members(Group::States, self.first_rank());
+        let mut held = vec![0; ranks.len()];
+        for meta in &metas {
+            let placement = sharding.placement(meta, level);
+            for (sum, &rank) in held.iter_mut().zip(&ranks) {
+                let part = placement.box_of(&meta.shape, &self.plan.topology.mesh, rank);
+                *sum += weight(&meta.name) * part.volume() as u64;
+            }
+        }
+        held.into_iter().max().unwrap_or(0)
+    }
+
+    /// What Muon needs beside states: the largest matrix as moved, normalised, iterated and next, two products of it with
+    /// itself, and under tensor parallelism what all ranks of the group give of the owned matrices.
+    pub(super) fn matrices(&self) -> u64 {
+        let sharding = self.plan.sharding();
+        let whole = self.metas().into_iter().filter(|meta| sharding.is_whole(&meta.name));
+        let needs = |meta: &ParamMeta| {
+            let (rows, columns) = (meta.shape[0] as u64, meta.shape[1] as u64);
+            4 * (4 * rows * columns + 2 * rows.min(columns).pow(2))
+        };
+        let largest = whole.map(|meta| needs(&meta)).max().unwrap_or(0);
+        let tensor = self.size(Group::Tensor);
+        let gathered = self.fullest(Level::States, |name| u64::from(sharding.is_whole(name)));
+        largest + if tensor > 1 && largest > 0 { 4 * gathered * tensor } else { 0 }
+    }
+
+    /// Gradients on their way to the owners of states while backward goes on, and how many blocks have left by then;
+    /// nothing where there is one bucket, which leaves at the end.
+    pub(super) fn leaving(&self, buckets: &[Range<usize>]) -> (u64, usize) {
+        // The first bucket leaves after the last block.
+        let [_, others @ ..] = buckets else { return (0, 0) };
+        let Some(last) = others.last() else { return (0, 0) };
+        let elements = |units: &Range<usize>| self.elements[units.clone()].iter().map(|(_, n)| n).sum::<u64>();
+        let largest = others.iter().map(elements).max().unwrap_or(0);
+        let blocks = self.elements[last.clone()].iter().filter(|(unit, _)| matches!(unit, Unit::Block(_))).count();
+        let (g, z) = (self.size(Group::Gradients), self.size(Group::States));
+        let kept =
+            if self.size(Group::StatesOverGradients) > 1 { largest.div_ceil(g) + largest.div_ceil(z) } else { 0 };
+        let summed = if self.size(Group::Replicas) > 1 { largest.div_ceil(z) } else { 0 };
+        (4 * (kept + summed), blocks)
     }
 
     /// The embedding as it arrives and unpacked, with the first block on its way; or its gradient, as made and as sent.

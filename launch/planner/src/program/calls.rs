@@ -20,7 +20,7 @@
 //! A group of one rank makes no call; neither does a sum of nothing. Everything else is called even where it is empty.
 //! Rows are always `seq_len` long, so every micro-batch has the same tokens.
 
-use super::build;
+use super::buckets;
 use crate::memory::LOSS_CHUNK_TOKENS;
 use std::ops::Range;
 use std::sync::Arc;
@@ -326,7 +326,7 @@ fn turn(place: &Place, kv: &[usize], step: usize, element_bytes: usize) -> Call 
 
 /// What each tensor rank of `stage` holds.
 fn model_parts(plan: &Plan, stage: usize) -> Vec<ModelPart> {
-    let (sharding, buckets) = (plan.sharding(), build(plan, stage).buckets);
+    let (sharding, buckets) = (plan.sharding(), buckets(plan, stage));
     let mesh = &plan.topology.mesh;
     let first = stage * mesh.world_size() / mesh.degree(Axis::Pp);
     let builder = |rank| PartBuilder { spec: &plan.model, sharding: &sharding, stage, rank };
@@ -387,10 +387,12 @@ impl PartBuilder<'_> {
     /// What owners of states have, by bucket and by their place in an inner scope; owners of one place in order.
     fn by_scope(&self, owned: &[Vec<usize>], owners: &[usize], scope: Group) -> Vec<Vec<Counts>> {
         let places: Vec<usize> = owners.iter().map(|&rank| self.topology().index(scope, rank)).collect();
-        let at = |bucket: &Vec<usize>, place: usize| -> Counts {
-            bucket.iter().zip(&places).filter(|(_, own)| **own == place).map(|(n, _)| *n).collect()
+        let by_place = |bucket: &Vec<usize>| -> Vec<Counts> {
+            let mut counts = vec![Vec::new(); self.topology().size(scope)];
+            bucket.iter().zip(&places).for_each(|(&n, &place)| counts[place].push(n));
+            counts.into_iter().map(Counts::from).collect()
         };
-        owned.iter().map(|bucket| (0..self.topology().size(scope)).map(|p| at(bucket, p)).collect()).collect()
+        owned.iter().map(by_place).collect()
     }
 
     /// Elements of whole matrices of each owner that this tensor rank, and none before it, holds a part of.

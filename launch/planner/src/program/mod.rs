@@ -24,9 +24,11 @@ use tangelo_configs::job::{OptimizerName, PipelineSchedule as Schedule};
 use tangelo_core::pipeline::{self, Pass, PipelineSchedule};
 use tangelo_core::{DType, Group, Instruction, Program, Unit};
 
-/// Elements after which a bucket of gradients is closed: 25 MiB in fp32. Blocks of large models fill one each; smaller
-/// ones need several buckets, so that all but the last are on their way while backward goes on.
-pub const BUCKET_ELEMENTS: usize = (25 << 20) / 4;
+/// Elements of fp32 after which a bucket of gradients is closed. Blocks of large models fill one each; smaller ones need
+/// several buckets, so that all but the last are on their way while backward goes on.
+pub fn bucket_elements(plan: &Plan) -> usize {
+    (plan.config.parallelism.gradient_bucket_mb * f64::from(1 << 20) / 4.0) as usize
+}
 
 /// The program of the ranks of `stage`.
 pub fn build(plan: &Plan, stage: usize) -> Program {
@@ -199,25 +201,32 @@ impl Builder<'_> {
 
     fn pass(&mut self) {
         self.emit(Instruction::CountTokens);
-        let keeps = self.gathers() && !self.plan.reshards_after_forward();
-        if keeps {
-            self.gather_all();
-        }
         let start = self.list.len();
         let actions = actions(self.plan, self.stage);
         let last = actions.iter().rposition(|action| action.pass == Pass::Backward);
         for (index, action) in actions.iter().enumerate() {
             if last == Some(index) {
+                self.settle();
                 self.missing = self.buckets.iter().map(Range::len).collect();
             }
             match action.pass {
-                Pass::Forward => self.forward(action.micro_batch, true),
-                Pass::Backward => self.backward(action.micro_batch),
+                Pass::Forward => {
+                    let own = pipeline::Action { pass: Pass::Backward, ..*action };
+                    self.forward(action.micro_batch, true, self.is_last && actions.get(index + 1) == Some(&own));
+                }
+                Pass::Backward => {
+                    let is_after_forward = index > 0 && actions[index - 1].micro_batch == action.micro_batch;
+                    if self.is_last && !is_after_forward {
+                        self.head_units().into_iter().for_each(|unit| self.start(Some(unit)));
+                    }
+                    self.backward(action.micro_batch);
+                }
             }
         }
+        self.settle();
         self.sum_scattered();
         self.finish_bucket();
-        if keeps {
+        if self.gathers() && !self.plan.reshards_after_forward() {
             self.keep_gathered(start);
         } else {
             keep_at_turns(&mut self.list);
@@ -225,30 +234,34 @@ impl Builder<'_> {
         self.emit(Instruction::ShareLoss);
     }
 
-    fn gather_all(&mut self) {
-        for unit in self.units.clone() {
-            self.start(Some(unit));
-            self.finish(unit);
-        }
-    }
-
-    /// Takes gathers and releases out of the list from `start` on; weights are given back at its end.
+    /// Leaves in the list from `start` on only the first gather of each unit, one unit ahead of its use; weights are given
+    /// back at the list's end.
     fn keep_gathered(&mut self, start: usize) {
-        let moves = |i: &Instruction| {
-            matches!(i, Instruction::StartGather(_) | Instruction::FinishGather(_) | Instruction::Release(_))
-        };
-        let rest: Vec<Instruction> = self.list.drain(start..).filter(|i| !moves(i)).collect();
-        self.list.extend(rest);
-        for unit in self.units.clone() {
-            self.release(unit);
+        let rest = self.list.split_off(start);
+        let units = self.units.clone();
+        self.start(units.first().copied());
+        let mut next = 1;
+        for instruction in rest {
+            match instruction {
+                Instruction::StartGather(_) | Instruction::Release(_) => {}
+                Instruction::FinishGather(unit) if units[..next - 1].contains(&unit) => {}
+                Instruction::FinishGather(_) => {
+                    self.start(units.get(next).copied());
+                    next += 1;
+                    self.emit(instruction);
+                }
+                _ => self.emit(instruction),
+            }
         }
+        units.into_iter().for_each(|unit| self.release(unit));
     }
 
     fn layers(&self) -> Range<usize> {
         self.plan.stage_layers[self.stage].clone()
     }
 
-    fn forward(&mut self, micro_batch: usize, train: bool) {
+    /// Forward of a micro-batch; `is_before_loss` where its loss follows at once.
+    fn forward(&mut self, micro_batch: usize, train: bool, is_before_loss: bool) {
         let layers = self.layers();
         if self.is_first {
             self.start(Some(Unit::Embedding));
@@ -261,7 +274,11 @@ impl Builder<'_> {
             self.emit(Instruction::Receive(Pass::Forward, micro_batch));
         }
         for layer in layers.clone() {
-            self.start((layer + 1 < layers.end).then_some(Unit::Block(layer + 1)));
+            if layer + 1 < layers.end {
+                self.start(Some(Unit::Block(layer + 1)));
+            } else if is_before_loss {
+                self.head_units().into_iter().for_each(|unit| self.start(Some(unit)));
+            }
             self.finish(Unit::Block(layer));
             for group in block::groups(self.plan, layer) {
                 if train && group.again {
@@ -314,16 +331,17 @@ impl Builder<'_> {
         } else {
             self.emit(Instruction::Send(Pass::Backward, micro_batch));
         }
-        self.settle();
+    }
+
+    /// What the loss reads.
+    fn head_units(&self) -> Vec<Unit> {
+        let tied = self.ties_here.then_some(Unit::Embedding);
+        std::iter::once(Unit::Head).chain(tied).collect()
     }
 
     /// Head and loss. A tied head adds to the embedding's gradient, which stays open until the embedding's own backward.
     fn loss(&mut self, micro_batch: usize, train: bool) {
-        let tied = self.ties_here.then_some(Unit::Embedding);
-        let units: Vec<Unit> = std::iter::once(Unit::Head).chain(tied).collect();
-        for &unit in &units {
-            self.start(Some(unit));
-        }
+        let units = self.head_units();
         for &unit in &units {
             self.finish(unit);
             if train {
@@ -340,7 +358,7 @@ impl Builder<'_> {
     }
 
     fn evaluate(&mut self) {
-        self.forward(0, false);
+        self.forward(0, false, self.is_last);
         if self.is_last {
             self.loss(0, false);
         }
@@ -366,17 +384,17 @@ impl Builder<'_> {
     }
 }
 
-/// Neighbouring units of a stage until a bucket is full.
-fn buckets(plan: &Plan, stage: usize) -> Vec<Range<usize>> {
+/// Neighbouring units of a stage until a bucket is full, as ranges of its units.
+pub fn buckets(plan: &Plan, stage: usize) -> Vec<Range<usize>> {
     let sharding = plan.sharding();
     let size = |unit| -> usize {
         let metas = sharding.parameters(&plan.model, unit, DType::F32);
         metas.iter().map(|m| m.num_elements()).sum::<usize>() / plan.topology.size(Group::Tensor)
     };
-    let mut buckets: Vec<Range<usize>> = Vec::new();
+    let (mut buckets, full): (Vec<Range<usize>>, usize) = (Vec::new(), bucket_elements(plan));
     let mut filled = usize::MAX;
     for (index, unit) in sharding.units(stage).into_iter().enumerate() {
-        if filled >= BUCKET_ELEMENTS {
+        if filled >= full {
             buckets.push(index..index);
             filled = 0;
         }
@@ -390,24 +408,29 @@ fn buckets(plan: &Plan, stage: usize) -> Vec<Range<usize>> {
 
 /// Where the block whose weights are given back is the next one to be gathered (forward turns into backward), they stay.
 fn keep_at_turns(list: &mut Vec<Instruction>) {
-    let is_block = |unit: Unit| matches!(unit, Unit::Block(_));
-    let mut at = 0;
-    while at < list.len() {
-        if let Instruction::Release(unit) = list[at]
-            && is_block(unit)
-        {
-            let later = |wanted| list.iter().skip(at).position(|&i| i == wanted).map(|n| at + n);
-            let next = list[at..].iter().find(|i| matches!(i, Instruction::StartGather(unit) if is_block(*unit)));
-            let finish = later(Instruction::FinishGather(unit));
-            if next == Some(&Instruction::StartGather(unit))
-                && let (Some(start), Some(finish)) = (later(Instruction::StartGather(unit)), finish)
-            {
-                for index in [finish, start, at] {
-                    list.remove(index);
+    // The release that nothing was gathered after, and of units that stay, whether their gather was left out already.
+    let (mut released, mut staying) = (None, None);
+    let mut left_out = Vec::new();
+    for (at, &instruction) in list.iter().enumerate() {
+        match instruction {
+            Instruction::Release(unit @ Unit::Block(_)) => released = Some((unit, at)),
+            Instruction::StartGather(unit @ Unit::Block(_)) => {
+                if let Some((_, release)) = released.take().filter(|(last, _)| *last == unit) {
+                    left_out.extend([release, at]);
+                    staying = Some(unit);
                 }
-                continue;
             }
+            Instruction::FinishGather(unit) if staying == Some(unit) => {
+                left_out.push(at);
+                staying = None;
+            }
+            _ => {}
         }
-        at += 1;
     }
+    left_out.sort_unstable();
+    let mut at = 0;
+    list.retain(|_| {
+        at += 1;
+        left_out.binary_search(&(at - 1)).is_err()
+    });
 }

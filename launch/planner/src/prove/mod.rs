@@ -35,10 +35,7 @@ use tangelo_core::{Call, Group, Instruction, Topology};
 pub const PARTS: [&str; 3] = ["pass", "update", "evaluate"];
 
 /// The part that computes nothing of micro-batches.
-const UPDATE: usize = 1;
-
-/// Groups whose calls run beside the computation.
-const BESIDE: [Group; 4] = [Group::Parameters, Group::Gradients, Group::StatesOverGradients, Group::Replicas];
+pub(crate) const UPDATE: usize = 1;
 
 /// Shows that the ranks of `plan` understand each other.
 ///
@@ -229,13 +226,14 @@ impl Schedule {
         for (rank, parts) in self.ranks.iter().enumerate() {
             let mut own: HashMap<Group, (u64, u64)> = HashMap::new();
             // Evaluation is proven, too, but no part of a step.
-            for &(call, times) in parts[..2].iter().flat_map(|&list| &tallies[list]) {
+            let of_step = (0..=UPDATE).flat_map(|part| tallies[parts[part]].iter().map(move |tally| (part, tally)));
+            for (part, &(call, times)) in of_step {
                 let call = self.call(call);
                 let place = self.topology.index(call.group, rank);
                 let bytes = times * call.bytes_sent(place, self.topology.size(call.group)) as u64;
                 let (calls, sent) = own.entry(call.group).or_default();
                 (*calls, *sent) = (*calls + times, *sent + bytes);
-                proof.traffic[Traffic::of(call) as usize] += bytes;
+                proof.traffic[Traffic::of(call, part) as usize] += bytes;
             }
             proof.num_calls += parts.iter().flat_map(|&list| &tallies[list]).map(|(_, times)| times).sum::<u64>();
             for (group, (calls, bytes)) in own {

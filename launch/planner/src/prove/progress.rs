@@ -9,7 +9,7 @@
 //!   whoever ends a wait puts the ranks that waited back on the list of those that can run
 //! ```
 
-use super::{BESIDE, Does, Groups, Mismatch, PARTS, Schedule, Step, Wait};
+use super::{Does, Groups, Mismatch, PARTS, Schedule, Step, Wait};
 use std::collections::VecDeque;
 use tangelo_core::{CallKind, Group};
 
@@ -122,7 +122,8 @@ impl<'a> Run<'a> {
         let kind = group as usize;
         let (of, number) = (self.groups.group_of[kind][rank], self.made[rank][kind]);
         self.made[rank][kind] += 1;
-        if !BESIDE.contains(&group) {
+        // A turn of the ring is waited for within its instruction.
+        if !group.is_beside() || group == Group::Ring {
             self.waits_for[rank] = Some((group, number));
         }
         let members = &self.groups.members[kind][of];

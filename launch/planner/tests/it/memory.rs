@@ -84,6 +84,18 @@ fn stages_keep_what_is_in_flight() {
 }
 
 #[test]
+fn matrices_that_muon_owns_whole_are_counted_where_they_lie() {
+    let muon = |world: usize, sets: &[&str]| predicted(world, &[&["optimizer.name=Muon"], sets].concat());
+    let matrices = 8 * (BLOCK - 2 * D);
+    assert_eq!(muon(1, &[]).optimizer_states, 4 * matrices + 8 * (ALL - matrices));
+    // 128 ranks, 56 matrices: the fullest rank owns one of the feed-forward's, and a chunk of the embedding.
+    let many = muon(128, &["training.global_batch_size=128"]);
+    assert_eq!(many.optimizer_states, 4 * 192 * D + 8 * 16_384);
+    assert_eq!(muon(1, &[]).matrices, 4 * (4 * 192 * D + 2 * D * D));
+    assert_eq!(predicted(1, &[]).matrices, 0);
+}
+
+#[test]
 fn scopes_cut_what_is_kept_and_units_are_whole_while_used() {
     let cut = |sets: &[&str]| predicted(8, &[&["data_parallel_shard_degree=8"], sets].concat());
     let whole = cut(&["zero_parameter_degree=1"]);
@@ -94,7 +106,7 @@ fn scopes_cut_what_is_kept_and_units_are_whole_while_used() {
     assert_eq!((scopes.parameters, scopes.gradients, scopes.optimizer_states), (2 * ALL, ALL, ALL));
     assert_eq!(scopes.whole_blocks, 4 * 2 * BLOCK + 4 * (2 * BLOCK + BLOCK / 4));
     let head = 512 * D + D;
-    assert_eq!(scopes.whole_head, 4 * head + 4 * head);
+    assert_eq!(scopes.whole_head, 4 * (head + BLOCK) + 4 * head);
 
     let never = cut(&["zero_parameter_degree=2", "fsdp_reshard_after_forward=never"]);
     assert_eq!(never.gathered_weights, 4 * ALL);

@@ -79,7 +79,7 @@ fn a_call_that_is_left_out_is_named() {
     refused(
         &schedule,
         expect![
-            "update: call 0 of states_over_parameters [0, 2]: rank 0 calls all_gather of 2 B x [60032, 0] for PublishBucket(0); rank 2 makes only 0 calls there"
+            "update: call 0 of states_over_parameters [0, 2]: rank 0 calls all_gather of 2 B x [35328, 24704] for PublishBucket(0); rank 2 makes only 0 calls there"
         ],
     );
 }

@@ -10,7 +10,7 @@ use tangelo_kernels::device;
 use tangelo_planner::program::{Sizes, build};
 
 /// Every dimension, both ways round the ring, every scope, and products.
-const LAYOUTS: [&str; 20] = [
+const LAYOUTS: [&str; 22] = [
     "gqa tp8 muon",
     "gqa dp2 tp2 pp2 z2.2.2 muon",
     "gqa",
@@ -31,6 +31,8 @@ const LAYOUTS: [&str; 20] = [
     "gqa dp2 cp2 tp2 z4.4.4 heads2 full",
     "odd dp2 tp2 pp2 z2.2.2 mixed",
     "gqa dp2 cp2 pp2 heads2 z2.2.4",
+    "gqa rep2 dp4 z1.2.2",
+    "gqa dp2 pp2 z2.2.2 never gpipe",
 ];
 
 #[test]
@@ -63,7 +65,19 @@ fn every_call_is_the_one_that_was_predicted() {
 
 fn predict(plan: &Plan, sizes: &Sizes, rank: usize) -> Vec<Call> {
     let program = build(plan, plan.topology.stage(rank));
-    program.pass.iter().chain(&program.update).flat_map(|&instruction| sizes.calls(instruction, rank)).collect()
+    let evaluations = std::iter::repeat_n(&program.evaluate, plan.gradient_accumulation_steps).flatten();
+    let all = program.pass.iter().chain(&program.update).chain(evaluations);
+    let calls = all.flat_map(|&instruction| sizes.calls(instruction, rank));
+    // After the last batch, all learn the sum of losses, and readers that of weights.
+    let sums = [Group::World, Group::Batch].map(|group| Call {
+        group,
+        kind: CallKind::AllGather,
+        element_bytes: 8,
+        counts: vec![1; plan.topology.size(group)].into(),
+        counts_in: [].into(),
+        peer: None,
+    });
+    calls.chain(sums.into_iter().filter(|call| call.counts.len() > 1)).collect()
 }
 
 fn bytes_sent(plan: &Plan, call: &Call, rank: usize) -> usize {

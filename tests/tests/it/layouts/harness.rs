@@ -40,11 +40,15 @@ pub struct Step {
 /// Both steps of one rank in float64.
 pub struct Truth {
     pub steps: Vec<Step>,
+    /// The loss of a batch that was not trained on, after them.
+    pub held_out: f64,
 }
 
 /// Both steps of a layout.
 pub struct Found {
     pub steps: Vec<Step>,
+    /// As in [`Truth`], of every rank.
+    pub held_out: Vec<f64>,
 }
 
 /// A layout of the table.
@@ -88,6 +92,8 @@ seq_len = 40
 local_batch_size = 1
 global_batch_size = 16
 max_norm = 0.0
+[parallelism]
+gradient_bucket_mb = 0.25
 [optimizer]
 lr = 1e-2
 eps = 1e-2
@@ -103,7 +109,8 @@ impl Case {
     /// From a line of the table.
     pub fn parse(line: &str, seed: u64) -> Case {
         let mut words = line.split_whitespace();
-        let model = ["gqa", "mha", "odd"].into_iter().find(|m| words.clone().next() == Some(m)).expect("a model");
+        let model =
+            ["gqa", "mha", "odd", "qwen"].into_iter().find(|m| words.clone().next() == Some(m)).expect("a model");
         let mut case = Case { model, muon: false, seed, ranks: 1, sets: Vec::new() };
         match model {
             "gqa" => {
@@ -111,6 +118,7 @@ impl Case {
                 case.set("model", &[window[0], window[1], "num_key_value_heads=4", "tie_word_embeddings=true"]);
             }
             "mha" => case.set("model", &["num_key_value_heads=8"]),
+            "qwen" => case.set("model", &["name='qwen3'", "num_key_value_heads=4"]),
             _ => case.set("model", &["num_key_value_heads=2", "attention_bias=true", "mlp_bias=true"]),
         }
         words.by_ref().skip(1).for_each(|word| case.word(word));
@@ -208,10 +216,10 @@ impl Case {
 
     /// Both steps on all ranks.
     pub fn run(&self) -> Found {
-        let parts: Vec<Vec<RankStep>> = self.on_all_ranks(|plan, comm| self.rank(plan, comm));
+        let parts: Vec<(Vec<RankStep>, f64)> = self.on_all_ranks(|plan, comm| self.rank(plan, comm));
         let spec = self.plan().model;
-        let steps = (0..STEPS).map(|step| join(parts.iter().map(|rank| &rank[step]).collect(), &spec)).collect();
-        Found { steps }
+        let steps = (0..STEPS).map(|step| join(parts.iter().map(|(rank, _)| &rank[step]).collect(), &spec)).collect();
+        Found { steps, held_out: parts.iter().map(|(_, loss)| *loss).collect() }
     }
 
     /// Runs `rank` on a thread of its own for each rank.
@@ -236,18 +244,26 @@ impl Case {
         self.batch(step, reader * share..(reader + 1) * share)
     }
 
-    fn rank(&self, plan: &Plan, comm: Communicator) -> Vec<RankStep> {
+    fn rank(&self, plan: &Plan, comm: Communicator) -> (Vec<RankStep>, f64) {
         let mut worker = self.worker(plan, comm);
-        (0..STEPS).map(|step| self.step(plan, &mut worker, step)).collect()
+        let steps = (0..STEPS).map(|step| self.step(plan, &mut worker, step)).collect();
+        (steps, self.evaluate(plan, &worker, STEPS))
     }
 
-    /// One step on all ranks: the calls of each, and the bytes that it sent.
+    fn evaluate(&self, plan: &Plan, worker: &TrainWorker, step: usize) -> f64 {
+        let batch = self.rank_batch(plan, step, plan.topology.index(Group::Batch, worker.rank()));
+        let loss = worker.evaluate([Ok(batch)].into_iter(), &LossSpec::next_token());
+        loss.unwrap_or_else(|e| panic!("rank {}: {e}", worker.rank()))
+    }
+
+    /// One step and one evaluation on all ranks: the calls of each, and the bytes that it sent.
     pub fn record(&self) -> Vec<(Vec<CallRecord>, u64)> {
         self.on_all_ranks(|plan, comm| {
             let mut worker = self.worker(plan, comm);
             worker.world().record_calls();
             let before = worker.world().stats().bytes_sent;
             self.step(plan, &mut worker, 0);
+            self.evaluate(plan, &worker, 1);
             (worker.world().take_recorded_calls(), worker.world().stats().bytes_sent - before)
         })
     }
@@ -344,11 +360,12 @@ impl Truth {
                     }
                     gradients.insert(span.meta.name.clone(), grad);
                 }
-                let _ = unit.main_grad().expect("gradients").shallow_clone().zero_();
             }
+            worker.discard_gradients();
             steps.push(Step { loss: loss.loss, norm: square.sqrt(), gradients });
         }
-        Truth { steps }
+        let held_out = [Ok(case.batch(STEPS, 0..ROWS))].into_iter();
+        Truth { steps, held_out: worker.evaluate(held_out, &LossSpec::next_token()).expect("an evaluation") }
     }
 }
 

@@ -50,6 +50,11 @@ fn is_within(error: f64, most: f64) -> bool {
 /// The worst errors of loss and gradients over both steps.
 fn compare(found: &Found, truth: &Truth) -> Result<[f64; 2], String> {
     let mut worst = [0f64; 2];
+    if let Some(loss) =
+        found.held_out.iter().find(|&loss| !is_within((loss / truth.held_out - 1.0).abs(), MAX_LOSS_ERROR))
+    {
+        return Err(format!("evaluation: loss {loss} instead of {}", truth.held_out));
+    }
     for (step, (got, want)) in found.steps.iter().zip(&truth.steps).enumerate() {
         let loss = (got.loss / want.loss - 1.0).abs();
         if !is_within(loss, MAX_LOSS_ERROR) {

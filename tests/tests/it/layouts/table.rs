@@ -2,7 +2,7 @@
 //! `rep dp cp tp pp` degrees; `heads` the inner part of cp; `ring` rotates keys instead of gathering them;
 //! `z1.2.4` scopes of parameters, gradients and states; `never` keeps gathered weights; `gpipe`; `stages1.3` layers;
 //! `full attn ffn mixed` what is recomputed; `muon` the optimizer of hidden matrices; first the model: `gqa` (8 heads on
-//! 4, tied, a window), `mha` (untied), `odd` (biases and head norms).
+//! 4, tied, a window), `mha` (untied), `odd` (8 heads on 2, biases), `qwen` (8 heads on 4, norms of heads).
 
 /// One layout per line.
 pub const LAYOUTS: &str = "
@@ -83,8 +83,27 @@ pub const LAYOUTS: &str = "
     gqa tp4 cp2 heads2
     gqa dp2 cp2 tp2 z4.4.4 heads2 full
     odd dp2 tp2 pp2 z2.2.2 mixed
+    gqa rep4
+    gqa rep2 dp4 z1.2.2
+    gqa rep2 pp2
+    mha rep2 cp2 ring
+    gqa rep2 cp2 heads2
+    gqa cp2 pp2
+    mha dp2 cp2 z4.4.4
+    odd tp2 pp2 stages1.3 gpipe
+    gqa dp2 pp4 z2.2.2 stages1.1.1.1
+    qwen
+    qwen tp2
+    qwen tp8
+    qwen cp2 heads2
+    qwen cp2 ring
+    qwen pp2 full
+    qwen dp4 z4.4.4
+    qwen tp4 cp2 heads2
     gqa muon
     odd muon
+    gqa muon tp2 full
+    mha muon cp2
     gqa muon dp2
     gqa muon dp4 z1.2.4
     mha muon dp4 z4.4.4
