@@ -146,6 +146,8 @@ pub enum Instruction {
         /// Which micro-batch.
         micro_batch: usize,
     },
+    /// Back through `x + w` alone: the gradient of `x` is that of `w`, too, and nothing has to be kept, or run again, for it.
+    ResidualBackward(usize),
     /// Attention whose keys and values come from the ranks of the ring.
     RingAttend {
         /// Which block.
@@ -218,6 +220,7 @@ impl Instruction {
             I::Send(pass, _) => I::Send(pass, 0),
             I::Stash(_) => I::Stash(0),
             I::Restore(_) => I::Restore(0),
+            I::ResidualBackward(_) => I::ResidualBackward(0),
             I::Block { layer, parts, keep, .. } => I::Block { layer, parts, micro_batch: 0, keep },
             I::BlockBackward { layer, .. } => I::BlockBackward { layer, micro_batch: 0 },
             I::RingAttend { layer, keep, .. } => I::RingAttend { layer, micro_batch: 0, keep },

@@ -17,7 +17,7 @@
 //! | pipeline | T D e each way for each border between stages |
 //!
 //! The last four for each micro-batch of each reader of rows. A pass is forward, backward, and forward again where a
-//! part of a block is recomputed; the last sum of what runs again is read by nobody, but sent, and counted here. An
+//! part of a block is recomputed (but for the last sum of what runs again, which nobody reads). An
 //! all-reduce of n bytes over c ranks needs 2 n (c - 1) in all; small ones send c n (c - 1) in one exchange instead of
 //! two, which shows in small models. What coordinates ranks (numbers of tokens, losses, norms) has no minimum.
 
@@ -222,8 +222,10 @@ impl Minimum<'_> {
 
     fn tensor(&self) -> f64 {
         let (t, d) = (self.size(Group::Tensor), self.plan.model.hidden_size as f64);
-        let block =
-            |layer| 2.0 * (self.passes(layer, Recompute::Attention) + self.passes(layer, Recompute::FeedForward));
+        let block = |layer| {
+            let both = self.passes(layer, Recompute::Attention) + self.passes(layer, Recompute::FeedForward);
+            2.0 * both - if self.plan.recompute(layer) == Recompute::None { 0.0 } else { 1.0 }
+        };
         let moves = 4.0 + self.layers().map(block).sum::<f64>();
         (t - 1.0) * self.tokens * (moves * d * self.e + t * 12.0)
     }

@@ -134,6 +134,11 @@ impl Lane {
         self.work_gradients = segment.work_in.iter().map(Tensor::grad).collect();
     }
 
+    /// Goes back through `x + w`.
+    pub fn back_residual(&mut self) {
+        self.work_gradients = vec![self.x_gradient()];
+    }
+
     /// Keeps what ring attention needs to go back.
     pub fn keep_ring(&mut self, record: RingRecord) {
         self.tape.push(Kept::Ring(record));

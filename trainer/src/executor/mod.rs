@@ -155,6 +155,7 @@ impl<'a> Executor<'a> {
             I::Restore(m) => self.lane(m).restore(),
             I::Block { layer, parts, micro_batch, keep } => self.lane(micro_batch).run(model, layer, parts, keep),
             I::BlockBackward { micro_batch, .. } => self.lane(micro_batch).back(),
+            I::ResidualBackward(m) => self.lane(m).back_residual(),
             I::RingAttend { layer, micro_batch, keep } => self.ring(layer, micro_batch, keep)?,
             I::RingAttendBackward { layer, micro_batch } => self.ring_backward(layer, micro_batch)?,
             I::Exchange { exchange, pass, layer, micro_batch } => {
@@ -263,6 +264,7 @@ fn is_backward(instruction: Instruction) -> bool {
     matches!(
         instruction,
         Instruction::BlockBackward { .. }
+            | Instruction::ResidualBackward(_)
             | Instruction::RingAttendBackward { .. }
             | Instruction::EmbedBackward(_)
             | Instruction::Exchange { pass: Pass::Backward, .. }

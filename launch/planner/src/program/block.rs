@@ -27,7 +27,7 @@ impl Step {
     }
 
     /// Its instruction on the way back: exchanges are replaced by their transposes.
-    pub fn backward(self, layer: usize, micro_batch: usize) -> Instruction {
+    fn backward(self, layer: usize, micro_batch: usize) -> Instruction {
         match self {
             Step::Compute(_) => Instruction::BlockBackward { layer, micro_batch },
             Step::Exchange(exchange) => {
@@ -55,6 +55,31 @@ pub struct Group {
     pub steps: Vec<Step>,
     /// Whether only their input is kept.
     pub again: bool,
+}
+
+impl Group {
+    /// What runs again before backward: all but the last sum of tensor ranks and its addition to the residual stream, whose
+    /// gradient needs no values.
+    pub fn replayed(&self) -> &[Step] {
+        match self.steps.as_slice() {
+            [rest @ .., Step::Exchange(Exchange::ScatterSequence), Step::Compute(parts)] if is_residual(*parts) => rest,
+            all => all,
+        }
+    }
+
+    /// The way back, for a micro-batch.
+    pub fn backward(&self, layer: usize, micro_batch: usize) -> Vec<Instruction> {
+        let replayed = if self.again { self.replayed().len() } else { self.steps.len() };
+        let back = |(at, step): (usize, &Step)| match step {
+            Step::Compute(_) if at >= replayed => Instruction::ResidualBackward(micro_batch),
+            step => step.backward(layer, micro_batch),
+        };
+        self.steps.iter().enumerate().rev().map(back).collect()
+    }
+}
+
+fn is_residual(parts: Parts) -> bool {
+    parts.first == parts.last && matches!(parts.first, Part::AttentionResidual | Part::FeedForwardResidual)
 }
 
 /// The steps of block `layer`, in order.

@@ -157,7 +157,8 @@ impl Sizes {
             I::FinishGather(_) | I::Release(_) | I::OpenGradient(_) | I::FinishReduce(_) | I::FinishBucket(_) => {
                 Vec::new()
             }
-            I::Stash(_) | I::Restore(_) | I::Block { .. } | I::BlockBackward { .. } | I::Update => Vec::new(),
+            I::Stash(_) | I::Restore(_) | I::Update => Vec::new(),
+            I::Block { .. } | I::BlockBackward { .. } | I::ResidualBackward(_) => Vec::new(),
         };
         calls.into_iter().filter(|call| self.topology.size(call.group) > 1).collect()
     }

@@ -16,7 +16,7 @@
 mod block;
 mod calls;
 
-use block::Group as Recomputed;
+use block::Step;
 pub use calls::Sizes;
 use std::ops::Range;
 use tangelo_configs::Plan;
@@ -284,7 +284,7 @@ impl Builder<'_> {
                 if train && group.again {
                     self.emit(Instruction::Stash(micro_batch));
                 }
-                self.run(&group, layer, micro_batch, train && !group.again);
+                self.run(&group.steps, layer, micro_batch, train && !group.again);
             }
             self.release(Unit::Block(layer));
         }
@@ -293,9 +293,8 @@ impl Builder<'_> {
         }
     }
 
-    fn run(&mut self, group: &Recomputed, layer: usize, micro_batch: usize, keep: bool) {
-        let steps = group.steps.iter().map(|step| step.forward(layer, micro_batch, keep));
-        self.list.extend(steps);
+    fn run(&mut self, steps: &[Step], layer: usize, micro_batch: usize, keep: bool) {
+        self.list.extend(steps.iter().map(|step| step.forward(layer, micro_batch, keep)));
     }
 
     fn backward(&mut self, micro_batch: usize) {
@@ -314,10 +313,9 @@ impl Builder<'_> {
             for group in block::groups(self.plan, layer).iter().rev() {
                 if group.again {
                     self.emit(Instruction::Restore(micro_batch));
-                    self.run(group, layer, micro_batch, true);
+                    self.run(group.replayed(), layer, micro_batch, true);
                 }
-                let steps = group.steps.iter().rev().map(|step| step.backward(layer, micro_batch));
-                self.list.extend(steps);
+                self.list.extend(group.backward(layer, micro_batch));
             }
             self.release(unit);
             self.made(unit);
