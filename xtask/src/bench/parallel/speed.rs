@@ -13,6 +13,8 @@ use std::path::Path;
 use std::process::Command;
 
 const RANKS: [usize; 3] = [1, 2, 4];
+/// The first two of the machine.
+const CORES: usize = 2;
 /// As Tangelo and the peers' script call them.
 const TYPES: [(&str, &str); 2] = [("float32", "fp32"), ("bfloat16", "bf16")];
 
@@ -72,9 +74,14 @@ impl Case {
         degrees.chain(["training.num_threads=1".to_owned()]).collect()
     }
 
+    /// Launchers of ours: one a rank where each is pinned, one for all where they share the cores.
+    fn nodes(&self) -> usize {
+        if self.ranks <= CORES { self.ranks } else { 1 }
+    }
+
     /// The cores of a rank, as taskset takes them.
     fn cores(&self, rank: usize) -> String {
-        if self.ranks <= 2 { rank.to_string() } else { "0,1".to_owned() }
+        if self.ranks <= CORES { rank.to_string() } else { format!("0-{}", CORES - 1) }
     }
 
     fn tokens_per_second(&self, step_seconds: &[f64]) -> f64 {
@@ -102,25 +109,19 @@ pub fn measure(inputs: &Inputs, options: &Options) -> Result<Vec<Row>> {
 
 fn our_turn(inputs: &Inputs, options: &Options, case: &Case) -> Result<f64> {
     let job = inputs.job(&options.flavor, case.dtype.0, options.steps, &case.settings())?;
-    let launcher = |rank| {
-        let mut command = pinned(inputs, case, rank, &[]);
+    let nodes = case.nodes();
+    let endpoint = format!("127.0.0.1:{}", free_port()?);
+    let launcher = |node: usize| {
+        let mut command = pinned(inputs, case, node, &[]);
         command.arg(inputs.binary()).args(["run", "--quiet"]).args(&job);
+        command.args(["--nproc-per-node", &(case.ranks / nodes).to_string()]);
+        if nodes > 1 {
+            command.args(["--nnodes", &nodes.to_string(), "--node-rank", &node.to_string()]);
+            command.args(["--rdzv-endpoint", &endpoint]);
+        }
         command
     };
-    let mut commands: Vec<Command> = if case.ranks <= 2 {
-        let endpoint = format!("127.0.0.1:{}", free_port()?);
-        let nodes = (0..case.ranks).map(|rank| {
-            let mut command = launcher(rank);
-            command.args(["--nproc-per-node", "1", "--nnodes", &case.ranks.to_string()]);
-            command.args(["--node-rank", &rank.to_string(), "--rdzv-endpoint", &endpoint]);
-            command
-        });
-        nodes.collect()
-    } else {
-        let mut command = launcher(0);
-        command.args(["--nproc-per-node", &case.ranks.to_string()]);
-        vec![command]
-    };
+    let mut commands: Vec<Command> = (0..nodes).map(launcher).collect();
     run_together(&mut commands, &inputs.folder)?;
     Ok(case.tokens_per_second(&column(&records(&inputs.run())?, "step_seconds")))
 }
