@@ -158,7 +158,8 @@ fn line(layout: &Layout, measured: f64, expected: &Traffic) -> String {
     text + "\n"
 }
 
-/// Shares of a step that rank 0 waits, a row a layout and a value a round.
+/// Shares of a step that rank 0 waits, a row a layout and a value a round. Where ranks outnumber cores, it also waits for
+/// others' turn on its core.
 pub fn exposed(inputs: &Inputs, options: &Options) -> Result<Vec<Row>> {
     let name = |layout: &Layout| format!("{}, {} ranks", layout.name, layout.ranks);
     let row = |layout| Row { name: name(layout), unit: "% of a step waiting", values: Vec::new() };
