@@ -6,8 +6,8 @@ WRAPPER is none (one rank), ddp or fsdp2. RANK, WORLD_SIZE, MASTER_ADDR and MAST
 thread; a rank's batch is its own.
 
 bf16 under fsdp2 is as ours: fp32 masters, weights gathered and computed with in bf16, gradients summed in fp32. Under
-ddp, which has no such policy, it is a model whose parameters are bf16 throughout: half the bytes of our gradients and no
-master weights, so less work than Tangelo does.
+ddp or none, which have no such policy, it is a model whose parameters are bf16 throughout: half the bytes of our
+gradients and no master weights, so less work than Tangelo does.
 """
 
 import json

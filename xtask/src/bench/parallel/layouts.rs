@@ -149,7 +149,8 @@ fn line(layout: &Layout, measured: f64, expected: &Traffic) -> String {
         [measured, expected.predicted, expected.least, expected.coordination].map(|bytes| bytes / MIB);
     let (to_least, to_predicted) = (measured / expected.least, measured / expected.predicted);
     let mut text = format!(
-        "{:<30} {:>5} {measured_mib:>10.2} {predicted:>10.2} {least:>10.2} {coordination:>13.2} {to_least:>9.4} {to_predicted:>10.4}",
+        "{:<30} {:>5} {measured_mib:>10.2} {predicted:>10.2} {least:>10.2} {coordination:>13.2} {to_least:>9.4} \
+         {to_predicted:>10.4}",
         layout.name, layout.ranks
     );
     if (to_least - 1.0).abs() > BOUND {
@@ -158,8 +159,8 @@ fn line(layout: &Layout, measured: f64, expected: &Traffic) -> String {
     text + "\n"
 }
 
-/// Shares of a step that rank 0 waits, a row a layout and a value a round. Where ranks outnumber cores, it also waits for
-/// others' turn on its core.
+/// Shares of a step that rank 0 waits, a row a layout and a value a round. Where ranks outnumber cores, this holds
+/// waiting for a core too.
 pub fn exposed(inputs: &Inputs, options: &Options) -> Result<Vec<Row>> {
     let name = |layout: &Layout| format!("{}, {} ranks", layout.name, layout.ranks);
     let row = |layout| Row { name: name(layout), unit: "% of a step waiting", values: Vec::new() };

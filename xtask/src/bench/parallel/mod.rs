@@ -1,8 +1,8 @@
 //! `cargo xtask bench parallel`: what several ranks cost, in three tables.
 //!
 //! Bytes: what a step really sends, read from the loopback interface, beside what the program says and the least there
-//! can be. Exposed: the share of a step in which a rank waits for others. Speed: tokens/s beside PyTorch's DDP and FSDP2
-//! over Gloo, whose side is in tests/python/bench_parallel.py. Nothing is asserted: a number is not right or wrong.
+//! is. Exposed: the share of a step in which a rank waits for others. Speed: tokens/s beside PyTorch's DDP and FSDP2 over
+//! Gloo, whose side is in tests/python/bench_parallel.py. Nothing is asserted: a number is not right or wrong.
 
 mod layouts;
 mod loopback;
