@@ -68,9 +68,8 @@ impl Phase {
             I::RingAttend { .. } | I::RingAttendBackward { .. } => Phase::Ring,
             I::Receive(..) | I::Send(..) => Phase::Pipeline,
             I::Loss { .. } | I::ShareLoss => Phase::Loss,
-            I::OpenGradient(_) | I::StartReduce(_) | I::FinishReduce(_) | I::ReduceBucket(_) | I::SumReplicated => {
-                Phase::Reduce
-            }
+            I::OpenGradient(_) | I::StartReduce(_) | I::FinishReduce(_) | I::SumReplicated => Phase::Reduce,
+            I::StartBucket(_) | I::SumBucket(_) | I::FinishBucket(_) => Phase::Reduce,
             I::Norm => Phase::Norm,
             I::UpdateMatrices(_) | I::Update => Phase::Update,
             I::PublishBucket(_) => Phase::Publish,
