@@ -48,10 +48,11 @@ env_vars! {
     PROGRESS_FD = "TANGELO_PROGRESS_FD", "tangelo run, eval, export", "File descriptor on which rank 0 or a verb writes progress as JSON lines, for the launcher's bar.";
     SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run, eval, export", "Process id of the launcher: a worker that finds another parent exits.";
     POSITION_FILE = "TANGELO_POSITION_FILE", "tangelo run", "File into which a rank writes, before and after each of its collectives, where it is: read by the launcher when ranks hang.";
-    FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank]`: kill, error, panic, hang, nan, kill_in_save.";
+    FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank][/phase]`: kill, stop, error, panic, hang at the start of the step or of a phase in it (`tangelo_core::Phase`, such as ring); nan, kill_in_save in the step.";
     COUNT_ALLOCATIONS = "TANGELO_COUNT_ALLOCATIONS", "user", "Not empty: on a CPU, count the tensors that forward and backward allocate (metric pass_allocation_bytes).";
     CPU_KERNELS = "TANGELO_CPU_KERNELS", "user", "generic, avx2 or avx512: kernels for a lesser CPU than this one; anything else is the best it has.";
     TEST_BINARIES = "TANGELO_TEST_BINARIES", "cargo xtask test", "Folder of the `tangelo` and `tangelo-worker` that tests start; they build them where it is not set.";
+    TEST_FAULTS = "TANGELO_TEST_FAULTS", "user", "`all`: the tests of failures plant every fault in every phase of their layouts, not a choice of them.";
     TEST_SEED = "TANGELO_TEST_SEED", "user", "Repeats a test that draws fresh random cases, with the seed it printed.";
     LIBTORCH = "LIBTORCH", "user, set-up", "Folder of a libtorch to use instead of the one that set-up installs.";
     NO_COLOR = "NO_COLOR", "user", "Set to anything: no colours on the terminal.";

@@ -2,7 +2,8 @@
 //! killed, the file of its records still says which call it was in.
 //!
 //! A file holds one record of [`RECORD_BYTES`] for each group and lane of the rank, at a place of its own, rewritten
-//! before each call begins and when it is done; the numbers of `call` tell which is the newest. A launcher reads the
+//! before each call begins and when it is done; the numbers of `call` tell which is the newest. The first place says which
+//! phase of which step the rank is in ([`encode_moment`]), rewritten when that changes. A launcher reads the
 //! files of its ranks with [`decode_all`] and asks [`behind`] who keeps the others waiting. The rank's side is
 //! `kernels::comm`, switched on by [`crate::env::POSITION_FILE`].
 //!
@@ -12,6 +13,7 @@
 //! Deliberately absent: files, clocks and processes.
 
 use crate::hash::mix64;
+use crate::phase::{Moment, Phase};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,6 +22,7 @@ use std::fmt;
 pub const RECORD_BYTES: usize = 256;
 
 const MAGIC: u32 = 0x7a6e_7001;
+const MOMENT_MAGIC: u32 = 0x7a6e_7002;
 const NOBODY: u32 = u32::MAX;
 /// Where the three texts and the checksum begin; each text ends where the next begins.
 const OPERATION_AT: usize = 56;
@@ -180,11 +183,34 @@ pub fn decode_all(bytes: &[u8]) -> Vec<Position<'static>> {
     bytes.chunks_exact(RECORD_BYTES).filter_map(|chunk| Position::decode(chunk.first_chunk()?)).collect()
 }
 
+/// Where a rank is in its steps, as the first record of its file says it.
+pub fn encode_moment(moment: Moment) -> [u8; RECORD_BYTES] {
+    let mut bytes = [0; RECORD_BYTES];
+    bytes[..4].copy_from_slice(&MOMENT_MAGIC.to_le_bytes());
+    bytes[4] = moment.phase.map_or(0, |phase| phase as u8);
+    bytes[16..24].copy_from_slice(&moment.step.to_le_bytes());
+    let checksum = checksum(&bytes);
+    bytes[CHECKSUM_AT..].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// The reverse of [`encode_moment`], from a whole file; `None` before the first step.
+pub fn decode_moment(file: &[u8]) -> Option<Moment> {
+    let bytes: &[u8; RECORD_BYTES] = file.first_chunk()?;
+    let is_whole = bytes[..4] == MOMENT_MAGIC.to_le_bytes() && bytes[CHECKSUM_AT..] == checksum(bytes).to_le_bytes();
+    let step = u64::from_le_bytes(std::array::from_fn(|i| bytes[16 + i]));
+    is_whole.then_some(Moment { step, phase: Phase::from_code(bytes[4]) })
+}
+
 /// The rank that keeps others waiting, and what they wait in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Behind {
     /// The rank.
     pub rank: usize,
+    /// Whether anything is known of it: of a rank of another node only who waits for it.
+    pub is_known: bool,
+    /// In which phase it is, where that is known.
+    pub moment: Option<Moment>,
     /// The call in which most of the others wait for it.
     pub awaited_in: Position<'static>,
     /// Who waits for it there.
@@ -197,7 +223,12 @@ impl fmt::Display for Behind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ranks: Vec<String> = self.waiting.iter().map(usize::to_string).collect();
         let (noun, verb) = if ranks.len() == 1 { ("rank", "waits") } else { ("ranks", "wait") };
-        write!(f, "rank {} is behind: {noun} {} {verb} for it in {}; ", self.rank, ranks.join(", "), self.awaited_in)?;
+        let (rank, ranks) = (self.rank, ranks.join(", "));
+        if !self.is_known {
+            return write!(f, "{noun} {ranks} {verb} for rank {rank} of another node in {}", self.awaited_in);
+        }
+        let moment = self.moment.map(|moment| format!(", {moment}")).unwrap_or_default();
+        write!(f, "rank {rank} is behind{moment}: {noun} {ranks} {verb} for it in {}; ", self.awaited_in)?;
         match &self.last {
             None => write!(f, "it made no call yet"),
             Some(last) if last.state == State::Opened => write!(f, "it made no call in {} yet", last.group_name),
@@ -214,6 +245,8 @@ pub struct Report {
     pub rank: usize,
     /// Its records; none where its file is missing or empty.
     pub positions: Vec<Position<'static>>,
+    /// Where it is in its steps, where that is known.
+    pub moment: Option<Moment>,
     /// False for a process that was found stopped or killed, and so waits for nobody. True for one that ended by itself:
     /// its records say what it waited for.
     pub is_running: bool,
@@ -245,8 +278,9 @@ pub fn behind(reports: &[Report]) -> Option<Behind> {
     let awaited_in = waits.iter().rev().max_by_key(|wait| together(wait))?.position;
     let waiting = waits.iter().filter(|w| w.position.is_same_lane(awaited_in)).map(|wait| wait.waiter).collect();
     let newest = |report: &Report| report.positions.iter().max_by_key(|position| position.call).cloned();
-    let last = find(rank, reports).and_then(newest);
-    Some(Behind { rank, awaited_in: awaited_in.clone(), waiting, last })
+    let report = find(rank, reports);
+    let (last, moment) = (report.and_then(newest), report.and_then(|report| report.moment));
+    Some(Behind { rank, is_known: report.is_some(), moment, awaited_in: awaited_in.clone(), waiting, last })
 }
 
 fn find(rank: usize, reports: &[Report]) -> Option<&Report> {
@@ -293,7 +327,8 @@ fn late_peers(rank: usize, position: &Position, reports: &[Report]) -> Vec<usize
         let theirs = find(peer, reports).and_then(|other| Some((other, other.in_lane_of(position)?)));
         theirs.is_some_and(|(other, theirs)| theirs.needs(rank) && !other.is_late(theirs, position))
     };
-    position.peers.iter().flatten().map(|peer| *peer as usize).filter(|peer| !came(*peer)).collect()
+    let peers: BTreeSet<usize> = position.peers.iter().flatten().map(|peer| *peer as usize).collect();
+    peers.into_iter().filter(|peer| !came(*peer)).collect()
 }
 
 /// Whether a rank stands in a call in which another one stands, too: then their numbers do not tell who is stopped.
@@ -364,6 +399,7 @@ mod tests {
         let report = |(rank, positions): &Records| Report {
             rank: *rank,
             positions: positions.clone(),
+            moment: None,
             is_running: stopped != Some(*rank),
         };
         let reports: Vec<Report> = records.iter().map(report).collect();
@@ -382,6 +418,21 @@ mod tests {
         bytes[100] ^= 1;
         bytes.extend([0; RECORD_BYTES + 10]);
         assert_eq!(decode_all(&bytes), written[1..]);
+    }
+
+    #[test]
+    fn the_first_record_says_where_in_a_step_a_rank_is() {
+        let moment = Moment { step: 300, phase: Some(Phase::Ring) };
+        let call = collective(9, dp(3), 0, State::Done);
+        let mut file = [encode_moment(moment), call.encode()].concat();
+        assert_eq!((decode_moment(&file), decode_all(&file)), (Some(moment), vec![call.clone()]));
+        let report = |rank, positions, moment| Report { rank, positions, moment, is_running: true };
+        let waiting = vec![collective(9, WORLD, 7, State::Inside)];
+        let reports = [report(0, waiting, None), report(2, vec![], Some(moment))];
+        let said = behind(&reports).unwrap().to_string();
+        assert!(said.starts_with("rank 2 is behind, in phase ring of step 300: rank 0 waits for it"), "{said}");
+        file[20] ^= 1;
+        assert_eq!((decode_moment(&file), decode_moment(&call.encode()), decode_moment(&[])), (None, None, None));
     }
 
     #[test]
@@ -475,6 +526,12 @@ mod tests {
             expect![
                 "rank 1 is behind: rank 2 waits for it in recv #5 of world/1->2 at trainer/src/step.rs:20; its last call, send #4 of world/1->2 at trainer/src/step.rs:20, is done"
             ],
+        );
+        // Of another node; to and from the same.
+        let both_ways = Position { peers: [Some(1); 2], ..message(4, "shift", 5, State::Inside, 1) };
+        check(
+            &[(2, vec![both_ways])],
+            expect!["rank 2 waits for rank 1 of another node in shift #5 of world/1->2 at trainer/src/step.rs:20"],
         );
         // Both are in it: nobody is behind.
         let both = [(1, vec![message(9, "send", 5, State::Inside, 2)]), receiver];

@@ -43,8 +43,12 @@ impl FolderLock {
             if !told {
                 let mut owner = String::new();
                 let _ = file.rewind().and_then(|()| file.read_to_string(&mut owner));
-                progress.phase(&format!("waiting for process {}, which prepares {}", owner.trim(), folder.display()));
-                told = true;
+                // Empty where the owner is about to write it.
+                told = !owner.trim().is_empty();
+                if told {
+                    let folder = folder.display();
+                    progress.phase(&format!("waiting for process {}, which prepares {folder}", owner.trim()));
+                }
             }
             if progress.cancelled() {
                 return Err(DataError::Interrupted);

@@ -5,9 +5,11 @@
 //! used where the rank stands still.
 
 use crate::error::Result;
+use crate::faults::Fault;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::time::Duration;
-use tangelo_core::{Group, Topology};
+use tangelo_core::{Group, Moment, Phase, Topology};
 use tangelo_kernels::comm::channel::{self, ChannelEnd, Receiver, Sender};
 use tangelo_kernels::comm::{Background, Communicator};
 
@@ -17,6 +19,9 @@ pub struct Groups {
     others: HashMap<Group, Communicator>,
     beside: HashMap<Group, Background>,
     neighbours: Neighbours,
+    step: Cell<u64>,
+    /// Tests only.
+    fault: Option<Fault>,
 }
 
 /// Channels to the stages before and after.
@@ -53,7 +58,29 @@ impl Groups {
             }
         }
         let neighbours = Neighbours::open(&world, topology)?;
-        Ok(Groups { world, others, beside, neighbours })
+        Ok(Groups { world, others, beside, neighbours, step: Cell::new(0), fault: None })
+    }
+
+    /// Tests only: something will go wrong on this rank.
+    pub fn plant(&mut self, fault: Option<Fault>) {
+        self.fault = fault;
+    }
+
+    /// The rank begins a step.
+    pub fn begin_step(&self, step: u64) -> Result<()> {
+        self.step.set(step);
+        self.pass(None)
+    }
+
+    /// The rank enters a phase of its step: reports about failures say so. Belongs before every instruction.
+    pub fn enter(&self, phase: Phase) -> Result<()> {
+        self.pass(Some(phase))
+    }
+
+    fn pass(&self, phase: Option<Phase>) -> Result<()> {
+        let moment = Moment { step: self.step.get(), phase };
+        self.world.enter(moment);
+        self.fault.as_ref().map_or(Ok(()), |fault| fault.strike(moment))
     }
 
     /// All ranks.

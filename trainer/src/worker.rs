@@ -3,6 +3,7 @@
 use crate::buckets::Buckets;
 use crate::error::{Result, TrainError};
 use crate::executor::{Executor, Parts};
+use crate::faults::Fault;
 use crate::groups::Groups;
 use crate::init::{self, TensorSource};
 use crate::micro_batch::Rows;
@@ -12,7 +13,7 @@ use crate::store::WeightStore;
 use std::time::{Duration, Instant};
 use tangelo_configs::job::{ComputeType, RotateMethod};
 use tangelo_configs::{Plan, Sharding};
-use tangelo_core::{Batch, Group, Instruction, LossSpec, Program, env};
+use tangelo_core::{Batch, Group, Instruction, LossSpec, Phase, Program, env};
 use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::device;
 use tangelo_models::Model;
@@ -145,6 +146,21 @@ impl TrainWorker {
         Ok(())
     }
 
+    /// The rank begins a step.
+    pub fn begin_step(&self, step: u64) -> Result<()> {
+        self.groups.begin_step(step)
+    }
+
+    /// The rank enters a phase of its step that is no instruction.
+    pub fn enter(&self, phase: Phase) -> Result<()> {
+        self.groups.enter(phase)
+    }
+
+    /// Tests only: something will go wrong on this rank.
+    pub fn plant(&mut self, fault: Option<Fault>) {
+        self.groups.plant(fault);
+    }
+
     /// This worker's global rank.
     pub fn rank(&self) -> usize {
         self.rank
@@ -267,6 +283,7 @@ impl TrainWorker {
         let (start, waited) = (Instant::now(), groups.waited());
         let mut stats = StepStats::default();
         for &instruction in &self.program.update {
+            groups.enter(Phase::of(instruction))?;
             match instruction {
                 Instruction::SumReplicated => self.optimizer.sum_replicated(model, store, groups)?,
                 Instruction::Norm => {

@@ -21,7 +21,7 @@
 //! Absent on purpose: splitting (groups are made before their communicators move here), and cancelling one call.
 
 use super::backend::AbortHandle;
-use super::communicator::Communicator;
+use super::communicator::{Caller, Communicator};
 use super::error::{CommError, CommErrorKind, Operation};
 use super::position::Tracker;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
@@ -140,11 +140,12 @@ impl Background {
         operation: Operation,
         body: impl FnOnce(&Communicator) -> Result<(), CommError> + Send + 'static,
     ) -> Pending {
-        let site = Location::caller();
+        let caller = Caller { site: Location::caller(), phase: self.tracker.shared.phase() };
+        let site = caller.site;
         let no_answer = self.error(operation, site, "the thread of this group ended without an answer".into());
         let slot = Arc::new(Slot::default());
         let answer = Answer { slot: Arc::clone(&slot), answer: Some(no_answer) };
-        let job: Job = Box::new(move |comm| answer.give(contained(comm, operation, site, body)));
+        let job: Job = Box::new(move |comm| answer.give(contained(comm, operation, caller, body)));
         match &self.worker {
             Worker::Inline(comm) => job(comm),
             Worker::Thread { queue, .. } => self.submit(queue.as_ref(), job),
@@ -169,6 +170,7 @@ impl Background {
     fn error(&self, operation: Operation, call_site: &'static Location<'static>, detail: String) -> CommError {
         CommError {
             rank: self.ranks[self.rank],
+            phase: self.tracker.shared.phase(),
             group: self.name.clone(),
             operation,
             sequence: 0,
@@ -214,10 +216,10 @@ fn serve(comm: &Communicator, jobs: &Receiver<Job>) {
 fn contained(
     comm: &Communicator,
     operation: Operation,
-    site: &'static Location<'static>,
+    caller: Caller,
     body: impl FnOnce(&Communicator) -> Result<(), CommError>,
 ) -> Result<(), CommError> {
-    comm.on_behalf_of(site, || {
+    comm.on_behalf_of(caller, || {
         let answer = catch_unwind(AssertUnwindSafe(|| body(comm)));
         answer.unwrap_or_else(|payload| {
             let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
@@ -286,13 +288,17 @@ pub struct Pending {
 impl Pending {
     /// Waits until the call is done; returns how long the caller stood still.
     pub fn wait(self) -> Result<Duration, CommError> {
-        if let Some(answer) = self.slot.lock().take() {
-            return answer.map(|()| Duration::ZERO);
-        }
+        let early = self.slot.lock().take();
         let begin = Instant::now();
+        if let Some(Ok(())) = early {
+            return Ok(Duration::ZERO);
+        }
         self.tracker.begin_wait();
-        let answer = self.slot.wait();
-        self.tracker.end_wait();
+        let answer = early.unwrap_or_else(|| self.slot.wait());
+        // After a failure the rank stays where it stood still, for those who ask later.
+        if answer.is_ok() {
+            self.tracker.end_wait();
+        }
         let stood_still = begin.elapsed();
         self.tracker.shared.count_exposed(stood_still);
         answer.map(|()| stood_still)

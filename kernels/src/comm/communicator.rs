@@ -17,8 +17,8 @@ use std::panic::Location;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tangelo_core::hash;
 use tangelo_core::program::SMALL_ALL_REDUCE_BYTES;
+use tangelo_core::{Moment, Phase, hash};
 use tch::{Device, Kind, Tensor};
 
 /// How long a communicator waits, and where its tensors live.
@@ -69,6 +69,13 @@ pub struct CallRecord {
     pub peer: Option<usize>,
 }
 
+/// Whose call it is: where it was made, and in which phase of a step.
+#[derive(Clone, Copy)]
+pub(crate) struct Caller {
+    pub site: &'static Location<'static>,
+    pub phase: Option<Phase>,
+}
+
 /// One rank's end of a group. See the [module](super) for what all calls have in common.
 ///
 /// Counts are in elements. Tensors must be contiguous, on the communicator's device, and of fp32, bf16, fp16, fp64,
@@ -87,7 +94,7 @@ pub struct Communicator {
     shared: Arc<Shared>,
     tracker: Arc<Tracker>,
     /// Whose calls these are, where it is not the one who makes them.
-    caller: Cell<Option<&'static Location<'static>>>,
+    caller: Cell<Option<Caller>>,
     failed: RefCell<Option<CommErrorKind>>,
 }
 
@@ -220,9 +227,19 @@ impl Communicator {
         &self.tracker
     }
 
+    /// Says which step and which phase of it this rank is in, for this communicator and all split from the same one:
+    /// errors carry it, and the file of [`Communicator::record_positions`] where there is one.
+    pub fn enter(&self, moment: Moment) {
+        if self.shared.set_moment(moment)
+            && let Some(recorder) = self.shared.recorder.get()
+        {
+            recorder.write_moment(moment);
+        }
+    }
+
     /// Makes calls for somebody else, whose call site they get.
-    pub(super) fn on_behalf_of<R>(&self, site: &'static Location<'static>, body: impl FnOnce() -> R) -> R {
-        let before = self.caller.replace(Some(site));
+    pub(super) fn on_behalf_of<R>(&self, caller: Caller, body: impl FnOnce() -> R) -> R {
+        let before = self.caller.replace(Some(caller));
         let result = body();
         self.caller.set(before);
         result
@@ -440,7 +457,7 @@ impl Communicator {
             receive_sequence: self.sequence.get(),
             kind,
             signature,
-            site: self.caller.get().unwrap_or(Location::caller()),
+            site: self.caller.get().map_or(Location::caller(), |caller| caller.site),
             started: Instant::now(),
             timeout: self.shared.timeout(),
             rank: self.rank,
@@ -513,6 +530,7 @@ impl Communicator {
     fn error(&self, call: &Call, failure: Failure) -> CommError {
         CommError {
             rank: self.ranks[self.rank],
+            phase: self.caller.get().map_or_else(|| self.shared.phase(), |caller| caller.phase),
             group: self.name.clone(),
             operation: call.operation,
             sequence: call.sequence,

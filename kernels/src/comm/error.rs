@@ -3,6 +3,7 @@
 use std::fmt;
 use std::panic::Location;
 use std::time::Duration;
+use tangelo_core::Phase;
 
 /// The calls of a [`Communicator`](super::Communicator), as errors and messages name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -122,10 +123,12 @@ impl fmt::Display for CommErrorKind {
 
 /// A failed call of a [`Communicator`](super::Communicator).
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("rank {rank}, group {group}: {operation} #{sequence} at {call_site}: {kind}{}", hint_text(.hint))]
+#[error("rank {rank}{}, group {group}: {operation} #{sequence} at {call_site}: {kind}{}", phase_text(.phase), hint_text(.hint))]
 pub struct CommError {
     /// Global rank of this process.
     pub rank: usize,
+    /// The phase of the step in which the call was made, where the rank said so.
+    pub phase: Option<Phase>,
     /// Name of the group.
     pub group: String,
     /// The call that failed.
@@ -138,6 +141,10 @@ pub struct CommError {
     pub kind: CommErrorKind,
     /// What to do about it.
     pub hint: Option<String>,
+}
+
+fn phase_text(phase: &Option<Phase>) -> String {
+    phase.map(|phase| format!(" in phase {phase}")).unwrap_or_default()
 }
 
 fn hint_text(hint: &Option<String>) -> String {

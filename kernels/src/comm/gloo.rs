@@ -7,7 +7,11 @@
 //!   sender, slot 2g + lane ...            receiver
 //!   small:  [header | payload]     ---->  one receive of header + INLINE_BYTES
 //!   large:  [header], [payload]    ---->  header, checked; only then a receive for exactly the payload
+//!   huge:   [header], [payload], [byte] ->  as above; waits for the byte, which comes after the payload
 //! ```
+//!
+//! The byte is there for the receiver's sake: Gloo tells a connection's end to the receives that have not begun, and
+//! forgets the one whose message has half arrived, which then waits for its deadline.
 //!
 //! So a message of another call or size is never written into a tensor, nor overruns a receive (which ends the process
 //! inside Gloo). When a rank fails it writes to the store whom it blames, before its connections close: those that see
@@ -37,6 +41,9 @@ use tch::{Device, Tensor};
 
 /// Payloads up to this size travel with their header.
 const INLINE_BYTES: usize = 4096;
+/// Payloads from this size on are followed by a byte: smaller ones rarely arrive by halves, and a message more costs some
+/// ten microseconds.
+const FOLLOWED_BYTES: usize = 256 << 10;
 /// How long a rank looks for what the rank that it lost has to say. Ranks that time out close their connections up to
 /// half of this before they can say why.
 const BLAME_WAIT: Duration = Duration::from_millis(2000);
@@ -158,6 +165,7 @@ fn connect_over(
 fn connect_error(options: &GlooOptions, site: &'static Location<'static>, detail: String) -> CommError {
     CommError {
         rank: options.rank,
+        phase: None,
         group: "world".into(),
         operation: Operation::Connect,
         sequence: 0,
@@ -444,9 +452,11 @@ impl GlooBackend {
         let mut outbox: Vec<Vec<u8>> = sends.iter().map(|send| first_message(call, send)).collect();
         let mut inbox: Vec<Inbox> =
             receives.iter().map(|_| Inbox { buffer: vec![0; Header::SIZE + INLINE_BYTES] }).collect();
-        let mut sent = Vec::with_capacity(2 * sends.len());
+        let (mut byte_out, mut bytes_in) = ([0u8], vec![0u8; receives.len()]);
+        let mut sent = Vec::with_capacity(3 * sends.len());
         let mut headers = Vec::with_capacity(receives.len());
         let mut payloads = Vec::with_capacity(receives.len());
+        let mut followers = Vec::new();
 
         for (receive, inbox) in receives.iter().zip(&mut inbox) {
             let (peer, buffer) = (self.members[receive.peer], &mut inbox.buffer);
@@ -463,8 +473,12 @@ impl GlooBackend {
                     Work::start(mesh, false, peer, payload_slot, bytes_of(&send.data), send.num_bytes())
                 }?);
             }
+            if send.num_bytes() >= FOLLOWED_BYTES {
+                // SAFETY: the byte outlives the work; several sends only read it.
+                sent.push(unsafe { Work::start(mesh, false, peer, payload_slot, byte_out.as_mut_ptr(), 1) }?);
+            }
         }
-        for ((receive, inbox), header) in receives.iter().zip(&inbox).zip(&headers) {
+        for (((receive, inbox), header), byte_in) in receives.iter().zip(&inbox).zip(&headers).zip(&mut bytes_in) {
             header.wait(call)?;
             self.check_header(call, receive, &inbox.buffer)?;
             if receive.num_bytes() <= INLINE_BYTES {
@@ -477,9 +491,13 @@ impl GlooBackend {
                 let (peer, data) = (self.members[receive.peer], bytes_of(&receive.data));
                 // SAFETY: the tensor is contiguous, of this many bytes, and outlives the call.
                 payloads.push(unsafe { Work::start(mesh, true, peer, payload_slot, data, receive.num_bytes()) }?);
+                if receive.num_bytes() >= FOLLOWED_BYTES {
+                    // SAFETY: each work has a byte of its own, which outlives it.
+                    followers.push(unsafe { Work::start(mesh, true, peer, payload_slot, byte_in, 1) }?);
+                }
             }
         }
-        payloads.iter().chain(&sent).try_for_each(|work| work.wait(call))
+        followers.iter().chain(&payloads).chain(&sent).try_for_each(|work| work.wait(call))
     }
 
     fn check_header(&self, call: &Call, receive: &Transfer, buffer: &[u8]) -> Result<(), Failure> {

@@ -60,6 +60,7 @@ pub fn connect(store: &Store, options: &NcclOptions) -> Result<Communicator, Com
     let ranks: Vec<usize> = (0..options.size).collect();
     let backend = NcclBackend::connect_world(store, options).map_err(|failure| CommError {
         rank: options.rank,
+        phase: None,
         group: "world".into(),
         operation: Operation::Connect,
         sequence: 0,

@@ -1,6 +1,7 @@
 //! Writes where this rank is into a file that outlives it: see `tangelo_core::position`.
 //!
-//! Each lane of each group has a place of its own in the file, because groups whose calls run in the background are
+//! The first place in the file says which step the rank is in, and which phase of it. Each lane of each group has a place
+//! of its own after that, because groups whose calls run in the background are
 //! under way at the same time. A record is one `pwrite` of 256 bytes, at the start of a call and at its end. A call that
 //! fails keeps its record: the rank was in it. No write ever fails a call.
 
@@ -13,6 +14,7 @@ use std::panic::Location;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tangelo_core::Moment;
 use tangelo_core::position::{self, GroupId, Position, RECORD_BYTES, State};
 
 /// Places in a file. Groups beyond these leave no records.
@@ -28,7 +30,11 @@ pub(crate) struct Recorder {
 impl Recorder {
     /// Empties the file: what an earlier attempt left is no longer true.
     pub fn create(path: &Path) -> std::io::Result<Recorder> {
-        Ok(Recorder { file: File::create(path)?, num_calls: AtomicU64::new(0), num_places: AtomicU64::new(0) })
+        Ok(Recorder { file: File::create(path)?, num_calls: AtomicU64::new(0), num_places: AtomicU64::new(1) })
+    }
+
+    pub fn write_moment(&self, moment: Moment) {
+        _ = self.file.write_all_at(&position::encode_moment(moment), 0);
     }
 
     fn write(&self, place: u64, position: &Position) {

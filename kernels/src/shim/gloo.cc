@@ -98,6 +98,7 @@ uint16_t tangelo_store_port(const Store* store) {
 // TCPStore does not wait for the server to have taken a value; the question after it does.
 char* tangelo_store_set(Store* store, const char* key, const uint8_t* data, size_t size) {
   return guarded([&] {
+    Quiet quiet;
     store->tcp->set(key, std::vector<uint8_t>(data, data + size));
     store->tcp->check({std::string(key)});
   });
@@ -106,6 +107,7 @@ char* tangelo_store_set(Store* store, const char* key, const uint8_t* data, size
 // Does not wait for the key: `*out` stays null where it is not there. To be freed with tangelo_free.
 char* tangelo_store_get(Store* store, const char* key, uint8_t** out, size_t* size) {
   return guarded([&] {
+    Quiet quiet;
     if (!store->tcp->check({std::string(key)})) {
       return;
     }

@@ -28,6 +28,19 @@ fn signal(ranks: &Ranks, rank: usize, signal: Signal) {
 }
 
 #[test]
+fn a_sender_killed_in_the_middle_of_a_message_is_noticed_at_once() {
+    // A message of 64 MiB is nearly always under way; two draws hit one.
+    for delay_ms in [31, 78] {
+        let mut ranks = start_scenario("stream", 2, PATIENCE, false);
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        signal(&ranks, 1, Signal::SIGKILL);
+        ranks.join(0, PATIENCE / 4);
+        let text = ranks.text(0);
+        assert!(text.contains("lost rank 1"), "{text}");
+    }
+}
+
+#[test]
 fn a_killed_rank_is_named_within_seconds() {
     for victim in [0, 2] {
         let mut ranks = start_working(3, PATIENCE, false);

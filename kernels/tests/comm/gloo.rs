@@ -118,6 +118,7 @@ fn run_scenario(scenario: &str, comm: Communicator, options: &gloo::GlooOptions)
         ("work", _) => work_until_it_fails(&comm, options).to_string().into_bytes(),
         ("mismatch", _) => mismatch(&comm).to_string().into_bytes(),
         ("abort", _) => abort(comm).into_bytes(),
+        ("stream", _) => stream_until_it_fails(&comm, options).to_string().into_bytes(),
         ("latency", _) => latency(&comm).into_bytes(),
         ("mesh", _) => positions::work_in_a_mesh(&comm, Path::new(&std::env::var(FOLDER).unwrap())).into_bytes(),
         ("beside", _) => faults::work_beside_a_call(&comm, options).into_bytes(),
@@ -131,13 +132,7 @@ fn zeros(count: i64) -> Tensor {
 
 /// Reduces in turns small and large, and tells the test when it is under way.
 fn work_until_it_fails(comm: &Communicator, options: &gloo::GlooOptions) -> CommError {
-    let store = Store::open(&StoreOptions {
-        host: options.master_addr.clone(),
-        port: options.master_port,
-        serve: false,
-        timeout: Duration::from_secs(20),
-    })
-    .unwrap();
+    let store = store_of(options);
     for step in 0..1_000_000 {
         let result = comm.all_reduce(&zeros(if step % 2 == 0 { 100 } else { 200_000 }));
         if let Err(error) = result {
@@ -148,6 +143,26 @@ fn work_until_it_fails(comm: &Communicator, options: &gloo::GlooOptions) -> Comm
         }
     }
     panic!("nothing failed");
+}
+
+/// Rank 1 sends 64 MiB after 64 MiB to rank 0.
+fn stream_until_it_fails(comm: &Communicator, options: &gloo::GlooOptions) -> CommError {
+    let tensor = zeros(16 << 20);
+    for step in 0..1_000_000 {
+        if let Err(error) = if comm.rank() == 1 { comm.send(&tensor, 0) } else { comm.recv(&tensor, 1) } {
+            return error;
+        }
+        if step == 2 {
+            store_of(options).add("working", 1).unwrap();
+        }
+    }
+    panic!("nothing failed");
+}
+
+fn store_of(options: &gloo::GlooOptions) -> Store {
+    let timeout = Duration::from_secs(20);
+    let (host, port) = (options.master_addr.clone(), options.master_port);
+    Store::open(&StoreOptions { host, port, serve: false, timeout }).unwrap()
 }
 
 fn mismatch(comm: &Communicator) -> CommError {

@@ -21,7 +21,7 @@ fn read(folder: &Path, rank: usize) -> Vec<Position<'static>> {
 }
 
 fn who_is_behind(folder: &Path, size: usize, stopped: Option<usize>) -> Option<Behind> {
-    let report = |rank| Report { rank, positions: read(folder, rank), is_running: stopped != Some(rank) };
+    let report = |rank| Report { rank, positions: read(folder, rank), moment: None, is_running: stopped != Some(rank) };
     behind(&(0..size).map(report).collect::<Vec<_>>())
 }
 

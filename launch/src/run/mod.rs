@@ -271,7 +271,7 @@ impl Job<'_> {
 
 /// Records a failure; the text for the user.
 fn told(failure: &Failure, outcome: &Outcome, logs: &LogFolder, events: &mut EventLog) -> String {
-    events.append(EventKind::Failure, failure.step, report_failure::one_line(failure));
+    events.append(EventKind::Failure, failure.step, report_failure::one_line(failure, logs));
     report_failure::report(failure, outcome, logs)
 }
 

@@ -2,19 +2,23 @@
 
 use super::culprit::{Cause, Failure};
 use super::logs::{LogFolder, last_lines};
+use super::standing::last_moment;
 use super::supervise::Outcome;
 use std::fmt::Write;
+use tangelo_observe::FailureKind;
 
 const LAST_LINES: usize = 12;
 
 /// Who failed first, what it said, where its log is and how that ends.
 pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String {
-    let mut text = headline(failure);
+    let mut text = headline(failure, logs);
     if let Some(message) = &failure.message {
         let _ = write!(text, "\n  {}", message.trim_end().replace('\n', "\n  "));
     }
     if let Some(behind) = &outcome.behind {
         text += &format!("\n  {behind}");
+    } else if let Some((rank, message)) = noticed(failure, outcome) {
+        text += &format!("\n  rank {rank} noticed: {message}");
     }
     let log = logs.path(failure.rank);
     let _ = write!(text, "\n  log: {}", log.display());
@@ -32,16 +36,25 @@ pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String 
 }
 
 /// The failure in one line, for the list of events.
-pub fn one_line(failure: &Failure) -> String {
+pub fn one_line(failure: &Failure, logs: &LogFolder) -> String {
     let said = failure.message.as_deref().and_then(|m| m.lines().next()).unwrap_or_default();
-    if said.is_empty() { headline(failure) } else { format!("{}: {said}", headline(failure)) }
+    let headline = headline(failure, logs);
+    if said.is_empty() { headline } else { format!("{headline}: {said}") }
 }
 
-fn headline(failure: &Failure) -> String {
-    let at = match (failure.step, &failure.cause) {
-        (Some(0), _) | (None, _) => String::new(),
-        (Some(step), Cause::Error) => format!(" at step {step}"),
-        (Some(step), _) => format!(" after step {step}"),
+/// What the first of the others said that lost this rank, where the rank itself could say nothing.
+fn noticed<'a>(failure: &Failure, outcome: &'a Outcome) -> Option<(usize, &'a str)> {
+    let records = outcome.deaths.iter().filter(|d| d.rank != failure.rank).filter_map(|d| d.record.as_ref());
+    let first = records.filter(|r| r.kind == FailureKind::Peer).min_by_key(|r| r.unix_time_ms)?;
+    failure.message.is_none().then_some((first.rank, first.message.trim_end()))
+}
+
+fn headline(failure: &Failure, logs: &LogFolder) -> String {
+    let at = match (last_moment(failure.rank, logs), failure.step, &failure.cause) {
+        (Some(moment), ..) => format!(" {moment}"),
+        (None, Some(0) | None, _) => String::new(),
+        (None, Some(step), Cause::Error) => format!(" at step {step}"),
+        (None, Some(step), _) => format!(" after step {step}"),
     };
     let kind = failure.kind;
     let (rank, name, code) = (failure.rank, kind.name(), kind.exit_code());

@@ -4,7 +4,8 @@
 //! moment a failure is seen, before the others are told to end: a rank that is stopped or hangs still says where it is.
 
 use super::logs::LogFolder;
-use tangelo_core::position::{Report, behind, decode_all};
+use tangelo_core::Moment;
+use tangelo_core::position::{Report, behind, decode_all, decode_moment};
 
 /// A rank of this node and its process, `None` once that has ended by itself.
 #[derive(Clone, Copy, Debug)]
@@ -19,13 +20,18 @@ pub struct Standing {
 
 /// The rank that keeps the others waiting, in one sentence; `None` where the records do not tell.
 pub fn who_is_behind(ranks: &[Standing], logs: &LogFolder) -> Option<String> {
-    let report = |standing: &Standing| Report {
-        rank: standing.rank,
-        positions: std::fs::read(logs.position_path(standing.rank)).map(|b| decode_all(&b)).unwrap_or_default(),
-        is_running: !standing.killed && !standing.process.is_some_and(is_stopped),
+    let report = |standing: &Standing| {
+        let file = std::fs::read(logs.position_path(standing.rank)).unwrap_or_default();
+        let is_running = !standing.killed && !standing.process.is_some_and(is_stopped);
+        Report { rank: standing.rank, positions: decode_all(&file), moment: decode_moment(&file), is_running }
     };
     let reports: Vec<Report> = ranks.iter().map(report).collect();
     behind(&reports).map(|behind| behind.to_string())
+}
+
+/// Where a rank of this node was in its steps when it last said so.
+pub fn last_moment(rank: usize, logs: &LogFolder) -> Option<Moment> {
+    decode_moment(&std::fs::read(logs.position_path(rank)).ok()?)
 }
 
 /// Whether a process is stopped by a signal or a debugger.

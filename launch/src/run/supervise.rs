@@ -65,7 +65,7 @@ pub struct Outcome {
     pub last_step: Option<u64>,
     /// Rank 0 said that the last of the steps asked for is done.
     pub finished: bool,
-    /// Who kept the others waiting when the first failure was seen, and in which collective.
+    /// Who kept the others waiting when the first failure was seen, or else when they gave up, and in which collective.
     pub behind: Option<String>,
 }
 
@@ -83,7 +83,7 @@ pub fn run(attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Result<Outcome, La
     let signal = ranks.supervise(attempt, signals);
     let deaths = ranks.finish(attempt);
     let seen = *seen.lock().unwrap_or_else(PoisonError::into_inner);
-    let behind = ranks.behind.take();
+    let behind = ranks.behind.take().or_else(|| ranks.behind_in_the_end(attempt));
     Ok(Outcome { deaths, signal, last_step: seen.last_step, finished: seen.finished, behind })
 }
 
@@ -237,6 +237,15 @@ impl Ranks {
 
     fn send(&mut self, signal: Signal) {
         self.ranks.iter_mut().for_each(|rank| rank.send(signal));
+    }
+
+    /// Who was behind once all have ended: a rank's end may be seen before the others come to wait for it.
+    fn behind_in_the_end(&self, attempt: &Attempt<'_>) -> Option<String> {
+        if self.ranks.iter().all(|r| r.death.as_ref().is_some_and(Death::is_success)) {
+            return None;
+        }
+        let standing: Vec<Standing> = self.ranks.iter().map(Rank::standing).collect();
+        who_is_behind(&standing, &attempt.logs)
     }
 
     /// Collects the deaths once all output has been carried.

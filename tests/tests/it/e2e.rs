@@ -1,6 +1,6 @@
 //! Whole runs with the real binaries: resume, layouts, faults, export.
 
-use crate::job::{Job, Run, assert_same_files, finish, tangelo};
+use crate::job::{Job, Run, assert_same_files, finish, layout, tangelo};
 use crate::support;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -91,25 +91,6 @@ fn layouts_agree() {
         assert_eq!(zero.losses(), plain.losses(), "ZeRO-1 and plain data parallel over {ranks} ranks");
         assert!(zero.exported() == plain.exported(), "ZeRO-1 and plain data parallel export other weights");
     }
-}
-
-/// Degrees by the last word of their key, `head` for `context_parallel_head_degree`.
-fn layout(words: &str) -> Vec<String> {
-    let key = |name: &str| match name {
-        "dp" => "data_parallel_shard_degree",
-        "tp" => "tensor_parallel_degree",
-        "pp" => "pipeline_parallel_degree",
-        "cp" => "context_parallel_degree",
-        "head" => "context_parallel_head_degree",
-        "weights" => "zero_parameter_degree",
-        "rotate" => "context_parallel_rotate_method",
-        other => panic!("no key for {other}"),
-    };
-    let set = |word: &str| {
-        let (name, value) = word.split_once('=').expect("name=value");
-        ["--set".to_owned(), format!("parallelism.{}={value}", key(name))]
-    };
-    words.split(' ').flat_map(set).collect()
 }
 
 #[test]

@@ -41,6 +41,25 @@ pub fn finish(command: &mut Command) -> (Option<i32>, String) {
     (status.code(), text)
 }
 
+/// Arguments for degrees by the last word of their key, `head` for `context_parallel_head_degree`.
+pub fn layout(words: &str) -> Vec<String> {
+    let key = |name: &str| match name {
+        "dp" => "data_parallel_shard_degree",
+        "tp" => "tensor_parallel_degree",
+        "pp" => "pipeline_parallel_degree",
+        "cp" => "context_parallel_degree",
+        "head" => "context_parallel_head_degree",
+        "weights" => "zero_parameter_degree",
+        "rotate" => "context_parallel_rotate_method",
+        other => panic!("no key for {other}"),
+    };
+    let set = |word: &str| {
+        let (name, value) = word.split_once('=').expect("name=value");
+        ["--set".to_owned(), format!("parallelism.{}={value}", key(name))]
+    };
+    words.split(' ').flat_map(set).collect()
+}
+
 /// A folder with text, a tokenizer and a job file.
 pub struct Job {
     folder: tempfile::TempDir,

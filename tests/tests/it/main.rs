@@ -4,9 +4,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod e2e;
+mod failures;
 mod job;
 mod layouts;
 mod muon;
 mod parity;
 mod support;
 mod tidy;
+mod two_nodes;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
+use tangelo_core::env;
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -16,6 +17,11 @@ pub fn fresh_seed() -> u64 {
     let seed = given.unwrap_or(u64::from(now) % 1_000_000);
     println!("seed {seed} (repeat with TANGELO_TEST_SEED={seed})");
     seed
+}
+
+/// Whether the tests of failures shall plant every fault everywhere: `TANGELO_TEST_FAULTS=all`.
+pub fn all_faults() -> bool {
+    std::env::var_os(env::TEST_FAULTS).is_some_and(|value| value == "all")
 }
 
 /// The virtual environment's Python with the peers in it; `None`, with the reason printed, where set-up was not run.

@@ -28,7 +28,7 @@ use exchange::Exchanger;
 use lane::Lane;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
-use tangelo_core::{Group, Instruction, Pass, Unit};
+use tangelo_core::{Group, Instruction, Pass, Phase, Unit};
 use tangelo_kernels::comm::Pending;
 use tangelo_models::Model;
 use tch::Tensor;
@@ -118,6 +118,7 @@ impl<'a> Executor<'a> {
             // What runs again on the way back is part of it.
             again = matches!(instruction, Instruction::Restore(_)) || again && !is_backward(instruction);
             let (start, waited) = (Instant::now(), self.groups.waited());
+            self.groups.enter(Phase::of(instruction))?;
             self.step(instruction)?;
             let waited = self.groups.waited() - waited;
             let computed = start.elapsed().saturating_sub(waited);

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tangelo_configs::Plan;
 use tangelo_configs::job::AsyncMode;
+use tangelo_core::Phase;
 use tangelo_kernels::comm::Communicator;
 
 /// A run's saving; nothing is saved where `checkpoint.enable` is false.
@@ -131,6 +132,7 @@ impl Checkpointing {
     /// to the next step's collectives.
     pub fn save(&mut self, worker: &TrainWorker, state: &TrainState, recorder: &mut Recorder) -> Result<()> {
         let Some((saver, writes)) = &mut self.active else { return Ok(()) };
+        worker.enter(Phase::Save)?;
         let weights_only = self.last_weights_only && state.step == self.last_step;
         match persist::save(worker, writes, saver, state.clone(), weights_only) {
             Ok(stalled) => recorder.stalled(stalled),

@@ -31,13 +31,14 @@ pub fn run(plan: &Plan, info: &RankInfo, stop: &StopFlag, current_step: &Arc<Ato
         setup::build(plan, info, &mut recorder)?;
     let mut evaluation = Evaluation::new(plan, info, held_out)?;
     let fault = Fault::from_env(info.rank, info.restart_count)?;
+    worker.plant(fault);
     let (loss, schedule, steps) = (LossSpec::next_token(), plan.schedule(), plan.config.training.steps as u64);
     let (mut stopped, first_step) = (false, state.step + 1);
 
     while state.step < steps && !stopped {
         state.step += 1;
         current_step.store(state.step, Ordering::Relaxed);
-        plant(fault.as_ref(), &worker, state.step)?;
+        worker.begin_step(state.step)?;
         // ---- one training step ------------------------------------------------------------------------------------
         let start = Instant::now();
         let batch = batches.next()?;
@@ -107,11 +108,6 @@ fn finish(
     }
     recorder.done(state.step, plan.config.training.steps as u64);
     Ok(())
-}
-
-fn plant(fault: Option<&Fault>, worker: &TrainWorker, step: u64) -> Result<()> {
-    debug_assert!(fault.is_none_or(|f| f.rank == worker.rank()));
-    fault.map_or(Ok(()), |fault| fault.strike(step))
 }
 
 /// Tests only: a gradient of this rank turns NaN.

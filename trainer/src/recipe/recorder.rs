@@ -9,7 +9,7 @@ use crate::process::RankInfo;
 use crate::worker::{LossStats, TrainWorker, sum_over_ranks};
 use std::time::Duration;
 use tangelo_configs::Plan;
-use tangelo_core::env;
+use tangelo_core::{Phase, env};
 use tangelo_kernels::device;
 use tangelo_observe::records::EventKind;
 use tangelo_observe::{
@@ -172,6 +172,7 @@ impl Recorder {
         loss: &LossStats,
         stats: &StepStats,
     ) -> Result<()> {
+        worker.enter(Phase::Metrics)?;
         let w = &mut self.window;
         w.steps += 1;
         w.tokens += loss.tokens;

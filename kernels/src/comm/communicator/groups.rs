@@ -1,7 +1,7 @@
 //! New groups out of some of a group's ranks.
 
 use super::run::Run;
-use super::{CommError, Communicator, Operation, signature};
+use super::{Caller, CommError, Communicator, Operation, signature};
 use crate::comm::backend::{Failure, SubGroup};
 use std::panic::Location;
 use std::sync::{Arc, TryLockError};
@@ -53,7 +53,8 @@ impl Communicator {
         site: &'static Location<'static>,
     ) -> Result<Vec<Option<Communicator>>, CommError> {
         let numbers: Vec<usize> = pairs.iter().flat_map(|&(first, second)| [first, second]).collect();
-        self.on_behalf_of(site, || {
+        let caller = Caller { site, phase: self.shared.phase() };
+        self.on_behalf_of(caller, || {
             self.call(Operation::Split, Kind::Int64, signature(&numbers), |run| {
                 for &(first, second) in pairs {
                     run.expect_rank(first)?;

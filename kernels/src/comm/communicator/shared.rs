@@ -5,6 +5,7 @@ use crate::comm::position::Recorder;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
+use tangelo_core::{Moment, Phase};
 
 /// Counters, deadline and ids of a rank. Group ids are given out by one thread at a time: [`Shared::next_group`].
 pub(crate) struct Shared {
@@ -13,6 +14,8 @@ pub(crate) struct Shared {
     nanoseconds: AtomicU64,
     exposed_nanoseconds: AtomicU64,
     timeout_ms: AtomicU64,
+    /// The step, and the phase's code in the lowest byte; 0 before the first.
+    moment: AtomicU64,
     /// The first group id that no group of this rank uses. Locked while groups are agreed on.
     pub next_group: Mutex<i64>,
     /// What the first failed call of any group said.
@@ -30,6 +33,7 @@ impl Shared {
             nanoseconds: AtomicU64::new(0),
             exposed_nanoseconds: AtomicU64::new(0),
             timeout_ms: AtomicU64::new(milliseconds(timeout)),
+            moment: AtomicU64::new(0),
             next_group: Mutex::new(1),
             failure: OnceLock::new(),
             recorder: OnceLock::new(),
@@ -43,6 +47,16 @@ impl Shared {
 
     pub fn set_timeout(&self, timeout: Duration) {
         self.timeout_ms.store(milliseconds(timeout), Ordering::Relaxed);
+    }
+
+    /// Returns whether anything changed.
+    pub fn set_moment(&self, moment: Moment) -> bool {
+        let code = moment.step << 8 | moment.phase.map_or(0, |phase| u64::from(phase as u8));
+        self.moment.swap(code, Ordering::Relaxed) != code
+    }
+
+    pub fn phase(&self) -> Option<Phase> {
+        Phase::from_code(self.moment.load(Ordering::Relaxed) as u8)
     }
 
     pub fn count_bytes(&self, bytes: usize) {

@@ -1,0 +1,144 @@
+//! Two launchers on two nodes, which are two network namespaces with one link between them: they meet, train, lose the
+//! link, say so, and go on from what they saved.
+
+use crate::failures::{Running, newest_checkpoint, processes_of};
+use crate::job::{Job, layout};
+use crate::support;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Tensor parallel within a node; a ring, or with `TANGELO_TEST_FAULTS=all` a pipeline too, across.
+const LAYOUTS: [&str; 2] = ["tp=2 cp=2 rotate='ring'", "tp=2 pp=2"];
+/// Enough steps that the link is cut before the last, and short ones.
+const SETS: [&str; 8] = [
+    "--set",
+    "training.steps=40",
+    "--set",
+    "lr_scheduler.total_steps=40",
+    "--set",
+    "training.global_batch_size=4",
+    "--set",
+    "comm.train_timeout_seconds=8",
+];
+
+/// Two network namespaces joined by a veth pair; gone when dropped.
+struct Nodes {
+    names: [String; 2],
+}
+
+impl Nodes {
+    /// `None`, with the reason printed, where namespaces cannot be made.
+    fn new() -> Option<Nodes> {
+        let id = std::process::id();
+        let nodes = Nodes { names: ["a", "b"].map(|end| format!("tangelo-{id}-{end}")) };
+        match nodes.connect() {
+            Ok(()) => Some(nodes),
+            Err(reason) => {
+                println!("skipped: no network namespaces: {reason}");
+                None
+            }
+        }
+    }
+
+    fn connect(&self) -> Result<(), String> {
+        let [a, b] = &self.names;
+        ip(&["netns", "add", a])?;
+        ip(&["netns", "add", b])?;
+        ip(&["-n", a, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", b])?;
+        for (name, address) in self.names.iter().zip(["10.111.0.1/24", "10.111.0.2/24"]) {
+            ip(&["-n", name, "address", "add", address, "dev", "link0"])?;
+            ip(&["-n", name, "link", "set", "lo", "up"])?;
+            ip(&["-n", name, "link", "set", "link0", "up"])?;
+        }
+        Ok(())
+    }
+
+    /// Takes the link down or up again. Nobody is told: connections stay open and silent.
+    fn set_link(&self, state: &str) {
+        ip(&["-n", &self.names[1], "link", "set", "link0", state]).unwrap();
+    }
+
+    /// Starts two ranks on each node.
+    fn start(&self, job: &Job, run: &str, words: &str) -> [Running; 2] {
+        [0, 1].map(|node| {
+            let mut inside = Command::new("ip");
+            inside.args(["netns", "exec", &self.names[node]]);
+            let node = node.to_string();
+            let place = ["--nnodes", "2", "--node-rank", &node, "--rdzv-endpoint", "10.111.0.1:29500"];
+            let command = job.command(run, 2, &["--grace-seconds", "2"]);
+            inside.arg(command.get_program()).args(command.get_args()).args(place).args(layout(words));
+            inside.args(SETS);
+            for (key, value) in command.get_envs() {
+                match value {
+                    Some(value) => inside.env(key, value),
+                    None => inside.env_remove(key),
+                };
+            }
+            Running::start(inside, job.path(&format!("{run}-{node}.log")))
+        })
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for name in &self.names {
+            _ = ip(&["netns", "del", name]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments).output().map_err(|e| format!("ip: {e}"))?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if output.status.success() { Ok(()) } else { Err(format!("ip {}: {said}", arguments.join(" "))) }
+}
+
+#[test]
+fn two_nodes_meet_train_lose_their_link_and_go_on() {
+    let Some(nodes) = Nodes::new() else { return };
+    let job = Job::new(support::fresh_seed());
+    for words in LAYOUTS.into_iter().take(if support::all_faults() { 2 } else { 1 }) {
+        let name = words.replace([' ', '\'', '='], "-");
+        let sets = layout(words);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).chain(SETS).collect();
+        let one_node = job.run(&format!("one-{name}"), 4, &sets).losses();
+        let cut = format!("cut-{name}");
+        cut_the_link(&nodes, &job, &cut, words);
+        for (node, (code, said)) in nodes.start(&job, &cut, words).map(Running::finish).into_iter().enumerate() {
+            assert_eq!(code, Some(0), "node {node} of {words}:\n{said}");
+        }
+        assert_eq!(job.finished(&cut).losses(), one_node, "{words}: two nodes and one");
+    }
+}
+
+/// Trains until a checkpoint is there, then takes the link away.
+fn cut_the_link(nodes: &Nodes, job: &Job, run: &str, words: &str) {
+    let running = nodes.start(job, run, words);
+    let begin = Instant::now();
+    while !job.path(run).join("checkpoint/step-00000004/manifest.json").exists() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(100),
+            "no checkpoint:\n{}\n{}",
+            running[0].said(),
+            running[1].said()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    nodes.set_link("down");
+    for (node, (code, said)) in running.map(Running::finish).into_iter().enumerate() {
+        println!("---- {words}, node {node}\n{said}");
+        assert_eq!(code, Some(5), "node {node} of {words}: a peer is lost\n{said}");
+        // A rank of this node, its phase, the collective, and a rank of the other node.
+        let (own, others) = if node == 0 { (0..2, 2..4) } else { (2..4, 0..2) };
+        let named = |line: &&str| {
+            let names = |rank: usize, text: &str| line.contains(&format!("rank {rank}{text}"));
+            own.clone().any(|rank| names(rank, " in phase"))
+                && line.contains(" #")
+                && others.clone().any(|rank| names(rank, ""))
+        };
+        assert!(said.lines().any(|line| named(&line)), "node {node} of {words}:\n{said}");
+    }
+    assert_eq!(processes_of(&job.path(run)), Vec::<String>::new(), "processes are left");
+    assert!(newest_checkpoint(&job.path(run)) < 40, "the link was cut after the end");
+    nodes.set_link("up");
+}
