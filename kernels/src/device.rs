@@ -8,6 +8,7 @@ mod measure;
 mod thread;
 
 pub use choose::{DeviceChoice, choose, driver_present, open_cuda, set_threads, use_deterministic_operations};
+pub(crate) use measure::Counting;
 pub use measure::{
     GpuMemoryUse, MemoryUse, available_memory, count_allocations, gpu_memory, keep_freed_memory,
     measured_matmul_peak_flops, memory,

@@ -52,7 +52,7 @@ impl Groups {
         let (mut others, mut beside) = (HashMap::new(), HashMap::new());
         for (group, comm) in wanted.into_iter().zip(opened) {
             match comm {
-                Some(comm) if group.is_beside() => _ = beside.insert(group, Background::new(comm)),
+                Some(comm) if group.is_beside() => _ = beside.insert(group, beside_computation(comm)),
                 Some(comm) => _ = others.insert(group, comm),
                 None => {}
             }
@@ -110,6 +110,12 @@ impl Groups {
     pub fn neighbours(&self) -> &Neighbours {
         &self.neighbours
     }
+}
+
+/// On a GPU the calls of several communicators must start in the same order on all ranks, which threads of their own do not
+/// keep: there they start where they are submitted.
+fn beside_computation(comm: Communicator) -> Background {
+    if comm.device().is_cuda() { Background::inline(comm) } else { Background::new(comm) }
 }
 
 impl Neighbours {

@@ -24,12 +24,13 @@ use super::backend::AbortHandle;
 use super::communicator::{Caller, Communicator};
 use super::error::{CommError, CommErrorKind, Operation};
 use super::position::Tracker;
+use crate::device::Counting;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 /// Calls that may wait for their turn.
 const QUEUE_LENGTH: usize = 64;
@@ -38,12 +39,14 @@ type Job = Box<dyn FnOnce(&Communicator) + Send>;
 
 /// Runs the calls of one communicator on a thread of its own, in order. A group of one has no thread: its calls run
 /// where they are submitted.
+///
+/// Until [`Pending::wait`] comes back, outputs must not be read, nor inputs written. Shapes, counts and errors are those of
+/// the [`Communicator`]'s call of the same name; errors come with `wait`.
 pub struct Background {
     worker: Worker,
     name: String,
     rank: usize,
     ranks: Vec<usize>,
-    device: Device,
     tracker: Arc<Tracker>,
     abort: AbortHandle,
 }
@@ -60,12 +63,20 @@ enum Worker {
 }
 
 impl Background {
+    /// Makes every call where it is submitted, before `start_*` comes back.
+    pub fn inline(comm: Communicator) -> Background {
+        Background::over(comm, |comm| Worker::Inline(Box::new(comm)))
+    }
+
     /// Gives the communicator to a thread. Where none can be started, every call says so.
     pub fn new(comm: Communicator) -> Background {
-        let (name, rank, ranks, device) = (comm.name().to_owned(), comm.rank(), comm.ranks().to_vec(), comm.device());
+        if comm.size() == 1 { Background::inline(comm) } else { Background::over(comm, spawn) }
+    }
+
+    fn over(comm: Communicator, worker: impl FnOnce(Communicator) -> Worker) -> Background {
+        let (name, rank, ranks) = (comm.name().to_owned(), comm.rank(), comm.ranks().to_vec());
         let (tracker, abort) = (Arc::clone(comm.tracker()), comm.abort_handle());
-        let worker = if comm.size() == 1 { Worker::Inline(Box::new(comm)) } else { spawn(comm) };
-        Background { worker, name, rank, ranks, device, tracker, abort }
+        Background { worker: worker(comm), name, rank, ranks, tracker, abort }
     }
 
     /// This rank within the group.
@@ -81,21 +92,6 @@ impl Background {
     /// Global ranks of the group, in group order.
     pub fn ranks(&self) -> &[usize] {
         &self.ranks
-    }
-
-    /// Name of the group, as errors show it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Where all tensors live.
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
-    /// Ends this rank's calls from another thread.
-    pub fn abort_handle(&self) -> AbortHandle {
-        self.abort.clone()
     }
 
     /// Starts [`Communicator::all_gather_into`].
@@ -145,7 +141,9 @@ impl Background {
         let no_answer = self.error(operation, site, "the thread of this group ended without an answer".into());
         let slot = Arc::new(Slot::default());
         let answer = Answer { slot: Arc::clone(&slot), answer: Some(no_answer) };
-        let job: Job = Box::new(move |comm| answer.give(contained(comm, operation, caller, body)));
+        // The thread may be the last to hold what the caller allocated.
+        let counting = Counting::of_this_thread();
+        let job: Job = Box::new(move |comm| answer.give(counting.during(|| contained(comm, operation, caller, body))));
         match &self.worker {
             Worker::Inline(comm) => job(comm),
             Worker::Thread { queue, .. } => self.submit(queue.as_ref(), job),

@@ -530,7 +530,9 @@ impl Backend for GlooBackend {
         Ok(Box::new(GlooBackend { mesh: Arc::clone(&self.mesh), id: group.id, members }))
     }
 
-    fn failed(&mut self, _kind: &CommErrorKind) {
+    fn failed(&mut self, kind: &CommErrorKind) {
+        // What failed beside the messages (a panic, no memory) is the first failure of all groups, too.
+        _ = self.mesh.settle(kind.clone().into());
         // SAFETY: the mesh is open. Works of other threads are aborted and keep their connections until they are freed;
         // later calls of other groups get an error from the shim.
         unsafe { tangelo_gloo_hang_up(self.mesh.raw) };

@@ -12,6 +12,15 @@ unsafe extern "C" {
     fn tangelo_gpu_memory(index: i32, out: *mut i64) -> *mut c_char;
     fn tangelo_count_allocations_begin() -> *mut c_char;
     fn tangelo_count_allocations_end(peak: *mut i64) -> *mut c_char;
+    fn tangelo_debug_info_current(out: *mut *mut RawDebugInfo) -> *mut c_char;
+    fn tangelo_debug_info_swap(info: *mut RawDebugInfo) -> *mut c_char;
+    fn tangelo_debug_info_free(info: *mut RawDebugInfo) -> *mut c_char;
+}
+
+/// Opaque: lives in the shim.
+#[repr(C)]
+struct RawDebugInfo {
+    _private: [u8; 0],
 }
 
 /// Main memory of this process, in bytes; 0 where the system does not tell.
@@ -69,7 +78,8 @@ pub fn gpu_memory(device: Device) -> Option<GpuMemoryUse> {
 }
 
 /// Runs `work` and counts the bytes of tensors in main memory that this thread allocates meanwhile: at most, less what it
-/// frees of them. Tensors that other threads allocate are not seen; libtorch may warn of those that were there before.
+/// frees of them, those included that communication threads free for it. Tensors that other threads allocate by themselves
+/// are not seen; libtorch may warn of those that were there before.
 pub fn count_allocations<R>(work: impl FnOnce() -> R) -> (R, u64) {
     // SAFETY: pushes a counter onto this thread's own list; it is popped below, or unused if `work` panics.
     crate::ffi::check(unsafe { tangelo_count_allocations_begin() });
@@ -78,6 +88,39 @@ pub fn count_allocations<R>(work: impl FnOnce() -> R) -> (R, u64) {
     // SAFETY: writes one integer; the counter pushed above is on top.
     crate::ffi::check(unsafe { tangelo_count_allocations_end(&mut peak) });
     (result, u64::try_from(peak).unwrap_or(0))
+}
+
+/// Where a thread's allocations are counted, so that another thread which works for it can count there, too.
+pub(crate) struct Counting(*mut RawDebugInfo);
+
+// SAFETY: a shared pointer to counters that are atomic.
+unsafe impl Send for Counting {}
+
+impl Counting {
+    /// Of this thread.
+    pub(crate) fn of_this_thread() -> Counting {
+        let mut info = std::ptr::null_mut();
+        // SAFETY: writes one pointer, which is freed in `drop`.
+        crate::ffi::check(unsafe { tangelo_debug_info_current(&mut info) });
+        Counting(info)
+    }
+
+    /// Runs `work`, which must not panic, with this thread's allocations counted there.
+    pub(crate) fn during<R>(self, work: impl FnOnce() -> R) -> R {
+        // SAFETY: the pointer is open until `drop`.
+        crate::ffi::check(unsafe { tangelo_debug_info_swap(self.0) });
+        let result = work();
+        // SAFETY: as above; gives back what the thread had.
+        crate::ffi::check(unsafe { tangelo_debug_info_swap(self.0) });
+        result
+    }
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        // SAFETY: it was opened by this value alone; freed once.
+        crate::ffi::check(unsafe { tangelo_debug_info_free(self.0) });
+    }
 }
 
 /// Host memory that can still be had without swapping, bytes: the machine's, or what this process's control group (a

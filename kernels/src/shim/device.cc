@@ -55,6 +55,26 @@ extern "C" char* tangelo_count_allocations_begin() {
   });
 }
 
+// What this thread's allocations are reported to, to be freed with tangelo_debug_info_free.
+extern "C" char* tangelo_debug_info_current(std::shared_ptr<c10::ThreadLocalDebugInfo>** out) {
+  return tangelo::guarded([&] {
+    *out = new std::shared_ptr<c10::ThreadLocalDebugInfo>(c10::ThreadLocalDebugInfo::current());
+  });
+}
+
+// Exchanges it with the calling thread's.
+extern "C" char* tangelo_debug_info_swap(std::shared_ptr<c10::ThreadLocalDebugInfo>* info) {
+  return tangelo::guarded([&] {
+    auto before = c10::ThreadLocalDebugInfo::current();
+    c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(*info);
+    *info = std::move(before);
+  });
+}
+
+extern "C" char* tangelo_debug_info_free(std::shared_ptr<c10::ThreadLocalDebugInfo>* info) {
+  return tangelo::guarded([&] { delete info; });
+}
+
 // Ends the counting begun last on this thread.
 extern "C" char* tangelo_count_allocations_end(int64_t* peak) {
   return tangelo::guarded([&] {

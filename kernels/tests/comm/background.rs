@@ -4,6 +4,7 @@ use super::suite::{Results, as_bits, bits, counts, part, plain_sum, values};
 use std::time::Duration;
 use tangelo_kernels::comm::channel::{self, ChannelEnd, Receiver, Sender};
 use tangelo_kernels::comm::{Background, Communicator, Pending};
+use tangelo_kernels::device;
 use tch::{Device, Kind, Tensor};
 
 pub fn run(comm: &Communicator, seed: u64, results: &mut Results) {
@@ -11,6 +12,7 @@ pub fn run(comm: &Communicator, seed: u64, results: &mut Results) {
     many_groups(comm, seed, results);
     calls_in_order(comm, seed, results);
     beside_work(comm);
+    what_the_thread_frees_is_not_counted_on(comm);
     pipeline(comm, results);
     invalid_arguments(comm);
 }
@@ -230,4 +232,17 @@ fn invalid_arguments(comm: &Communicator) {
     }
     let error = comm.shift(&zeros(1), 0, &zeros(1).to_kind(Kind::Double), 0).unwrap_err();
     assert!(error.to_string().contains("receive is of type"), "{error}");
+}
+
+/// A tensor that the thread lets go is counted as freed where it was allocated.
+fn what_the_thread_frees_is_not_counted_on(comm: &Communicator) {
+    const CALLS: usize = 64;
+    let background = Background::new(comm.split("counted", Some(0), comm.rank() as i64).unwrap().unwrap());
+    let (result, peak) = device::count_allocations(|| {
+        (0..CALLS).try_for_each(|_| background.start_all_reduce(zeros(1000)).wait().map(drop))
+    });
+    result.unwrap();
+    // One tensor at a time, and what its sum needs: all ranks' tensors at most, twice.
+    let most = 4000 * (1 + 2 * comm.size() as u64);
+    assert!(peak >= 4000 && peak <= most, "{peak} bytes, expected at most {most}");
 }
