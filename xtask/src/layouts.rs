@@ -29,8 +29,12 @@ const FP32_BOUND: f64 = 1e-5;
 /// over blocks). Over a thousand tokens' losses that averages out to some 3e-4 (measured), and does not grow, for masters
 /// and sums of gradients are fp32. A wrong layout is off by 1e-2 and more within a few steps.
 const BF16_BOUND: f64 = 2e-3;
-/// After 1,000 updates two curves of the same data differ by what rounding has become, not by a trend.
+/// After 1,000 updates at lr 1e-3 two curves of the same data differ by what rounding has become: measured 2.6e-3 after
+/// 382, where the loss has fallen by 2. A wrong merge is off by that within a few steps. A trend shows in the means of
+/// the first and the last distances, which are printed.
 const LONG_BOUND: f64 = 1e-2;
+/// Distances that a mean is taken of.
+const MEAN_STEPS: usize = 100;
 
 /// Ranks, and what differs from one.
 const LAYOUTS: [(usize, &[(&str, &str)]); 13] = [
@@ -138,14 +142,28 @@ fn table(
     println!("\n{kind}, {steps} steps, one rank: {:.4} to {:.4}; bound {bound:.0e}", expected[0], expected[steps - 1]);
     let mut failed = 0;
     for (index, &(ranks, layout)) in layouts.iter().enumerate() {
-        let found = losses(repo, folder, &Curve { name: name(index), ranks, layout, steps, kind })?;
-        let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+        let words: Vec<String> = layout.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let words = words.join(" ");
+        // A layout that fails is one of the table; the others are still of interest.
+        let found = match losses(repo, folder, &Curve { name: name(index), ranks, layout, steps, kind }) {
+            Ok(found) => found,
+            Err(error) => {
+                println!("LEFT {ranks} ranks {words:80} {error:#}");
+                failed += 1;
+                continue;
+            }
+        };
+        let apart: Vec<f64> = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).collect();
         // Not a number is not within.
-        let worst = apart.fold(0.0, |worst: f64, d| if d.is_nan() { f64::INFINITY } else { worst.max(d) });
+        let worst = apart.iter().fold(0.0, |worst: f64, d| if d.is_nan() { f64::INFINITY } else { worst.max(*d) });
         let within = worst <= bound && found.len() == expected.len();
         failed += usize::from(!within);
-        let words: Vec<String> = layout.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        println!("{} {ranks} ranks {:80} {worst:.1e}", if within { "ok  " } else { "LEFT" }, words.join(" "));
+        println!("{} {ranks} ranks {words:80} {worst:.1e}", if within { "ok  " } else { "LEFT" });
+        if steps >= 2 * MEAN_STEPS {
+            let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+            let (first, last) = (mean(&apart[..MEAN_STEPS]), mean(&apart[steps - MEAN_STEPS..]));
+            println!("     mean distance of the first {MEAN_STEPS} steps {first:.1e}, of the last {last:.1e}");
+        }
     }
     Ok(failed)
 }

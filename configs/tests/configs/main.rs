@@ -4,6 +4,7 @@
 mod hf_config;
 mod load;
 mod optimizer;
+mod parallel;
 mod presets;
 mod resolve;
 mod schema;

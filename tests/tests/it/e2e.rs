@@ -119,6 +119,35 @@ fn hybrid_layouts_of_real_processes_agree_with_one() {
 }
 
 #[test]
+fn pretrained_weights_start_alike_in_every_layout() {
+    let job = Job::new(support::fresh_seed());
+    let short = ["--set", "training.steps=4", "--set", "lr_scheduler.total_steps=4"];
+    let source = job.run("source", 1, &[&short[..], &["--set", "checkpoint.last_save_in_hf=true"]].concat());
+    let path = format!("checkpoint.initial_load_path={:?}", source.folder.join("export").display().to_string());
+    let load = [&short[..], &["--set", "checkpoint.initial_load_in_hf=true", "--set", &path]].concat();
+    let losses = |dtype: &str, ranks, words: &str| {
+        let mut sets = vec!["--set".to_owned(), format!("training.mixed_precision_param={dtype:?}")];
+        sets.extend(if words.is_empty() { Vec::new() } else { layout(words) });
+        let sets: Vec<&str> = load.iter().copied().chain(sets.iter().map(String::as_str)).collect();
+        job.run(&format!("{dtype}-{}", words.replace([' ', '\''], "-")), ranks, &sets).losses()
+    };
+    for (dtype, layouts) in [
+        ("float32", vec![(4, "tp=2 pp=2"), (2, "dp=2 weights=2"), (2, "tp=2 weights=1")]),
+        // Layouts that cut no sum, for others round differently.
+        ("bfloat16", vec![(2, "dp=2 weights=2"), (2, "pp=2")]),
+    ] {
+        let one = losses(dtype, 1, "");
+        assert!(one[0].1 < source.losses()[0].1 - 1e-3, "{dtype}: it did not start from the weights of {path}");
+        for (ranks, words) in layouts {
+            for ((step, found), (_, expected)) in losses(dtype, ranks, words).into_iter().zip(&one) {
+                // As between layouts: sums in another order.
+                assert!((found - expected).abs() < 1e-5, "{dtype} {words}, step {step}: {found}, not {expected}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_run_goes_on_in_another_hybrid_layout() {
     let job = Job::new(support::fresh_seed());
     let undisturbed = job.run("undisturbed", 1, &[]).losses();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use tangelo_configs::preset::PRESETS;
 use tangelo_configs::resolve::{load_str, resolve};
 use tangelo_configs::{ModelAssets, ModelSpec, Plan, Resources};
+use tangelo_core::Program;
 use tangelo_planner::{memory, predict, program, render_check};
 
 struct Tokenizer;
@@ -207,6 +208,17 @@ fn a_block_keeps_what_its_operators_save() {
     let plan = plan(1, false, "smollm2-135m", &[]);
     let elements = 4 * 576 + (9 + 3 + 3) * 64 + 9 * 64 + 3 * 1536;
     assert_eq!(memory::saved_bytes_per_token(&plan, 0), 4 * elements + 4 * (2 + 9));
+}
+
+/// Checks against other implementations run [`Program::alone`]: it must be what one rank trains with.
+#[test]
+fn a_model_alone_runs_the_program_of_one_rank() {
+    for (mode, again) in [("none", false), ("full", true)] {
+        let sets = ["training.global_batch_size=2", &format!("activation_checkpoint.mode={mode}")];
+        let plan = plan(1, false, "debugmodel", &sets);
+        let alone = Program::alone(&vec![again; plan.model.blocks.len()]);
+        assert_eq!(program::build(&plan, 0).pass, alone, "{mode}");
+    }
 }
 
 #[test]
