@@ -263,8 +263,8 @@ struct Wait<'a> {
 ///
 /// A rank in a collective waits for every member whose last call of that group is an earlier one, or the same one where
 /// the member does not run; a rank in a point-to-point call waits for the peers that are not in it, in the same way. Such
-/// waits lead from rank to rank; the answer is the rank at which most of them end: it is waited for and waits for
-/// nobody. `None` where nobody is behind, or where the ranks that are waited for stand in one and the same call.
+/// waits lead from rank to rank; the answer is the rank at which most of them end, of those that do not run where there
+/// are any: it is waited for and waits for nobody. `None` where nobody is behind, or where the ranks that are waited for stand in one and the same call.
 pub fn behind(reports: &[Report]) -> Option<Behind> {
     let waits: Vec<Wait> = reports.iter().flat_map(|report| waits_of(report, reports)).collect();
     let waiters: BTreeSet<usize> = waits.iter().map(|wait| wait.waiter).collect();
@@ -272,8 +272,9 @@ pub fn behind(reports: &[Report]) -> Option<Behind> {
     for wait in waits.iter().filter(|wait| !waiters.contains(&wait.on) && !stands_with_others(wait.on, reports)) {
         waited_for.entry(wait.on).or_default().push(wait);
     }
-    // The first of those that most wait for.
-    let (rank, waits) = waited_for.into_iter().rev().max_by_key(|(_, waits)| waits.len())?;
+    // One that does not run explains more than one that has not come yet; then the first of those that most wait for.
+    let is_gone = |rank: usize| find(rank, reports).is_some_and(|report| !report.is_running);
+    let (rank, waits) = waited_for.into_iter().rev().max_by_key(|(rank, waits)| (is_gone(*rank), waits.len()))?;
     let together = |one: &Wait| waits.iter().filter(|w| w.position.is_same_lane(one.position)).count();
     let awaited_in = waits.iter().rev().max_by_key(|wait| together(wait))?.position;
     let waiting = waits.iter().filter(|w| w.position.is_same_lane(awaited_in)).map(|wait| wait.waiter).collect();

@@ -112,8 +112,9 @@ impl Groups {
     }
 }
 
-/// On a GPU the calls of several communicators must start in the same order on all ranks, which threads of their own do not
-/// keep: there they start where they are submitted.
+/// On a GPU the collectives of several communicators must start in the same order on all ranks, which threads of their own
+/// do not keep: there they start where they are submitted. (Channels of a pipeline have threads there, too: a send that
+/// waits would lock 1F1B up. They were never tried beside tensor parallelism on GPUs.)
 fn beside_computation(comm: Communicator) -> Background {
     if comm.device().is_cuda() { Background::inline(comm) } else { Background::new(comm) }
 }

@@ -231,8 +231,9 @@ impl TrainWorker {
             true => device::count_allocations(run),
             false => (run(), 0),
         };
-        let pass = pass?;
+        // A pass that failed leaves a part of them: only `discard_gradients` helps.
         self.has_gradients = true;
+        let pass = pass?;
         Ok(LossStats {
             allocated: self.counts_allocations.then_some(allocated),
             loss: pass.shared[0],

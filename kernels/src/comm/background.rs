@@ -293,8 +293,8 @@ impl Pending {
         }
         self.tracker.begin_wait();
         let answer = early.unwrap_or_else(|| self.slot.wait());
-        // After a failure the rank stays where it stood still, for those who ask later.
-        if answer.is_ok() {
+        // After a failure the rank stays where it stood still, for those who ask later; what was refused was no call.
+        if !answer.as_ref().is_err_and(|error| !matches!(error.kind, CommErrorKind::Invalid(_))) {
             self.tracker.end_wait();
         }
         let stood_still = begin.elapsed();

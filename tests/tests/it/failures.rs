@@ -2,8 +2,8 @@
 //! message that names rank, phase and collective, nothing is left behind but whole checkpoints, and a restart goes on
 //! from the newest.
 //!
-//! `TANGELO_TEST_FAULTS=all` runs every fault in every phase that a layout has; else a choice is run in which every phase
-//! occurs.
+//! `TANGELO_TEST_FAULTS=all` runs every fault in every phase that a layout has, some ten minutes; else a choice is run in
+//! which, together with the restarts, every phase occurs.
 
 use crate::job::{Job, assert_same_files, finish, layout};
 use crate::support;
@@ -30,17 +30,17 @@ const LAYOUTS: [Layout; 3] = [
     Layout {
         words: "tp=2 cp=2 rotate='ring' weights=2",
         phases: &["gather", "embed", "exchange", "ring", "reduce"],
-        chosen: &["stop/ring", "kill/exchange", "hang/gather", "stop/update"],
+        chosen: &["stop/ring", "kill/exchange", "hang/gather", "stop/update", "kill/count"],
     },
     Layout {
         words: "pp=2 dp=2 weights=2",
         phases: &["gather", "embed", "pipeline", "reduce"],
-        chosen: &["stop/pipeline", "kill/loss", "kill/save", "stop/embed"],
+        chosen: &["stop/pipeline", "kill/loss", "kill/save", "stop/embed", "kill/metrics"],
     },
     Layout {
         words: "dp=2 cp=2 head=2 weights=2",
         phases: &["gather", "embed", "exchange", "reduce", "publish"],
-        chosen: &["hang/exchange", "stop/reduce", "kill/norm"],
+        chosen: &["hang/exchange", "stop/reduce", "kill/norm", "kill/block"],
     },
 ];
 
@@ -115,7 +115,7 @@ pub fn newest_checkpoint(run: &Path) -> u64 {
 
 /// `tangelo run` of a layout.
 fn command(job: &Job, run: &str, words: &str, arguments: &[&str]) -> Command {
-    let mut command = job.command(run, 4, &["--grace-seconds", "2"]);
+    let mut command = job.command(run, 4, &["--grace-seconds", "4"]);
     command.args(SHORT.iter().flat_map(|set| ["--set", set])).args(layout(words)).args(arguments);
     command
 }

@@ -42,6 +42,8 @@ impl Nodes {
 
     fn connect(&self) -> Result<(), String> {
         let [a, b] = &self.names;
+        // Of a process of the same number that was killed; mostly there are none.
+        self.names.iter().for_each(|name| _ = ip(&["netns", "delete", name]));
         ip(&["netns", "add", a])?;
         ip(&["netns", "add", b])?;
         ip(&["-n", a, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", b])?;

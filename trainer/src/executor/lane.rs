@@ -136,6 +136,8 @@ impl Lane {
 
     /// Goes back through `x + w`.
     pub fn back_residual(&mut self) {
+        // What would have been summed and added is read by nobody.
+        self.work.clear();
         self.work_gradients = vec![self.x_gradient()];
     }
 

@@ -166,7 +166,7 @@ impl<'a> LocalBlock<'a> {
     }
 
     /// fp32 gradients of the queries and of this rank's keys and values, and what goes round: keys and values here and
-    /// arriving, with gradients of both; or those of all ranks at once, gradients once more end to end.
+    /// arriving, gradients made, sent and arriving; or those of all ranks at once.
     fn ring(&self) -> u64 {
         let ranks = self.plan.topology.size(Group::Ring) as u64;
         if ranks == 1 {
@@ -174,8 +174,8 @@ impl<'a> LocalBlock<'a> {
         }
         let (queries, kv) = (self.attended_queries, 2 * self.attended_keys);
         let travelling = match self.plan.config.parallelism.context_parallel_rotate_method {
-            RotateMethod::Ring => 2 * (self.e + 4) * kv,
-            RotateMethod::Allgather => ranks * (self.e + 2 * 4) * kv,
+            RotateMethod::Ring => (2 * self.e + 4 * ranks.min(3)) * kv,
+            RotateMethod::Allgather => ranks * (self.e + 4) * kv,
         };
         self.attended(4 * (queries + kv) + travelling)
     }

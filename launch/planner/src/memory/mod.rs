@@ -133,7 +133,7 @@ pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
         whole_blocks: units.in_backward(e),
         whole_embedding: units.in_embedding(e),
         collectives: units.collectives(&stage_buckets(plan, stage), e),
-        matrices: units.matrices(),
+        matrices: units.matrices(&buckets),
         checkpoint_copy: if asynchronous { 4 * owned + units.state_bytes() } else { 0 },
         on_host: plan.config.training.device == DeviceChoice::Cpu,
     }

@@ -113,14 +113,16 @@ impl StageUnits<'_> {
         self.stage * (self.plan.topology.mesh.world_size() / self.plan.topology.num_stages())
     }
 
-    fn metas(&self) -> Vec<ParamMeta> {
-        let sharding = self.plan.sharding();
-        let units = sharding.units(self.stage).into_iter();
-        units.flat_map(|unit| sharding.parameters(&self.plan.model, unit, DType::F32)).collect()
+    fn fullest(&self, level: Level, weight: impl Fn(&str) -> u64) -> u64 {
+        self.fullest_of(&(0..self.elements.len()), level, weight)
     }
 
-    fn fullest(&self, level: Level, weight: impl Fn(&str) -> u64) -> u64 {
-        let (sharding, metas) = (self.plan.sharding(), self.metas());
+    /// The same of some units.
+    fn fullest_of(&self, units: &Range<usize>, level: Level, weight: impl Fn(&str) -> u64) -> u64 {
+        let sharding = self.plan.sharding();
+        let names = self.elements[units.clone()].iter().map(|(unit, _)| *unit);
+        let metas: Vec<ParamMeta> =
+            names.flat_map(|unit| sharding.parameters(&self.plan.model, unit, DType::F32)).collect();
         let ranks = self.plan.topology.members(Group::States, self.first_rank());
         let mut held = vec![0; ranks.len()];
         for meta in &metas {
@@ -134,18 +136,23 @@ impl StageUnits<'_> {
     }
 
     /// What Muon needs beside states: the largest matrix as moved, normalised, iterated and next, two products of it with
-    /// itself, and under tensor parallelism what all ranks of the group give of the owned matrices.
-    pub(super) fn matrices(&self) -> u64 {
+    /// itself, and under tensor parallelism what all ranks of the group give of the matrices owned of a bucket.
+    pub(super) fn matrices(&self, buckets: &[Range<usize>]) -> u64 {
+        if !self.is_muon() {
+            return 0;
+        }
         let sharding = self.plan.sharding();
-        let whole = self.metas().into_iter().filter(|meta| sharding.is_whole(&meta.name));
+        let metas = self.elements.iter().flat_map(|(unit, _)| sharding.parameters(&self.plan.model, *unit, DType::F32));
+        let whole = metas.filter(|meta| sharding.is_whole(&meta.name));
         let needs = |meta: &ParamMeta| {
             let (rows, columns) = (meta.shape[0] as u64, meta.shape[1] as u64);
             4 * (4 * rows * columns + 2 * rows.min(columns).pow(2))
         };
         let largest = whole.map(|meta| needs(&meta)).max().unwrap_or(0);
         let tensor = self.size(Group::Tensor);
-        let gathered = self.fullest(Level::States, |name| u64::from(sharding.is_whole(name)));
-        largest + if tensor > 1 && largest > 0 { 4 * gathered * tensor } else { 0 }
+        let owned = |units| self.fullest_of(units, Level::States, |name| u64::from(sharding.is_whole(name)));
+        let gathered = if tensor > 1 { buckets.iter().map(owned).max().unwrap_or(0) } else { 0 };
+        largest + 4 * gathered * tensor
     }
 
     /// Gradients on their way to the owners of states while backward goes on, and how many blocks have left by then;
@@ -154,14 +161,18 @@ impl StageUnits<'_> {
         // The first bucket leaves after the last block.
         let [_, others @ ..] = buckets else { return (0, 0) };
         let Some(last) = others.last() else { return (0, 0) };
-        let elements = |units: &Range<usize>| self.elements[units.clone()].iter().map(|(_, n)| n).sum::<u64>();
-        let largest = others.iter().map(elements).max().unwrap_or(0);
         let blocks = self.elements[last.clone()].iter().filter(|(unit, _)| matches!(unit, Unit::Block(_))).count();
-        let (g, z) = (self.size(Group::Gradients), self.size(Group::States));
-        let kept =
-            if self.size(Group::StatesOverGradients) > 1 { largest.div_ceil(g) + largest.div_ceil(z) } else { 0 };
-        let summed = if self.size(Group::Replicas) > 1 { largest.div_ceil(z) } else { 0 };
-        (4 * (kept + summed), blocks)
+        let (scatters, sums) = (self.size(Group::StatesOverGradients) > 1, self.size(Group::Replicas) > 1);
+        let bytes = |units: &Range<usize>| {
+            let elements = self.elements[units.clone()].iter().map(|(_, n)| n).sum::<u64>();
+            let owned = match self.is_muon() {
+                true => self.fullest_of(units, Level::States, |_| 1),
+                false => elements.div_ceil(self.size(Group::States)),
+            };
+            let sent = if scatters { elements.div_ceil(self.size(Group::Gradients)) + owned } else { 0 };
+            4 * (sent + if sums { owned } else { 0 })
+        };
+        (others.iter().map(bytes).max().unwrap_or(0), blocks)
     }
 
     /// The embedding as it arrives and unpacked, with the first block on its way; or its gradient, as made and as sent.

@@ -318,6 +318,10 @@ impl Builder<'_> {
                 self.list.extend(group.backward(layer, micro_batch));
             }
             self.release(unit);
+            if layer == layers.start && !self.is_first {
+                // The stage before waits for it: before this one's own gradients leave.
+                self.emit(Instruction::Send(Pass::Backward, micro_batch));
+            }
             self.made(unit);
         }
         if self.is_first {
@@ -326,8 +330,6 @@ impl Builder<'_> {
             }
             self.emit(Instruction::EmbedBackward(micro_batch));
             self.made(Unit::Embedding);
-        } else {
-            self.emit(Instruction::Send(Pass::Backward, micro_batch));
         }
     }
 

@@ -51,9 +51,9 @@ fn rings_hold_two_ranks_keys_and_gathered_ones_all() {
         predicted(8, &["context_parallel_degree=8", &format!("context_parallel_rotate_method={method}")]).backward
     };
     let (ring, gather) = (backward("ring"), backward("allgather"));
-    // Beside the rest: keys, values and their gradients of 2 ranks; of 8, with the gradients a second time.
+    // Beside the rest: keys and values of 2 ranks and gradients of 3; or both of 8.
     let kv = 64 * T / 8;
-    assert_eq!(gather - ring, 8 * (4 + 8) * kv - 2 * (4 + 4) * kv);
+    assert_eq!(gather - ring, 8 * (4 + 4) * kv - (2 * 4 + 3 * 4) * kv);
 }
 
 #[test]
