@@ -127,6 +127,17 @@ pub struct ZeroScopes {
     pub states: usize,
 }
 
+impl ZeroScopes {
+    /// Over how many ranks a kind of model state is cut.
+    pub fn degree(self, level: Level) -> usize {
+        match level {
+            Level::Parameters => self.parameters,
+            Level::Gradients => self.gradients,
+            Level::States => self.states,
+        }
+    }
+}
+
 /// A kind of model state, and with it the scope it is cut over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Level {

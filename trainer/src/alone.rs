@@ -52,7 +52,7 @@ impl Alone {
 
     fn rows<'a>(&'a self, batch: &'a Batch) -> Result<Rows<'a>> {
         let (loss, place) = (LossSpec::next_token(), (&self.topology, 0));
-        let rows = Rows::new(batch, &loss, batch.num_sequences(), place, RotateMethod::default(), self.model.device())?;
-        Ok(rows.within(self.model.spec().vocab_size))
+        let (vocab_size, device) = (self.model.spec().vocab_size, self.model.device());
+        Rows::new(batch, &loss, batch.num_sequences(), place, RotateMethod::default(), vocab_size, device)
     }
 }

@@ -7,9 +7,9 @@
 //! ```
 
 use crate::error::Result;
-use crate::groups::Groups;
+use crate::groups::{Arriving, Groups};
 use crate::shards::Cut;
-use crate::store::{Arriving, WeightStore, gradient_kind};
+use crate::store::{WeightStore, gradient_kind};
 use std::ops::Range;
 use tangelo_configs::Sharding;
 use tangelo_core::{Group, Level};
@@ -72,14 +72,13 @@ impl Buckets {
 
     /// Waits for what was sent and asks for its sum over the scope's replicas.
     pub fn sum(&self, arriving: Arriving, groups: &Groups) -> Result<Arriving> {
-        arriving.pending.wait()?;
-        Ok(sum(arriving.tensor, groups))
+        Ok(sum(arriving.wait()?, groups))
     }
 
     /// Waits for the sums; afterwards the owned ranges of the kept gradients hold them.
     pub fn finish_reduce(&self, bucket: usize, arriving: Arriving, model: &Model, store: &WeightStore) -> Result<()> {
-        arriving.pending.wait()?;
-        tch::no_grad(|| self.reduces[bucket].unpack_own(&arriving.tensor, |unit| store.gradients(model, unit)));
+        let sums = arriving.wait()?;
+        tch::no_grad(|| self.reduces[bucket].unpack_own(&sums, |unit| store.gradients(model, unit)));
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Weights on their way to a block, gradients on their way from one, keys on their way round the ring and the messages of
 //! a pipeline travel beside the computation: those groups, and the channels, have threads of their own. All others are
-//! used where the rank stands still.
+//! used where the rank stands still. Reports about failures say where in its step a rank is: that is noted here, too.
 
 use crate::error::Result;
 use crate::faults::Fault;
@@ -11,7 +11,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 use tangelo_core::{Group, Moment, Phase, Topology};
 use tangelo_kernels::comm::channel::{self, ChannelEnd, Receiver, Sender};
-use tangelo_kernels::comm::{Background, Communicator};
+use tangelo_kernels::comm::{Background, Communicator, Pending};
+use tch::Tensor;
 
 /// A rank's end of every group.
 pub struct Groups {
@@ -22,6 +23,22 @@ pub struct Groups {
     step: Cell<u64>,
     /// Tests only.
     fault: Option<Fault>,
+}
+
+/// A tensor that is being filled by other ranks.
+pub struct Arriving {
+    /// Its values once `pending` is done.
+    pub tensor: Tensor,
+    /// The call.
+    pub pending: Pending,
+}
+
+impl Arriving {
+    /// The tensor, filled.
+    pub fn wait(self) -> Result<Tensor> {
+        self.pending.wait()?;
+        Ok(self.tensor)
+    }
 }
 
 /// Channels to the stages before and after.

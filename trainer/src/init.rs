@@ -42,7 +42,7 @@ pub fn from_seed(unit: &UnitWeights, seed: u64, std: f64) {
 }
 
 /// A box of a tensor: a view.
-pub(crate) fn part_of(tensor: &Tensor, indices: &IndexBox) -> Tensor {
+pub fn part_of(tensor: &Tensor, indices: &IndexBox) -> Tensor {
     let cut = |view: Tensor, (dim, range): (usize, &tangelo_core::layout::Range64)| {
         view.narrow(dim as i64, range.start as i64, range.len() as i64)
     };

@@ -70,26 +70,22 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// A batch whose columns `loss` reads, in micro-batches of at most `rows` sequences.
+    /// A batch whose columns `loss` reads, in micro-batches of at most `rows` sequences. Ids from `vocab_size` on are refused
+    /// where they are read.
     pub fn new(
         batch: &'a Batch,
         loss: &LossSpec,
         rows: usize,
         (topology, rank): (&'a Topology, usize),
         rotate_method: RotateMethod,
+        vocab_size: usize,
         device: Device,
     ) -> Result<Rows<'a>> {
         batch.require(&loss.columns())?;
         batch.require(&[Column::Positions, Column::SeqId])?;
         let (weight, coefficient) = weight_column(loss)?;
         let place = SequencePlace::of(topology, rank);
-        let vocab_size = usize::MAX;
         Ok(Rows { batch, weight, coefficient, rows, skip: 0, topology, place, rotate_method, device, vocab_size })
-    }
-
-    /// The same rows, refused where an id that is read lies outside a vocabulary of `vocab_size`.
-    pub fn within(self, vocab_size: usize) -> Rows<'a> {
-        Rows { vocab_size, ..self }
     }
 
     /// The same rows, of which micro-batch `index` is number 0.

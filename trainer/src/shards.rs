@@ -52,13 +52,7 @@ pub enum Place {
 impl Place {
     /// Where level `level` of a unit lies: flat where its scope is one rank.
     pub fn of(sharding: &Sharding, unit: &UnitWeights, level: Level, rank: usize) -> Place {
-        let scopes = sharding.topology().scopes;
-        let degree = match level {
-            Level::Parameters => scopes.parameters,
-            Level::Gradients => scopes.gradients,
-            Level::States => scopes.states,
-        };
-        match degree {
+        match sharding.topology().scopes.degree(level) {
             1 => Place::Flat,
             _ => Place::Shard(owned(sharding, unit, level, rank).into_iter().map(|r| r.flat).collect()),
         }

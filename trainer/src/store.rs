@@ -8,22 +8,13 @@
 //! Invariant: a graph that saved a weight finds the same values in backward, whether or not they were given back between.
 
 use crate::error::Result;
-use crate::groups::Groups;
+use crate::groups::{Arriving, Groups};
 use crate::shards::{Cut, Place};
 use tangelo_configs::Sharding;
 use tangelo_core::{Group, Level, Unit};
 use tangelo_kernels::autograd;
-use tangelo_kernels::comm::Pending;
 use tangelo_models::Model;
 use tch::{Kind, Tensor};
-
-/// A tensor that is being filled by other ranks.
-pub struct Arriving {
-    /// Its values once `pending` is done.
-    pub tensor: Tensor,
-    /// The call.
-    pub pending: Pending,
-}
 
 /// The shards of one rank, by unit of its stage.
 #[derive(Debug)]
@@ -96,12 +87,12 @@ impl WeightStore {
     /// Fills a unit's flat weights with what arrives.
     pub fn finish_gather(&self, model: &Model, unit: Unit, arriving: Arriving) -> Result<()> {
         let index = model.unit_index(unit);
-        arriving.pending.wait()?;
+        let all = arriving.wait()?;
         let weights = &model.units()[index];
         tch::no_grad(|| {
             autograd::preserving_version(weights.flat(), || {
                 weights.hold_weights(true);
-                self.gathers[index].unpack(&arriving.tensor, |_| weights.flat());
+                self.gathers[index].unpack(&all, |_| weights.flat());
             });
         });
         Ok(())
@@ -140,9 +131,9 @@ impl WeightStore {
 
     /// Adds the sum that arrives to what this rank keeps.
     pub fn finish_reduce(&self, model: &Model, unit: Unit, arriving: Arriving) -> Result<()> {
-        arriving.pending.wait()?;
+        let sum = arriving.wait()?;
         let kept = self.gradients[model.unit_index(unit)].as_ref().expect("gradients that are reduced are cut");
-        tch::no_grad(|| _ = kept.shallow_clone().g_add_(&arriving.tensor));
+        tch::no_grad(|| _ = kept.shallow_clone().g_add_(&sum));
         Ok(())
     }
 

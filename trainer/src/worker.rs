@@ -260,8 +260,8 @@ impl TrainWorker {
 
     fn rows<'a>(&'a self, batch: &'a Batch, loss: &LossSpec) -> Result<Rows<'a>> {
         let place = (self.sharding.topology(), self.rank);
-        let rows = Rows::new(batch, loss, self.rows_per_micro_batch, place, self.rotate_method, self.model.device())?;
-        Ok(rows.within(self.model.spec().vocab_size))
+        let (vocab_size, device) = (self.model.spec().vocab_size, self.model.device());
+        Rows::new(batch, loss, self.rows_per_micro_batch, place, self.rotate_method, vocab_size, device)
     }
 
     fn parts(&self) -> Parts<'_> {

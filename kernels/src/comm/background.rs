@@ -287,14 +287,14 @@ impl Pending {
     /// Waits until the call is done; returns how long the caller stood still.
     pub fn wait(self) -> Result<Duration, CommError> {
         let early = self.slot.lock().take();
-        let begin = Instant::now();
         if let Some(Ok(())) = early {
             return Ok(Duration::ZERO);
         }
+        let begin = Instant::now();
         self.tracker.begin_wait();
         let answer = early.unwrap_or_else(|| self.slot.wait());
         // After a failure the rank stays where it stood still, for those who ask later; what was refused was no call.
-        if !answer.as_ref().is_err_and(|error| !matches!(error.kind, CommErrorKind::Invalid(_))) {
+        if matches!(&answer, Ok(()) | Err(CommError { kind: CommErrorKind::Invalid(_), .. })) {
             self.tracker.end_wait();
         }
         let stood_still = begin.elapsed();

@@ -22,7 +22,6 @@
 //! two, which shows in small models. What coordinates ranks (numbers of tokens, losses, norms) has no minimum.
 
 use crate::program::actions;
-use crate::prove::UPDATE;
 use tangelo_configs::job::Recompute;
 use tangelo_configs::model::EMBEDDING;
 use tangelo_configs::{MixerSpec, Plan, Sharding};
@@ -62,14 +61,14 @@ impl Traffic {
         Traffic::Coordination,
     ];
 
-    /// What a call of a part of the program is for.
-    pub fn of(call: &Call, part: usize) -> Traffic {
+    /// What a call of the pass, or of the update, is for.
+    pub fn of(call: &Call, in_update: bool) -> Traffic {
         match call.group {
             Group::Parameters | Group::StatesOverParameters => Traffic::Weights,
             Group::Gradients | Group::StatesOverGradients | Group::Replicas => Traffic::Gradients,
             Group::KeyReplicas | Group::TiedEnds => Traffic::Gradients,
             Group::Tensor if call.kind == CallKind::AllReduce => Traffic::Gradients,
-            Group::Tensor if part == UPDATE => Traffic::Weights,
+            Group::Tensor if in_update => Traffic::Weights,
             Group::Tensor => Traffic::Tensor,
             Group::Heads => Traffic::Heads,
             Group::Ring => Traffic::Ring,

@@ -1,7 +1,8 @@
 //! The walk of a batch: every stage of a training step, with the tensors that leave it, their shapes and bytes, on the
 //! rank with the most of each.
 
-use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, predict, stage_buckets};
+use crate::memory::{LOSS_CHUNK_TOKENS, RankTokens, predict};
+use crate::program;
 use crate::table::{Align, Table, bytes};
 use tangelo_configs::job::{DeviceChoice, OptimizerName, Recompute};
 use tangelo_configs::{MixerSpec, Plan};
@@ -140,7 +141,7 @@ fn update_stages(plan: &Plan) -> Vec<Stage> {
         let note = format!(
             "{verb} over {} ranks, {} bucket(s)",
             ranks / scopes.gradients,
-            stage_buckets(plan, largest.stage).len()
+            program::buckets(plan, largest.stage).len()
         );
         stages.push(stage("reduce", "main gradients", &[kept], "f32", note));
     }

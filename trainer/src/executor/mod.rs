@@ -20,9 +20,9 @@ mod ring;
 
 use crate::buckets::Buckets;
 use crate::error::Result;
-use crate::groups::Groups;
+use crate::groups::{Arriving, Groups};
 use crate::micro_batch::Rows;
-use crate::store::{Arriving, WeightStore};
+use crate::store::WeightStore;
 use crate::worker::sum_over_ranks;
 use exchange::Exchanger;
 use lane::Lane;

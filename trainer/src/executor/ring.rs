@@ -13,11 +13,12 @@
 use super::Executor;
 use super::lane::Lane;
 use crate::error::Result;
+use crate::groups::Arriving;
 use crate::store::gradient_kind;
 use tangelo_configs::job::RotateMethod;
 use tangelo_core::sequence::visible_keys;
 use tangelo_core::{Group, SequenceLayout};
-use tangelo_kernels::comm::{Background, Pending};
+use tangelo_kernels::comm::Background;
 use tangelo_kernels::op::attention::spans::{Running, Span, attend, attend_backward};
 use tch::{Kind, Tensor};
 
@@ -28,19 +29,6 @@ pub struct RingRecord {
     kv: Tensor,
     out: Tensor,
     lse: Tensor,
-}
-
-/// What comes in with a turn.
-struct Turn {
-    received: Tensor,
-    pending: Pending,
-}
-
-impl Turn {
-    fn wait(self) -> Result<Tensor> {
-        self.pending.wait()?;
-        Ok(self.received)
-    }
 }
 
 /// The ring, and how attention weighs.
@@ -81,16 +69,16 @@ impl Ring<'_> {
     }
 
     /// Gives `kv`, which must stay as it is, to the next rank and takes what belongs to `source` from the one before.
-    fn turn(&self, kv: &Tensor, source: usize) -> Turn {
-        let received = self.room(kv, source, kv.kind());
+    fn turn(&self, kv: &Tensor, source: usize) -> Arriving {
+        let tensor = self.room(kv, source, kv.kind());
         let (rank, size) = (self.comm.rank(), self.size());
         let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
-        let pending = self.comm.start_shift(kv.shallow_clone(), to, received.shallow_clone(), from);
-        Turn { received, pending }
+        let pending = self.comm.start_shift(kv.shallow_clone(), to, tensor.shallow_clone(), from);
+        Arriving { tensor, pending }
     }
 
     /// The turn after `step`, where there is one.
-    fn next(&self, here: &Tensor, step: usize) -> Option<Turn> {
+    fn next(&self, here: &Tensor, step: usize) -> Option<Arriving> {
         (step + 1 < self.size()).then(|| self.turn(here, self.source(step + 1)))
     }
 
@@ -185,7 +173,7 @@ impl Ring<'_> {
         let mut next = self.next(&record.kv, 0);
         self.back(record, dout, &record.kv, self.source(0), dq, &own);
         // The gradient of what is here, from the ranks that it came by.
-        let mut passed: Option<Turn> = None;
+        let mut passed: Option<Arriving> = None;
         for step in 1..self.size() {
             let here = next.take().expect("a turn for each step").wait()?;
             next = self.next(&here, step);

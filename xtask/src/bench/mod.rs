@@ -27,7 +27,14 @@ pub struct Options {
     /// Measure these only.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Part>,
-    /// Turns that each side takes.
+    #[command(flatten)]
+    turns: Turns,
+}
+
+/// How long to measure.
+#[derive(Args)]
+struct Turns {
+    /// Turns that each side, or each layout, takes; bytes need one.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Training steps per turn, of which the first two are not counted.
@@ -110,12 +117,12 @@ impl Bench<'_> {
         let names = std::iter::once(format!("tangelo {dtype}"))
             .chain(peers.iter().map(|(dtype, mode)| format!("transformers {mode} {dtype}")));
         let mut turns: Vec<(String, Vec<Turn>)> = names.map(|name| (name, Vec::new())).collect();
-        for round in 0..self.options.rounds {
+        for round in 0..self.options.turns.rounds {
             turns[0].1.push(self.our_turn(dtype)?);
             for (i, (dtype, mode)) in peers.iter().enumerate() {
                 turns[i + 1].1.push(self.peer_turn(&config, dtype, mode)?);
             }
-            println!("    round {} of {}", round + 1, self.options.rounds);
+            println!("    round {} of {}", round + 1, self.options.turns.rounds);
         }
         let row = |name: &str, unit, value: &dyn Fn(&Turn) -> f64, turns: &[Turn]| Row {
             name: name.to_owned(),
@@ -128,7 +135,7 @@ impl Bench<'_> {
     }
 
     fn our_turn(&self, dtype: &str) -> Result<Turn> {
-        let (run, mut command) = self.inputs.train("smollm2-135m", dtype, self.options.steps, &[])?;
+        let (run, mut command) = self.inputs.train("smollm2-135m", dtype, self.options.turns.steps, &[])?;
         shell::run(&mut command)?;
         let records = records(&run)?;
         let memory = column(&records, "memory_bytes").into_iter().fold(0.0, f64::max);
@@ -136,7 +143,7 @@ impl Bench<'_> {
     }
 
     fn peer_turn(&self, config: &Path, dtype: &str, mode: &str) -> Result<Turn> {
-        let steps = self.options.steps.to_string();
+        let steps = self.options.turns.steps.to_string();
         let answer = self.inputs.peer(&["train", &config.display().to_string(), dtype, mode, &steps, "512", "2"])?;
         Ok(turn(&step_seconds(&answer), answer["peak_bytes"].as_f64().unwrap_or(0.0)))
     }
@@ -147,7 +154,7 @@ impl Bench<'_> {
         fs::write(&tokens, (0u16..2048).flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).context("no space")?;
         let (config, tokens) = (config.display().to_string(), tokens.display().to_string());
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..self.options.rounds {
+        for _ in 0..self.options.turns.rounds {
             let (_, mut command) = self.inputs.train("tiny-10m", "float32", 1, &[])?;
             let start = Instant::now();
             shell::run(&mut command)?;
@@ -165,7 +172,7 @@ impl Bench<'_> {
         let (tokenizer, corpus) =
             (self.inputs.tokenizer().display().to_string(), self.inputs.corpus().display().to_string());
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for round in 0..self.options.rounds {
+        for round in 0..self.options.turns.rounds {
             let output = self.inputs.folder.join(format!("shards-{round}"));
             let cache = self.inputs.folder.join(format!("datasets-{round}"));
             for folder in [&output, &cache] {

@@ -132,7 +132,7 @@ pub fn predict_stage(plan: &Plan, stage: usize) -> Memory {
         backward: layers.clone().map(|layer| LocalBlock::new(plan, layer).backward()).max().unwrap_or(0),
         whole_blocks: units.in_backward(e),
         whole_embedding: units.in_embedding(e),
-        collectives: units.collectives(&stage_buckets(plan, stage), e),
+        collectives: units.collectives(&buckets, e),
         matrices: units.matrices(&buckets),
         checkpoint_copy: if asynchronous { 4 * owned + units.state_bytes() } else { 0 },
         on_host: plan.config.training.device == DeviceChoice::Cpu,
@@ -174,14 +174,11 @@ fn times(a: u64, b: u64) -> u64 {
 /// Elements of each bucket of gradients, stage by stage: neighbouring units (embedding, blocks, head) until one is
 /// full.
 pub fn buckets(plan: &Plan) -> Vec<usize> {
-    let stages = (0..plan.topology.num_stages()).flat_map(|stage| stage_buckets(plan, stage));
-    stages.map(|n| n as usize).collect()
-}
-
-/// The same for one stage.
-pub(crate) fn stage_buckets(plan: &Plan, stage: usize) -> Vec<u64> {
-    let units = StageUnits::new(plan, stage).elements;
-    program::buckets(plan, stage).into_iter().map(|bucket| units[bucket].iter().map(|(_, n)| n).sum()).collect()
+    let of_stage = |stage| {
+        let units = StageUnits::new(plan, stage);
+        program::buckets(plan, stage).into_iter().map(move |bucket| units.elements_of(&bucket) as usize)
+    };
+    (0..plan.topology.num_stages()).flat_map(of_stage).collect()
 }
 
 impl Memory {

@@ -10,7 +10,7 @@ pub(super) struct StageUnits<'a> {
     plan: &'a Plan,
     stage: usize,
     /// By unit.
-    pub(super) elements: Vec<(Unit, u64)>,
+    elements: Vec<(Unit, u64)>,
 }
 
 impl StageUnits<'_> {
@@ -36,7 +36,12 @@ impl StageUnits<'_> {
 
     /// All of them.
     pub(super) fn total(&self) -> u64 {
-        self.elements.iter().map(|(_, n)| n).sum()
+        self.elements_of(&(0..self.elements.len()))
+    }
+
+    /// Those of some units.
+    pub(super) fn elements_of(&self, units: &Range<usize>) -> u64 {
+        self.elements[units.clone()].iter().map(|(_, n)| n).sum()
     }
 
     fn embedding(&self) -> u64 {
@@ -88,10 +93,8 @@ impl StageUnits<'_> {
 
     /// Elements that the fullest rank holds at a level. Scopes cut evenly but for some chunks; Muon's matrices are dealt.
     pub(super) fn held(&self, level: Level) -> u64 {
-        let scopes = self.plan.topology.scopes;
-        let degree = [scopes.parameters, scopes.gradients, scopes.states][level as usize] as u64;
         if !self.is_muon() {
-            return self.total().div_ceil(degree);
+            return self.total().div_ceil(self.plan.topology.scopes.degree(level) as u64);
         }
         self.fullest(level, |_| 1)
     }
@@ -164,7 +167,7 @@ impl StageUnits<'_> {
         let blocks = self.elements[last.clone()].iter().filter(|(unit, _)| matches!(unit, Unit::Block(_))).count();
         let (scatters, sums) = (self.size(Group::StatesOverGradients) > 1, self.size(Group::Replicas) > 1);
         let bytes = |units: &Range<usize>| {
-            let elements = self.elements[units.clone()].iter().map(|(_, n)| n).sum::<u64>();
+            let elements = self.elements_of(units);
             let owned = match self.is_muon() {
                 true => self.fullest_of(units, Level::States, |_| 1),
                 false => elements.div_ceil(self.size(Group::States)),
@@ -185,8 +188,8 @@ impl StageUnits<'_> {
 
     /// The largest of: a bucket of gradients as it is sent and as much for what arrives; a bucket of weights, kept and
     /// owned; the gradient of a copied embedding as it is summed.
-    pub(super) fn collectives(&self, buckets: &[u64], e: u64) -> u64 {
-        let largest = buckets.iter().copied().max().unwrap_or(0);
+    pub(super) fn collectives(&self, buckets: &[Range<usize>], e: u64) -> u64 {
+        let largest = buckets.iter().map(|units| self.elements_of(units)).max().unwrap_or(0);
         let (p, g, z) = (self.size(Group::Parameters), self.size(Group::Gradients), self.size(Group::States));
         let reduces = self.size(Group::StatesOverGradients) > 1 || self.size(Group::Replicas) > 1;
         let reduce = if reduces { 2 * 4 * largest.div_ceil(g) } else { 0 };

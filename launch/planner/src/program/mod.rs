@@ -59,12 +59,12 @@ struct Builder<'a> {
     /// Whether the head reads the embedding's weights on this stage.
     ties_here: bool,
     list: Vec<Instruction>,
-    /// Units whose gradients are on their way.
-    reducing: Vec<Unit>,
+    /// The unit whose gradients are on their way.
+    reducing: Option<Unit>,
     buckets: Vec<Range<usize>>,
     /// By bucket, in the backward of the last micro-batch: units whose gradients are still to come.
     missing: Vec<usize>,
-    /// Buckets on their way to the owners of states, and those that are summed over replicas.
+    /// The bucket on its way to the owners of states, where it is summed over replicas next; the one in its last call.
     scattering: Option<usize>,
     summing: Option<usize>,
 }
@@ -80,7 +80,7 @@ impl Builder<'_> {
             is_last: sharding.is_last(stage),
             ties_here: plan.model.tie_word_embeddings && !sharding.copies_embedding(),
             list: Vec::new(),
-            reducing: Vec::new(),
+            reducing: None,
             buckets: buckets(plan, stage),
             missing: Vec::new(),
             scattering: None,
@@ -127,28 +127,20 @@ impl Builder<'_> {
         }
     }
 
-    /// Sends a unit's gradients away, and waits for those of the unit before: one is on its way while the next is made.
-    fn reduce(&mut self, unit: Unit) {
+    /// A unit's gradients of one micro-batch are made. Where they are cut they are sent away, once those of the unit before
+    /// have arrived: one is on its way while the next is made.
+    fn made(&mut self, unit: Unit) {
         if !self.is_split(Group::Gradients) {
-            return;
+            return self.close(unit);
         }
         self.settle();
         self.emit(Instruction::StartReduce(unit));
-        self.reducing.push(unit);
+        self.reducing = Some(unit);
     }
 
     fn settle(&mut self) {
-        for unit in std::mem::take(&mut self.reducing) {
+        if let Some(unit) = self.reducing.take() {
             self.emit(Instruction::FinishReduce(unit));
-            self.close(unit);
-        }
-    }
-
-    /// A unit's gradients of one micro-batch are made.
-    fn made(&mut self, unit: Unit) {
-        if self.is_split(Group::Gradients) {
-            self.reduce(unit);
-        } else {
             self.close(unit);
         }
     }
@@ -217,7 +209,7 @@ impl Builder<'_> {
                 Pass::Backward => {
                     let is_after_forward = index > 0 && actions[index - 1].micro_batch == action.micro_batch;
                     if self.is_last && !is_after_forward {
-                        self.head_units().into_iter().for_each(|unit| self.start(Some(unit)));
+                        self.start_head();
                     }
                     self.backward(action.micro_batch);
                 }
@@ -277,7 +269,7 @@ impl Builder<'_> {
             if layer + 1 < layers.end {
                 self.start(Some(Unit::Block(layer + 1)));
             } else if is_before_loss {
-                self.head_units().into_iter().for_each(|unit| self.start(Some(unit)));
+                self.start_head();
             }
             self.finish(Unit::Block(layer));
             for group in block::groups(self.plan, layer) {
@@ -337,6 +329,10 @@ impl Builder<'_> {
     fn head_units(&self) -> Vec<Unit> {
         let tied = self.ties_here.then_some(Unit::Embedding);
         std::iter::once(Unit::Head).chain(tied).collect()
+    }
+
+    fn start_head(&mut self) {
+        self.head_units().into_iter().for_each(|unit| self.start(Some(unit)));
     }
 
     /// Head and loss. A tied head adds to the embedding's gradient, which stays open until the embedding's own backward.

@@ -35,7 +35,7 @@ use tangelo_core::{Call, Group, Instruction, Topology};
 pub const PARTS: [&str; 3] = ["pass", "update", "evaluate"];
 
 /// The part that computes nothing of micro-batches.
-pub(crate) const UPDATE: usize = 1;
+const UPDATE: usize = 1;
 
 /// Shows that the ranks of `plan` understand each other.
 ///
@@ -233,7 +233,7 @@ impl Schedule {
                 let bytes = times * call.bytes_sent(place, self.topology.size(call.group)) as u64;
                 let (calls, sent) = own.entry(call.group).or_default();
                 (*calls, *sent) = (*calls + times, *sent + bytes);
-                proof.traffic[Traffic::of(call, part) as usize] += bytes;
+                proof.traffic[Traffic::of(call, part == UPDATE) as usize] += bytes;
             }
             proof.num_calls += parts.iter().flat_map(|&list| &tallies[list]).map(|(_, times)| times).sum::<u64>();
             for (group, (calls, bytes)) in own {

@@ -10,6 +10,7 @@ use tangelo_core::batch::{ragged_f32, ragged_u32};
 use tangelo_core::hash::mix64;
 use tangelo_core::{Batch, Column, Group, IndexBox, Level, LossSpec};
 use tangelo_kernels::comm::{CallRecord, CommOptions, Communicator, local};
+use tangelo_trainer::init::part_of;
 use tangelo_trainer::optim::{Moments, OwnedState};
 use tangelo_trainer::worker::TrainWorker;
 use tch::{Device, Kind, Tensor};
@@ -317,10 +318,7 @@ fn join(ranks: Vec<&RankStep>, spec: &ModelSpec) -> Step {
         let shape: Vec<i64> = meta.shape.iter().map(|&n| n as i64).collect();
         let whole = Tensor::full(shape.as_slice(), f64::NAN, (Kind::Float, Device::Cpu));
         for (_, indices, values) in ranks.iter().flat_map(|r| &r.gradients).filter(|(name, ..)| *name == meta.name) {
-            let place = |view: Tensor, (dim, r): (usize, &tangelo_core::layout::Range64)| {
-                view.narrow(dim as i64, r.start as i64, r.len() as i64)
-            };
-            let mut view = indices.ranges.iter().enumerate().fold(whole.shallow_clone(), place);
+            let mut view = part_of(&whole, indices);
             let values = values.view_as(&view);
             let known = view.isnan().logical_not().all().int64_value(&[]) != 0;
             assert!(!known || view.equal(&values), "copies of the gradient of {} differ", meta.name);

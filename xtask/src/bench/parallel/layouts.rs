@@ -86,7 +86,7 @@ impl Layout {
 
     /// Bytes that all ranks send in a step.
     fn measured(&self, inputs: &Inputs, options: &Options, loopback: &Loopback) -> Result<f64> {
-        let more_steps = options.steps.max(FEW_STEPS + 1);
+        let more_steps = options.turns.steps.max(FEW_STEPS + 1);
         // Records of the first and the last step only, which both runs have.
         let sent = |steps| loopback.count(inputs, &self.run(inputs, options, steps, 1_000_000)?);
         let (few, more) = (sent(FEW_STEPS)?, sent(more_steps)?);
@@ -97,7 +97,7 @@ impl Layout {
     fn expected(&self, inputs: &Inputs, options: &Options) -> Result<Traffic> {
         let ranks = self.ranks.to_string();
         let mut command = inputs.tangelo(&["check", "--world-size", &ranks, "--nproc-per-node", &ranks]);
-        command.args(self.job(inputs, options, options.steps, 1)?);
+        command.args(self.job(inputs, options, options.turns.steps, 1)?);
         let line = shell::command_line(&command);
         let text = shell::output(&mut command).with_context(|| format!("`{line}` failed; run it to see why"))?;
         let one = traffic(&text).with_context(|| format!("`{line}`"))?;
@@ -165,16 +165,16 @@ pub fn exposed(inputs: &Inputs, options: &Options) -> Result<Vec<Row>> {
     let name = |layout: &Layout| format!("{}, {} ranks", layout.name, layout.ranks);
     let row = |layout| Row { name: name(layout), unit: "% of a step waiting", values: Vec::new() };
     let mut rows: Vec<Row> = LAYOUTS.iter().map(row).collect();
-    for round in 0..options.rounds {
+    for round in 0..options.turns.rounds {
         for (layout, row) in LAYOUTS.iter().zip(&mut rows) {
-            let words = layout.run(inputs, options, options.steps, 1)?;
+            let words = layout.run(inputs, options, options.turns.steps, 1)?;
             let mut command = inputs.repo.command(&words[0]);
             shell::run(command.args(&words[1..]))?;
             let records = records(&inputs.run())?;
             let sum = |key| counted(&column(&records, key)).iter().sum::<f64>();
             row.values.push(100.0 * sum("communication_seconds") / sum("step_seconds"));
         }
-        println!("    round {} of {}", round + 1, options.rounds);
+        println!("    round {} of {}", round + 1, options.turns.rounds);
     }
     Ok(rows)
 }

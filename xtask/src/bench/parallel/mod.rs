@@ -9,9 +9,9 @@ mod loopback;
 mod ranks;
 mod speed;
 
-use super::build;
 use super::inputs::Inputs;
 use super::table::{WARM_UP_STEPS, table};
+use super::{Turns, build};
 use crate::setup;
 use crate::shell::{self, Repo};
 use anyhow::{Result, bail};
@@ -23,12 +23,8 @@ pub struct Options {
     /// Measure these only.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Part>,
-    /// Turns that each side, or each layout, takes; bytes need one.
-    #[arg(long, default_value_t = 3)]
-    rounds: usize,
-    /// Training steps per turn, of which the first two are not counted.
-    #[arg(long, default_value_t = 8)]
-    steps: usize,
+    #[command(flatten)]
+    turns: Turns,
     /// The model's shape; the layouts' tables give it 8 heads and 4 key heads, so that every layout divides them.
     #[arg(long, default_value = "tiny-10m")]
     flavor: String,
@@ -50,8 +46,8 @@ impl Part {
 
 /// Sets up, builds, measures, prints.
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
-    if options.steps <= WARM_UP_STEPS {
-        bail!("--steps {}: the first {WARM_UP_STEPS} are not counted; ask for more", options.steps);
+    if options.turns.steps <= WARM_UP_STEPS {
+        bail!("--steps {}: the first {WARM_UP_STEPS} are not counted; ask for more", options.turns.steps);
     }
     let parts = if options.only.is_empty() { Part::ALL.to_vec() } else { options.only.clone() };
     setup::libtorch(repo)?;

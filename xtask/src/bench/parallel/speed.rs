@@ -95,8 +95,8 @@ pub fn measure(inputs: &Inputs, options: &Options) -> Result<Vec<Row>> {
     let cases = Case::all();
     let row = |name| Row { name, unit: "tokens/s", values: Vec::new() };
     let mut rows: Vec<Row> = cases.iter().flat_map(Case::names).map(row).collect();
-    for round in 0..options.rounds {
-        println!("    round {} of {}", round + 1, options.rounds);
+    for round in 0..options.turns.rounds {
+        println!("    round {} of {}", round + 1, options.turns.rounds);
         for (case, rows) in cases.iter().zip(rows.chunks_mut(2)) {
             rows[0].values.push(our_turn(inputs, options, case).with_context(|| rows[0].name.clone())?);
             rows[1].values.push(their_turn(inputs, options, case, &config).with_context(|| rows[1].name.clone())?);
@@ -108,7 +108,7 @@ pub fn measure(inputs: &Inputs, options: &Options) -> Result<Vec<Row>> {
 }
 
 fn our_turn(inputs: &Inputs, options: &Options, case: &Case) -> Result<f64> {
-    let job = inputs.job(&options.flavor, case.dtype.0, options.steps, &case.settings())?;
+    let job = inputs.job(&options.flavor, case.dtype.0, options.turns.steps, &case.settings())?;
     let nodes = case.nodes();
     let endpoint = format!("127.0.0.1:{}", free_port()?);
     let launcher = |node: usize| {
@@ -134,7 +134,7 @@ fn their_turn(inputs: &Inputs, options: &Options, case: &Case, config: &Path) ->
         command.args(["MASTER_ADDR=127.0.0.1", "HF_HUB_OFFLINE=1", "TQDM_DISABLE=1"]);
         command.arg(inputs.repo.python()).arg("tests/python/bench_parallel.py").arg(config);
         command.args([case.dtype.1, case.wrapper()]);
-        command.args([options.steps, SEQ_LEN, LOCAL_BATCH_SIZE].map(|number| number.to_string()));
+        command.args([options.turns.steps, SEQ_LEN, LOCAL_BATCH_SIZE].map(|number| number.to_string()));
         command
     };
     let mut commands: Vec<Command> = (0..case.ranks).map(rank).collect();
