@@ -1,6 +1,6 @@
 //! Whole runs with the real binaries: resume, layouts, faults, export.
 
-use crate::job::{Job, Run, assert_same_files, finish, layout, tangelo};
+use crate::job::{Job, Run, assert_losses_agree, assert_same_files, finish, layout, tangelo};
 use crate::support;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -82,10 +82,7 @@ fn layouts_agree() {
     let one = job.run("one", 1, &export).losses();
     for ranks in [2, 3] {
         let zero = job.run(&format!("zero-{ranks}"), ranks, &export);
-        for ((step, found), (_, expected)) in zero.losses().into_iter().zip(&one) {
-            // Sums of gradients in another order: some 1e-7 per step, amplified by 20 updates.
-            assert!((found - expected).abs() < 1e-5, "{ranks} ranks, step {step}: {found} against {expected}");
-        }
+        assert_losses_agree(&zero.losses(), &one, &format!("{ranks} ranks"));
         let plain = [&export[..], &["--set", "parallelism.zero_optimizer_degree=1"]].concat();
         let plain = job.run(&format!("plain-{ranks}"), ranks, &plain);
         assert_eq!(zero.losses(), plain.losses(), "ZeRO-1 and plain data parallel over {ranks} ranks");
@@ -110,11 +107,7 @@ fn hybrid_layouts_of_real_processes_agree_with_one() {
         let sets = layout(words);
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         let found = job.run(&words.replace([' ', '\''], "-"), ranks, &sets).losses();
-        assert_eq!(found.len(), one.len(), "{words}");
-        for ((step, found), (_, expected)) in found.into_iter().zip(&one) {
-            // Sums in another order: some 1e-7 per step, amplified by 20 updates.
-            assert!((found - expected).abs() < 1e-5, "{words}, step {step}: {found} against {expected}");
-        }
+        assert_losses_agree(&found, &one, words);
     }
 }
 
@@ -139,10 +132,7 @@ fn pretrained_weights_start_alike_in_every_layout() {
         let one = losses(dtype, 1, "");
         assert!(one[0].1 < source.losses()[0].1 - 1e-3, "{dtype}: it did not start from the weights of {path}");
         for (ranks, words) in layouts {
-            for ((step, found), (_, expected)) in losses(dtype, ranks, words).into_iter().zip(&one) {
-                // As between layouts: sums in another order.
-                assert!((found - expected).abs() < 1e-5, "{dtype} {words}, step {step}: {found}, not {expected}");
-            }
+            assert_losses_agree(&losses(dtype, ranks, words), &one, &format!("{dtype} {words}"));
         }
     }
 }
@@ -156,11 +146,7 @@ fn a_run_goes_on_in_another_hybrid_layout() {
         sets.extend(["--set".into(), format!("training.steps={steps}")]);
         job.run("parts", ranks, &sets.iter().map(String::as_str).collect::<Vec<_>>());
     }
-    let parts = job.finished("parts").losses();
-    assert_eq!(parts.len(), undisturbed.len());
-    for ((step, found), (_, expected)) in parts.into_iter().zip(undisturbed) {
-        assert!((found - expected).abs() < 1e-5, "step {step}: {found} against {expected}");
-    }
+    assert_losses_agree(&job.finished("parts").losses(), &undisturbed, "in parts");
 }
 
 #[test]
@@ -170,11 +156,7 @@ fn a_run_goes_on_with_another_number_of_ranks() {
     job.run("parts", 3, &["--set", "training.steps=6"]);
     job.run("parts", 1, &["--set", "training.steps=13"]);
     let parts = job.run("parts", 2, &[]).losses();
-    assert_eq!(parts.len(), undisturbed.len());
-    for ((step, found), (_, expected)) in parts.into_iter().zip(undisturbed) {
-        // As between layouts: sums in another order.
-        assert!((found - expected).abs() < 1e-5, "step {step}: {found} against {expected}");
-    }
+    assert_losses_agree(&parts, &undisturbed, "in parts");
 }
 
 #[test]

@@ -5,13 +5,10 @@
 //! `TANGELO_TEST_FAULTS=all` runs every fault in every phase that a layout has, some ten minutes; else a choice is run in
 //! which, together with the restarts, every phase occurs.
 
-use crate::job::{Job, assert_same_files, finish, layout};
+use crate::job::{Job, Running, assert_same_files, finish, layout, newest_checkpoint, processes_of};
 use crate::support;
-use std::path::Path;
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::process::Command;
 use tangelo_core::env;
-use tangelo_trainer::checkpoint::find_usable;
 
 /// A layout of four ranks, and the faults planted in it.
 struct Layout {
@@ -56,63 +53,6 @@ const SHORT: [&str; 6] = [
     "checkpoint.interval=2",
     "comm.train_timeout_seconds=8",
 ];
-/// Which ends every run, whatever happens: far more than the deadline of a collective, for the machine may be busy.
-const LIMIT: Duration = Duration::from_secs(150);
-
-/// Ends what it started when a test fails.
-pub struct Running {
-    child: Child,
-    log: std::path::PathBuf,
-}
-
-impl Running {
-    pub fn start(mut command: Command, log: std::path::PathBuf) -> Running {
-        let file = std::fs::File::create(&log).unwrap();
-        let child = command.stdout(file.try_clone().unwrap()).stderr(file).spawn().expect("tangelo starts");
-        Running { child, log }
-    }
-
-    pub fn said(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// Its exit code and what it said.
-    pub fn finish(mut self) -> (Option<i32>, String) {
-        let begin = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return (status.code(), self.said());
-            }
-            assert!(begin.elapsed() < LIMIT, "still running after {LIMIT:?}:\n{}", self.said());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        _ = self.child.kill();
-        _ = self.child.wait();
-    }
-}
-
-/// Command lines of the processes that work in `folder`.
-pub fn processes_of(folder: &Path) -> Vec<String> {
-    let folder = folder.display().to_string();
-    let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
-        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-        Some(String::from_utf8_lossy(&line).replace('\0', " "))
-    });
-    lines.filter(|line| line.contains(&folder)).collect()
-}
-
-/// The step of the newest checkpoint, every byte of which is as it was written; none is damaged.
-pub fn newest_checkpoint(run: &Path) -> u64 {
-    let found = find_usable(&run.join("checkpoint"), None).unwrap();
-    assert!(found.warnings.is_empty(), "{:?}", found.warnings);
-    found.checkpoint.expect("a step was saved").step()
-}
-
 /// `tangelo run` of a layout.
 fn command(job: &Job, run: &str, words: &str, arguments: &[&str]) -> Command {
     let mut command = job.command(run, 4, &["--grace-seconds", "4"]);

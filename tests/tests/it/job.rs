@@ -5,8 +5,10 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 use tangelo_core::env;
 use tangelo_observe::{Metric, MetricRecord};
+use tangelo_trainer::checkpoint::find_usable;
 
 /// The folder of `tangelo` and `tangelo-worker`, built where `cargo xtask test` has not said where they are.
 fn binaries() -> &'static Path {
@@ -119,10 +121,69 @@ impl Job {
 
     /// Starts without waiting.
     pub fn spawn(&self, run: &str, ranks: usize, arguments: &[&str]) -> Child {
-        let log = std::fs::File::create(self.path(&format!("{run}.log"))).expect("space on the disk");
-        let other = log.try_clone().expect("a file can be shared");
-        self.command(run, ranks, arguments).stdout(log).stderr(other).spawn().expect("tangelo starts")
+        spawn_logged(&mut self.command(run, ranks, arguments), &self.path(&format!("{run}.log")))
     }
+}
+
+fn spawn_logged(command: &mut Command, log: &Path) -> Child {
+    let file = std::fs::File::create(log).expect("space on the disk");
+    let other = file.try_clone().expect("a file can be shared");
+    command.stdout(file).stderr(other).spawn().expect("tangelo starts")
+}
+
+/// Which ends every run, whatever happens: far more than the deadline of a collective, for the machine may be busy.
+const LIMIT: Duration = Duration::from_secs(150);
+
+/// Ends what it started when a test fails.
+pub struct Running {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Running {
+    pub fn start(mut command: Command, log: PathBuf) -> Running {
+        Running { child: spawn_logged(&mut command, &log), log }
+    }
+
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Its exit code and what it said.
+    pub fn finish(mut self) -> (Option<i32>, String) {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status.code(), self.said());
+            }
+            assert!(begin.elapsed() < LIMIT, "still running after {LIMIT:?}:\n{}", self.said());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// Command lines of the processes that work in `folder`.
+pub fn processes_of(folder: &Path) -> Vec<String> {
+    let folder = folder.display().to_string();
+    let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some(String::from_utf8_lossy(&line).replace('\0', " "))
+    });
+    lines.filter(|line| line.contains(&folder)).collect()
+}
+
+/// The step of the newest checkpoint, every byte of which is as it was written; none is damaged.
+pub fn newest_checkpoint(run: &Path) -> u64 {
+    let found = find_usable(&run.join("checkpoint"), None).unwrap();
+    assert!(found.warnings.is_empty(), "{:?}", found.warnings);
+    found.checkpoint.expect("a step was saved").step()
 }
 
 /// A run folder.
@@ -159,6 +220,15 @@ impl Run {
     /// The weights of the exported model.
     pub fn exported(&self) -> Vec<u8> {
         std::fs::read(self.folder.join("export/model.safetensors")).expect("last_save_in_hf leaves a model")
+    }
+}
+
+/// Losses of the same steps of a job in different layouts: sums in another order make them differ by some 1e-7 per step,
+/// amplified by 20 updates.
+pub fn assert_losses_agree(found: &[(u64, f64)], expected: &[(u64, f64)], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for ((step, found), (_, expected)) in found.iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-5, "{what}, step {step}: {found} against {expected}");
     }
 }
 

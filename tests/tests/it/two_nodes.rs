@@ -1,8 +1,7 @@
 //! Two launchers on two nodes, which are two network namespaces with one link between them: they meet, train, lose the
 //! link, say so, and go on from what they saved.
 
-use crate::failures::{Running, newest_checkpoint, processes_of};
-use crate::job::{Job, layout};
+use crate::job::{Job, Running, layout, newest_checkpoint, processes_of};
 use crate::support;
 use std::process::Command;
 use std::time::{Duration, Instant};

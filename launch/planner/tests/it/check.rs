@@ -1,29 +1,12 @@
 //! The report of `tangelo check`, and the sizes behind it.
 
+use crate::{Tokenizer, machine};
 use expect_test::{Expect, expect};
-use std::path::{Path, PathBuf};
+use tangelo_configs::Plan;
 use tangelo_configs::preset::PRESETS;
 use tangelo_configs::resolve::{load_str, resolve};
-use tangelo_configs::{ModelAssets, ModelSpec, Plan, Resources};
 use tangelo_core::Program;
 use tangelo_planner::{memory, predict, program, render_check};
-
-struct Tokenizer;
-
-impl ModelAssets for Tokenizer {
-    fn model_spec(&self, _: &Path) -> Result<ModelSpec, String> {
-        Err("there is none".into())
-    }
-
-    fn vocab_size(&self, _: &Path) -> Result<usize, String> {
-        Ok(1000)
-    }
-}
-
-fn machine(world_size: usize, cuda: bool) -> Resources {
-    let current_dir = PathBuf::from("/job");
-    Resources { world_size, local_world_size: world_size, num_cores: 8, cuda, current_dir, home: None }
-}
 
 fn plan(world_size: usize, cuda: bool, flavor: &str, sets: &[&str]) -> Plan {
     let text = format!(
@@ -31,7 +14,8 @@ fn plan(world_size: usize, cuda: bool, flavor: &str, sets: &[&str]) -> Plan {
          [training]\nlocal_batch_size = 2\nseq_len = 256\nsteps = 1000\n"
     );
     let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-    resolve(load_str(&text, "job.toml", &sets).unwrap(), &machine(world_size, cuda), &Tokenizer).unwrap()
+    resolve(load_str(&text, "job.toml", &sets).unwrap(), &machine(world_size, world_size, cuda), &Tokenizer(1000))
+        .unwrap()
 }
 
 fn check(plan: &Plan, expected: Expect) {
@@ -186,7 +170,7 @@ fn zero_1_shares_states_and_recomputation_keeps_inputs() {
 fn preset_peak(name: &str, world_size: usize) -> f64 {
     let preset = PRESETS.iter().find(|p| p.name == name).unwrap();
     let config = load_str(preset.toml, name, &[]).unwrap();
-    predict(&resolve(config, &machine(world_size, true), &Tokenizer).unwrap()).total_bytes() as f64
+    predict(&resolve(config, &machine(world_size, world_size, true), &Tokenizer(1000)).unwrap()).total_bytes() as f64
 }
 
 #[test]

@@ -7,17 +7,22 @@ mod memory;
 mod prove;
 
 use std::path::Path;
-use tangelo_configs::{ModelAssets, ModelSpec};
+use tangelo_configs::{ModelAssets, ModelSpec, Resources};
 
-/// No model, and a tokenizer of 300 ids wherever one is asked for.
-pub struct NoAssets;
+/// No model, and a tokenizer of so many ids wherever one is asked for.
+pub struct Tokenizer(pub usize);
 
-impl ModelAssets for NoAssets {
+impl ModelAssets for Tokenizer {
     fn model_spec(&self, _: &Path) -> Result<ModelSpec, String> {
         Err("there is none".into())
     }
 
     fn vocab_size(&self, _: &Path) -> Result<usize, String> {
-        Ok(300)
+        Ok(self.0)
     }
+}
+
+/// `world_size` ranks, `local_world_size` a node.
+pub fn machine(world_size: usize, local_world_size: usize, cuda: bool) -> Resources {
+    Resources { world_size, local_world_size, num_cores: 8, cuda, current_dir: "/job".into(), home: None }
 }

@@ -1,8 +1,8 @@
 //! Memory of layouts, by hand.
 
-use crate::NoAssets;
+use crate::{Tokenizer, machine};
+use tangelo_configs::Plan;
 use tangelo_configs::resolve::{load_str, resolve};
-use tangelo_configs::{Plan, Resources};
 use tangelo_planner::memory::{predict_stage, saved_bytes};
 use tangelo_planner::{Memory, predict};
 
@@ -21,12 +21,10 @@ fn plan(world_size: usize, sets: &[&str]) -> Plan {
          local_batch_size = 1\nseq_len = 1024\nmixed_precision_param = 'float32'\ndevice = 'cpu'\n\
          global_batch_size = 16\n"
     );
-    let current_dir = "/job".into();
-    let machine =
-        Resources { world_size, local_world_size: world_size, num_cores: 8, cuda: false, current_dir, home: None };
     let key = |set: &&str| if set.contains('.') { set.to_string() } else { format!("parallelism.{set}") };
     let sets: Vec<String> = sets.iter().map(key).collect();
-    resolve(load_str(&text, "job.toml", &sets).unwrap(), &machine, &NoAssets).unwrap()
+    resolve(load_str(&text, "job.toml", &sets).unwrap(), &machine(world_size, world_size, false), &Tokenizer(300))
+        .unwrap()
 }
 
 fn predicted(world_size: usize, sets: &[&str]) -> Memory {

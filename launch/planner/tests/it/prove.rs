@@ -1,10 +1,10 @@
 //! The proof: whole layouts pass it, planted mismatches are caught and named.
 
-use crate::NoAssets;
+use crate::{Tokenizer, machine};
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
+use tangelo_configs::Plan;
 use tangelo_configs::resolve::{load_str, resolve};
-use tangelo_configs::{Plan, Resources};
 use tangelo_core::{Call, CallKind, Group};
 use tangelo_planner::prove::{Does, Schedule, Step};
 use tangelo_planner::traffic::{Traffic, minimum};
@@ -15,17 +15,9 @@ fn plan(world_size: usize, model: &str, parallelism: &str, sets: &[&str]) -> Res
         "[model]\n{model}\n[data]\ntokenizer = 't.json'\nsources = [{{ paths = ['corpus/*.txt'] }}]\n\
          [training]\nlocal_batch_size = 1\nseq_len = 256\n[parallelism]\n{parallelism}\n"
     );
-    let machine = Resources {
-        world_size,
-        local_world_size: world_size.min(8),
-        num_cores: 8,
-        cuda: true,
-        current_dir: "/job".into(),
-        home: None,
-    };
     let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
     let config = load_str(&text, "job.toml", &sets).map_err(|e| e.to_string())?;
-    resolve(config, &machine, &NoAssets).map_err(|e| e.to_string())
+    resolve(config, &machine(world_size, world_size.min(8), true), &Tokenizer(300)).map_err(|e| e.to_string())
 }
 
 /// Eight heads on four, two layers.
