@@ -28,14 +28,24 @@ pub enum Column {
     CeWeight,
     /// f32 per token: advantage.
     Advantage,
-    /// f32 per token: log-probability under the policy that sampled it.
+    /// f32 per token: 1 where the target was chosen by the policy and counts, 0 elsewhere (prompts, tool output).
+    LossMask,
+    /// f32 per token: the target's log-probability under the policy before the update, as the trainer computes it.
     OldLogprob,
+    /// f32 per token: the target's log-probability as the engine that sampled it reported it.
+    RolloutLogprob,
+    /// f32 per token: weight that corrects for the distance between the engine's policy and the trainer's.
+    ImportanceWeight,
     /// f32 per token: log-probability under the reference.
     RefLogprob,
     /// f32 per token: the critic's value.
     Value,
     /// f32 per token: the return.
     Return,
+    /// f32 per token: reward for the target.
+    TokenReward,
+    /// f32 per token: entropy of the distribution that the target was drawn from.
+    Entropy,
     /// f32 per sequence: reward.
     Reward,
     /// i64 per sequence: the global sample index it came from.
@@ -50,17 +60,22 @@ pub enum Column {
 
 impl Column {
     /// Every column.
-    pub const ALL: [Column; 15] = [
+    pub const ALL: [Column; 20] = [
         Column::Tokens,
         Column::Targets,
         Column::Positions,
         Column::SeqId,
         Column::CeWeight,
         Column::Advantage,
+        Column::LossMask,
         Column::OldLogprob,
+        Column::RolloutLogprob,
+        Column::ImportanceWeight,
         Column::RefLogprob,
         Column::Value,
         Column::Return,
+        Column::TokenReward,
+        Column::Entropy,
         Column::Reward,
         Column::SampleIndex,
         Column::GroupId,
@@ -77,10 +92,15 @@ impl Column {
             Column::SeqId => "seq_id",
             Column::CeWeight => "ce_weight",
             Column::Advantage => "advantage",
+            Column::LossMask => "loss_mask",
             Column::OldLogprob => "old_logprob",
+            Column::RolloutLogprob => "rollout_logprob",
+            Column::ImportanceWeight => "importance_weight",
             Column::RefLogprob => "ref_logprob",
             Column::Value => "value",
             Column::Return => "return",
+            Column::TokenReward => "token_reward",
+            Column::Entropy => "entropy",
             Column::Reward => "reward",
             Column::SampleIndex => "sample_index",
             Column::GroupId => "group_id",

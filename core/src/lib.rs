@@ -23,7 +23,7 @@ pub mod topology;
 pub use batch::{Batch, BatchError, Column};
 pub use dtype::DType;
 pub use layout::{IndexBox, ParamMeta, Placement, Split};
-pub use loss::{LossComponent, LossSpec};
+pub use loss::{Aggregation, KlEstimator, LossComponent, LossSpec};
 pub use mesh::{Axis, DeviceMesh, MeshError, SubAxis};
 pub use phase::{Moment, Phase};
 pub use pipeline::{Action, Pass, PipelineSchedule};

@@ -18,6 +18,10 @@ const PLANNER: &str = "tangelo-planner";
 const KERNELS: &str = "tangelo-kernels";
 const MODELS: &str = "tangelo-models";
 const TRAINER: &str = "tangelo-trainer";
+const ALGO: &str = "tangelo-algo";
+const CONTROL: &str = "tangelo-control";
+const DRIVER: &str = "tangelo-driver";
+const ROLLOUT: &str = "tangelo-rollout";
 
 /// The table of rooms in ARCHITECTURE.md.
 const ROOMS: &[Room] = &[
@@ -27,13 +31,22 @@ const ROOMS: &[Room] = &[
     ("data", DATA, &[CORE, CONFIGS, FORMATS], false),
     ("launch/observe", OBSERVE, &[CORE, CONFIGS], false),
     ("launch/planner", PLANNER, &[CORE, CONFIGS], false),
-    ("launch", "tangelo", &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER], false),
+    ("launch/control", CONTROL, &[CORE, CONFIGS], false),
+    ("trainer/algo", ALGO, &[CORE, CONFIGS], false),
+    ("trainer/driver", DRIVER, &[CORE, CONFIGS, DATA, FORMATS, CONTROL, ALGO, OBSERVE], false),
+    ("launch", "tangelo", &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, CONTROL, DRIVER], false),
     ("kernels", KERNELS, &[CORE], true),
     ("models", MODELS, &[CORE, CONFIGS, KERNELS], true),
-    ("trainer", TRAINER, &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS], true),
-    ("tests", "tangelo-tests", &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS, TRAINER], true),
+    ("rollout", ROLLOUT, &[CORE, CONFIGS, KERNELS, MODELS], true),
+    ("trainer", TRAINER, WORKER_IMPORTS, true),
+    ("tests", "tangelo-tests", TESTS_IMPORT, true),
     ("xtask", "xtask", &[], false),
 ];
+
+const WORKER_IMPORTS: &[&str] =
+    &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS, ROLLOUT, CONTROL, ALGO];
+const TESTS_IMPORT: &[&str] =
+    &[CORE, CONFIGS, DATA, FORMATS, OBSERVE, PLANNER, KERNELS, MODELS, TRAINER, ROLLOUT, CONTROL, ALGO, DRIVER];
 
 /// What links libtorch.
 const LIBTORCH_CRATES: [&str; 2] = ["tch", "torch-sys"];

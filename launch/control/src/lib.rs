@@ -1,0 +1,1 @@
+//! How processes of a job find and call each other.

@@ -1,0 +1,1 @@
+//! The reinforcement-learning loop of the one process that commands worker groups.
