@@ -7,7 +7,7 @@ use crate::weights::{UnitWeights, Weight};
 use std::ops::Range;
 use tangelo_configs::model::{EMBEDDING, FINAL_NORM, LM_HEAD};
 use tangelo_configs::{BlockSpec, MixerSpec, ModelSpec, Sharding};
-use tangelo_core::{DType, Group, ParamMeta, Parts, Placement, Unit};
+use tangelo_core::{DType, Group, IndexBox, ParamMeta, Parts, Placement, Unit};
 use tangelo_kernels::op;
 use tch::{Device, Kind, Tensor};
 
@@ -64,6 +64,26 @@ impl Model {
         device: Device,
         trained: bool,
     ) -> Model {
+        let scopes = sharding.topology().scopes;
+        let zeros = |_, parts| UnitWeights::zeros(parts, kind, device, trained);
+        // Views need the memory that they are made of; afterwards what is cut is there only while it is used.
+        let release = |unit: &UnitWeights| {
+            unit.hold_weights(scopes.parameters == 1);
+            unit.hold_gradients(scopes.gradients == 1);
+        };
+        Model::assemble(spec, sharding, rank, kind, device, (zeros, release))
+    }
+
+    /// As [`Model::part`], with each unit's weights made of its parameters and the parts of them that are held by the first
+    /// function. The second is called with each unit whose views are made.
+    pub fn assemble(
+        spec: &ModelSpec,
+        sharding: &Sharding,
+        rank: usize,
+        kind: Kind,
+        device: Device,
+        (mut unit, ready): (impl FnMut(Unit, Vec<(ParamMeta, IndexBox)>) -> UnitWeights, impl Fn(&UnitWeights)),
+    ) -> Model {
         let dtype = if kind == Kind::BFloat16 { DType::BF16 } else { DType::F32 };
         let (stage, tensor_rank) = (sharding.topology().stage(rank), sharding.topology().index(Group::Tensor, rank));
         let (layers, unit_names) = (sharding.layers(stage), sharding.units(stage));
@@ -76,7 +96,7 @@ impl Model {
         let blocks = layers.clone().map(|layer| Block::new(local(layer), spec.rms_norm_eps)).collect();
         let (mut units, mut block_weights, mut embedding, mut head) = (Vec::new(), Vec::new(), None, None);
         for &name in &unit_names {
-            let unit = UnitWeights::zeros(parts(&name), kind, device, trained);
+            let unit = unit(name, parts(&name));
             match name {
                 Unit::Embedding => embedding = Some(unit.weight(EMBEDDING)),
                 Unit::Block(layer) => {
@@ -84,10 +104,7 @@ impl Model {
                 }
                 Unit::Head => head = Some(Head::new(spec, &unit, embedding.as_ref())),
             }
-            // Views need the memory that they are made of; afterwards what is cut is there only while it is used.
-            let scopes = sharding.topology().scopes;
-            unit.hold_weights(scopes.parameters == 1);
-            unit.hold_gradients(scopes.gradients == 1);
+            ready(&unit);
             units.push(unit);
         }
         let ids = spec.embedding_parameters(dtype).first().map_or(0..0, |meta| {

@@ -120,6 +120,11 @@ impl TrainWorker {
         &self.sharding
     }
 
+    /// Where this rank keeps weights and gradients.
+    pub fn store(&self) -> &WeightStore {
+        &self.store
+    }
+
     /// The gradients that this rank keeps of a unit, by its place in the model: a view.
     pub fn kept_gradient(&self, unit: usize) -> &Tensor {
         self.store.gradients(&self.model, unit)

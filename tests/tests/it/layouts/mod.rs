@@ -4,6 +4,7 @@ mod calls;
 mod harness;
 mod moving;
 mod muon;
+mod publishing;
 mod table;
 
 use crate::support;
