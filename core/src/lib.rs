@@ -4,9 +4,11 @@
 //! Invariants: no IO, no clock, no threads, no tensors. Everything here is a function of its arguments.
 //! Deliberately absent: device types, communicators, and anything that knows how a file is laid out.
 
+pub mod balance;
 pub mod batch;
 pub mod dtype;
 pub mod env;
+pub mod failure;
 pub mod hash;
 pub mod layout;
 pub mod loss;
@@ -20,8 +22,10 @@ pub mod schedule;
 pub mod sequence;
 pub mod topology;
 
+pub use balance::{Assignment, BalanceError, Counts, balance};
 pub use batch::{Batch, BatchError, Column};
 pub use dtype::DType;
+pub use failure::FailureKind;
 pub use layout::{IndexBox, ParamMeta, Placement, Split};
 pub use loss::{Aggregation, KlEstimator, LossComponent, LossSpec};
 pub use mesh::{Axis, DeviceMesh, MeshError, SubAxis};
