@@ -15,6 +15,29 @@ pub trait TensorSource {
     fn read_f32(&self, meta: &ParamMeta, rows: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String>;
 }
 
+/// A model without the scalar head that is wanted of it: that one starts from the seed.
+pub struct WithNewHead<'a> {
+    /// The rest.
+    pub rest: &'a dyn TensorSource,
+    /// Parameters that `rest` lacks.
+    pub new: Vec<String>,
+    /// Of their values.
+    pub seed: u64,
+    /// Standard deviation of their values.
+    pub std: f64,
+}
+
+impl TensorSource for WithNewHead<'_> {
+    fn read_f32(&self, meta: &ParamMeta, rows: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String> {
+        if !self.new.contains(&meta.name) {
+            return self.rest.read_f32(meta, rows, out);
+        }
+        let values = initial_values(meta, self.seed, self.std).narrow(0, rows.start as i64, rows.len() as i64);
+        values.contiguous().view([-1]).copy_data(out, out.len());
+        Ok(())
+    }
+}
+
 /// The first values of one parameter, `shape`, fp32, on the CPU: norms 1, biases 0, the rest normal(0, std).
 pub fn initial_values(meta: &ParamMeta, seed: u64, std: f64) -> Tensor {
     let shape: Vec<i64> = meta.shape.iter().map(|&n| n as i64).collect();
