@@ -170,8 +170,6 @@ pub fn to_json(model: &ModelSpec, dtype: DType) -> Value {
     if model.head != HeadSpec::Vocabulary {
         put("id2label", json!({"0": "LABEL_0"}));
         put("label2id", json!({"LABEL_0": 0}));
-        // transformers finds a sequence's last token by it.
-        put("pad_token_id", json!(model.eos_token_ids.first()));
     }
     put("dtype", json!(dtype_name(dtype)));
     put("transformers_version", json!(TRANSFORMERS_VERSION));

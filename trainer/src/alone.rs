@@ -5,7 +5,7 @@ use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::executor::{Executor, Parts};
 use crate::groups::Groups;
-use crate::micro_batch::{MicroBatches, Reader, Rows, Work};
+use crate::micro_batch::{Reader, Rows, Work};
 use crate::store::WeightStore;
 use tangelo_configs::Sharding;
 use tangelo_configs::job::RotateMethod;
@@ -58,7 +58,7 @@ impl Alone {
             vocab_size: self.model.spec().vocab_size,
             device: self.model.device(),
         };
-        let cuts = MicroBatches::Rows(batch.num_sequences()).cut(&batch.row_lengths()?);
+        let cuts = vec![(0..batch.num_sequences()).collect()];
         Rows::new(batch, Work::of(&LossSpec::next_token(), batch)?, cuts, reader)
     }
 }

@@ -107,6 +107,28 @@ mod tests {
     use super::*;
     use tangelo_core::DType;
 
+    /// Every value is 7.
+    struct Sevens;
+
+    impl TensorSource for Sevens {
+        fn read_f32(&self, _: &ParamMeta, _: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String> {
+            out.fill(7.0);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_head_that_is_not_there_starts_from_the_seed() {
+        let meta = |name: &str| ParamMeta { name: name.into(), shape: vec![4, 5], dtype: DType::F32 };
+        let source = WithNewHead { rest: &Sevens, new: vec!["score.weight".into()], seed: 3, std: 0.02 };
+        let mut read = vec![0f32; 10];
+        source.read_f32(&meta("model.norm.weight"), 1..3, &mut read).unwrap();
+        assert_eq!(read, [7.0; 10]);
+        source.read_f32(&meta("score.weight"), 1..3, &mut read).unwrap();
+        let whole = initial_values(&meta("score.weight"), 3, 0.02).narrow(0, 1, 2).reshape([-1]);
+        assert_eq!(read, Vec::<f32>::try_from(whole).unwrap());
+    }
+
     #[test]
     fn values_depend_on_seed_and_name_only() {
         let meta = |name: &str| ParamMeta { name: name.into(), shape: vec![40, 50], dtype: DType::F32 };

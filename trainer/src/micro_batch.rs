@@ -8,6 +8,7 @@ use crate::error::{Result, TrainError};
 use std::ops::Range;
 use std::rc::Rc;
 use tangelo_configs::job::RotateMethod;
+use tangelo_core::balance::{Counts, balance};
 use tangelo_core::loss::Reads;
 use tangelo_core::loss::objective::Objective;
 use tangelo_core::{Batch, Column, Group, LossComponent, LossSpec, SequenceLayout, Topology};
@@ -109,43 +110,71 @@ impl SequencePlace {
     }
 }
 
-/// How a rank's rows become micro-batches.
+/// How a rank's rows become micro-batches. Under a budget of tokens ranks may have different rows: all run as many
+/// micro-batches as the one that needs most, and a row longer than the budget is alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MicroBatches {
     /// So many rows each; every rank has the same number of them.
     Rows(usize),
-    /// Rows in order until the next would make more than so many tokens; a longer row is alone. Ranks may have different
-    /// rows: all run as many micro-batches as the one that needs most.
+    /// Rows in order until the next would make more than so many tokens.
     Tokens(usize),
+    /// The fewest that hold so many tokens each, evenly filled (Karmarkar-Karp).
+    Balanced(usize),
 }
 
 impl MicroBatches {
-    /// The rows of each micro-batch, from the tokens of each row.
-    pub fn cut(self, lengths: &[usize]) -> Vec<Range<usize>> {
+    /// How many micro-batches a rank needs for rows of so many tokens.
+    pub fn needed(self, lengths: &[usize]) -> usize {
         match self {
-            MicroBatches::Rows(rows) => {
-                let starts = (0..lengths.len()).step_by(rows.max(1));
-                starts.map(|start| start..(start + rows).min(lengths.len())).collect()
-            }
-            MicroBatches::Tokens(most) => {
-                let mut cuts: Vec<Range<usize>> = Vec::new();
-                let mut filled = usize::MAX;
-                for (row, &length) in lengths.iter().enumerate() {
-                    match cuts.last_mut().filter(|_| length <= most.saturating_sub(filled)) {
-                        Some(open) => {
-                            open.end = row + 1;
-                            filled += length;
-                        }
-                        None => {
-                            cuts.push(row..row + 1);
-                            filled = length;
-                        }
-                    }
-                }
-                cuts
+            MicroBatches::Rows(rows) => lengths.len().div_ceil(rows.max(1)),
+            MicroBatches::Tokens(most) => in_order(lengths, most).len(),
+            MicroBatches::Balanced(most) => {
+                let fits = |count: &usize| {
+                    let load = |rows: &Vec<usize>| rows.iter().map(|&row| lengths[row]).sum::<usize>();
+                    evenly(lengths, *count).iter().all(|rows| rows.len() <= 1 || load(rows) <= most)
+                };
+                let least = lengths.iter().sum::<usize>().div_ceil(most.max(1));
+                (least.max(1)..lengths.len()).find(fits).unwrap_or(lengths.len())
             }
         }
     }
+
+    /// The rows of each of `count` micro-batches, at least as many as are needed; the last ones may be empty.
+    pub fn cut(self, lengths: &[usize], count: usize) -> Vec<Vec<usize>> {
+        let mut cuts: Vec<Vec<usize>> = match self {
+            MicroBatches::Rows(rows) => {
+                let all: Vec<usize> = (0..lengths.len()).collect();
+                all.chunks(rows.max(1)).map(<[usize]>::to_vec).collect()
+            }
+            MicroBatches::Tokens(most) => in_order(lengths, most),
+            MicroBatches::Balanced(_) => evenly(lengths, count),
+        };
+        assert!(cuts.len() <= count, "{} micro-batches in {count}", cuts.len());
+        cuts.resize(count, Vec::new());
+        cuts
+    }
+}
+
+fn in_order(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {
+    let (mut cuts, mut filled): (Vec<Vec<usize>>, usize) = (Vec::new(), 0);
+    for (row, &length) in lengths.iter().enumerate() {
+        match cuts.last_mut().filter(|_| filled + length <= most) {
+            Some(open) => {
+                open.push(row);
+                filled += length;
+            }
+            None => {
+                cuts.push(vec![row]);
+                filled = length;
+            }
+        }
+    }
+    cuts
+}
+
+fn evenly(lengths: &[usize], count: usize) -> Vec<Vec<usize>> {
+    let weights: Vec<u64> = lengths.iter().map(|&n| n as u64).collect();
+    balance(&weights, None, count, Counts::Any).map_or_else(|_| Vec::new(), |dealt| dealt.parts().to_vec())
 }
 
 /// Where a rank stands, and what bounds what it reads.
@@ -174,6 +203,13 @@ struct Flat {
     starts: Vec<usize>,
 }
 
+impl Flat {
+    /// Where the tokens of a row lie.
+    fn row(&self, row: usize) -> Range<usize> {
+        self.starts[row]..self.starts[row + 1]
+    }
+}
+
 /// Rows that a pass reads, micro-batch by micro-batch.
 #[derive(Clone)]
 pub struct Rows<'a> {
@@ -181,7 +217,7 @@ pub struct Rows<'a> {
     /// What is made of them.
     pub work: Rc<Work>,
     /// The rows of each micro-batch.
-    cuts: Vec<Range<usize>>,
+    cuts: Vec<Vec<usize>>,
     reader: Reader<'a>,
     /// This rank's place.
     pub place: SequencePlace,
@@ -189,7 +225,7 @@ pub struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// The rows of a batch, cut into micro-batches. Ids from `vocab_size` on are refused where they are read.
-    pub fn new(batch: &Batch, work: Work, cuts: Vec<Range<usize>>, reader: Reader<'a>) -> Result<Rows<'a>> {
+    pub fn new(batch: &Batch, work: Work, cuts: Vec<Vec<usize>>, reader: Reader<'a>) -> Result<Rows<'a>> {
         batch.require(&[Column::Positions, Column::SeqId])?;
         let mut starts = vec![0];
         starts.extend(batch.row_lengths()?.iter().scan(0, |end, &n| {
@@ -274,10 +310,9 @@ impl<'a> Rows<'a> {
 
     /// Where the tokens of a micro-batch lie in the batch, in order, fillers included.
     pub fn places(&self, index: usize) -> Vec<usize> {
-        let rows = &self.cuts[index];
-        let tokens = self.flat.starts[rows.start]..self.flat.starts[rows.end];
-        let fillers = self.least_tokens().saturating_sub(tokens.len());
-        tokens.chain(std::iter::repeat_n(FILLER, fillers)).collect()
+        let mut places: Vec<usize> = self.cuts[index].iter().flat_map(|&row| self.flat.row(row)).collect();
+        places.resize(places.len().max(self.least_tokens()), FILLER);
+        places
     }
 
     /// Tokens with which every rank that shares a sequence has one.
@@ -295,10 +330,8 @@ impl<'a> Rows<'a> {
     }
 
     fn borders(&self, index: usize, num_tokens: usize) -> Vec<i64> {
-        let (flat, rows) = (&*self.flat, self.cuts[index].clone());
-        let lengths: Vec<usize> = rows.clone().map(|row| flat.starts[row + 1] - flat.starts[row]).collect();
-        let seq_id = &flat.seq_id[flat.starts[rows.start]..flat.starts[rows.end]];
-        let mut borders = document_borders(&lengths, seq_id);
+        let rows = self.cuts[index].iter().map(|&row| &self.flat.seq_id[self.flat.row(row)]);
+        let mut borders = document_borders(rows);
         if borders.last() != Some(&(num_tokens as i64)) {
             borders.push(num_tokens as i64);
         }
@@ -318,28 +351,18 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// A batch's rows lie in as many micro-batches as asked for, the last ones empty.
-pub fn with_empty(mut cuts: Vec<Range<usize>>, count: usize) -> Vec<Range<usize>> {
-    let end = cuts.last().map_or(0, |cut| cut.end);
-    cuts.resize(count.max(cuts.len()), end..end);
-    cuts
-}
-
 fn pick<T: Copy>(values: &[T], ranges: &[Range<usize>]) -> Vec<T> {
     ranges.iter().flat_map(|range| values[range.clone()].iter().copied()).collect()
 }
 
 /// Where documents begin in rows laid end to end: at each row, and where `seq_id` changes inside one.
-fn document_borders(row_lengths: &[usize], seq_id: &[u32]) -> Vec<i64> {
+fn document_borders<'a>(rows: impl Iterator<Item = &'a [u32]>) -> Vec<i64> {
     let mut borders = vec![0i64];
-    let mut start = 0;
-    for &length in row_lengths {
-        let row = &seq_id[start..start + length];
-        let inside = (1..length).filter(|&i| row[i] != row[i - 1]).map(|i| (start + i) as i64);
-        borders.extend(inside);
-        start += length;
-        if length > 0 {
-            borders.push(start as i64);
+    let mut end = 0;
+    for row in rows {
+        for document in row.chunk_by(|a, b| a == b) {
+            end += document.len() as i64;
+            borders.push(end);
         }
     }
     borders
@@ -351,21 +374,28 @@ mod tests {
 
     #[test]
     fn borders_are_rows_and_changes_of_document() {
-        assert_eq!(document_borders(&[4, 3], &[0, 0, 1, 1, 0, 1, 2]), [0, 2, 4, 5, 6, 7]);
-        assert_eq!(document_borders(&[2, 0, 2], &[0, 0, 0, 0]), [0, 2, 4]);
+        let check = |rows: &[&[u32]], expected: &[i64]| assert_eq!(document_borders(rows.iter().copied()), expected);
+        check(&[&[0, 0, 1, 1], &[0, 1, 2]], &[0, 2, 4, 5, 6, 7]);
+        check(&[&[0, 0], &[], &[0, 0]], &[0, 2, 4]);
     }
 
     #[test]
-    fn a_budget_of_tokens_is_filled_in_order() {
-        let check = |most, lengths: &[usize], expected: &[Range<usize>]| {
-            assert_eq!(MicroBatches::Tokens(most).cut(lengths), expected, "{most} {lengths:?}");
+    fn a_budget_of_tokens_is_filled_in_order_or_evenly() {
+        let check = |how: MicroBatches, lengths: &[usize], expected: &[&[usize]]| {
+            assert_eq!(how.needed(lengths), expected.len(), "{how:?} {lengths:?}");
+            assert_eq!(how.cut(lengths, expected.len()), expected, "{how:?} {lengths:?}");
         };
-        check(10, &[4, 6, 1, 9, 2], &[0..2, 2..4, 4..5]);
-        check(10, &[11, 1, 30], &[0..1, 1..2, 2..3]);
-        check(10, &[], &[]);
-        check(0, &[1, 1], &[0..1, 1..2]);
-        assert_eq!(MicroBatches::Rows(2).cut(&[1; 5]), [0..2, 2..4, 4..5]);
-        assert_eq!(with_empty(vec![0..2, 2..3], 4), [0..2, 2..3, 3..3, 3..3]);
-        assert_eq!(with_empty(Vec::new(), 1), std::iter::once(0..0).collect::<Vec<_>>());
+        check(MicroBatches::Tokens(10), &[4, 6, 1, 9, 2], &[&[0, 1], &[2, 3], &[4]]);
+        check(MicroBatches::Tokens(10), &[11, 1, 30], &[&[0], &[1], &[2]]);
+        check(MicroBatches::Tokens(10), &[], &[]);
+        check(MicroBatches::Tokens(0), &[1, 1], &[&[0], &[1]]);
+        check(MicroBatches::Rows(2), &[1; 5], &[&[0, 1], &[2, 3], &[4]]);
+        check(MicroBatches::Balanced(10), &[4, 6, 1, 9, 2], &[&[0, 2], &[1, 4], &[3]]);
+        check(MicroBatches::Balanced(10), &[11, 1, 30], &[&[0], &[1], &[2]]);
+        check(MicroBatches::Balanced(12), &[1, 1], &[&[0, 1]]);
+        check(MicroBatches::Balanced(12), &[], &[]);
+        assert_eq!(MicroBatches::Tokens(9).cut(&[5, 5], 3), [vec![0], vec![1], vec![]]);
+        assert_eq!(MicroBatches::Balanced(9).cut(&[5, 5], 3), [vec![0], vec![1], vec![]]);
+        assert_eq!(MicroBatches::Tokens(9).cut(&[], 1), [Vec::<usize>::new()]);
     }
 }

@@ -7,7 +7,7 @@ use crate::executor::{Executor, Parts};
 use crate::faults::Fault;
 use crate::groups::Groups;
 use crate::init::{self, TensorSource};
-use crate::micro_batch::{MicroBatches, Reader, Rows, Work, with_empty};
+use crate::micro_batch::{MicroBatches, Reader, Rows, Work};
 use crate::optim::{Optimizer, StepStats};
 use crate::shards::narrow;
 use crate::store::WeightStore;
@@ -296,11 +296,13 @@ impl TrainWorker {
 
     /// The rows of this rank as micro-batches, on all ranks the same number of them.
     pub(crate) fn rows(&self, batch: &Batch, work: Work) -> Result<Rows<'_>> {
-        let mut cuts = self.micro_batches.cut(&batch.row_lengths()?);
-        if let (MicroBatches::Tokens(_), readers) = (self.micro_batches, self.groups.get(Group::Batch)) {
-            let count = readers.map_or(Ok(cuts.len()), |readers| most_over_ranks(readers, cuts.len()))?;
-            cuts = with_empty(cuts, count);
-        }
+        let lengths = batch.row_lengths()?;
+        let needed = self.micro_batches.needed(&lengths);
+        let count = match (self.micro_batches, self.groups.get(Group::Batch)) {
+            (MicroBatches::Rows(_), _) | (_, None) => needed,
+            (_, Some(readers)) => most_over_ranks(readers, needed)?,
+        };
+        let cuts = self.micro_batches.cut(&lengths, count);
         let reader = Reader {
             topology: self.sharding.topology(),
             rank: self.rank,
