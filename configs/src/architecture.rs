@@ -4,7 +4,7 @@ use crate::flavor::flavor;
 use crate::job::{JobConfig, Model};
 use crate::model::Family;
 use crate::resolve::{ModelAssets, SpecialTokens, TRAINED_TOKENIZER_EOS, VOCAB_MULTIPLE};
-use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, MixerSpec, ModelSpec, RopeSpec};
+use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeSpec};
 use std::path::Path;
 use tangelo_core::DType;
 
@@ -173,6 +173,7 @@ fn over(given: &Model, base: &Model) -> Result<Model, ConfigError> {
         attention_bias: given.attention_bias.or(base.attention_bias),
         mlp_bias: given.mlp_bias.or(base.mlp_bias),
         tie_word_embeddings: given.tie_word_embeddings.or(base.tie_word_embeddings),
+        head: given.head.or(base.head),
         initializer_range: given.initializer_range.or(base.initializer_range),
     }
     .with_defaults()
@@ -217,6 +218,7 @@ fn spec_of(m: &Model) -> Result<ModelSpec, ConfigError> {
     let need = |value: Option<usize>, key: &str| value.ok_or_else(|| absent(key));
     let family = m.name.ok_or_else(|| absent("name"))?;
     let bias = m.attention_bias.unwrap_or(false);
+    let head = m.head.unwrap_or_default();
     let attention = AttentionSpec {
         num_heads: need(m.num_attention_heads, "num_attention_heads")?,
         num_kv_heads: need(m.num_key_value_heads, "num_key_value_heads")?,
@@ -237,7 +239,8 @@ fn spec_of(m: &Model) -> Result<ModelSpec, ConfigError> {
         vocab_size: need(m.vocab_size, "vocab_size")?,
         hidden_size: need(m.hidden_size, "hidden_size")?,
         rms_norm_eps: m.rms_norm_eps.ok_or_else(|| absent("rms_norm_eps"))?,
-        tie_word_embeddings: m.tie_word_embeddings.unwrap_or(false),
+        tie_word_embeddings: m.tie_word_embeddings.unwrap_or(false) && head == HeadSpec::Vocabulary,
+        head,
         max_position_embeddings: need(m.max_position_embeddings, "max_position_embeddings")?,
         initializer_range: m.initializer_range.ok_or_else(|| absent("initializer_range"))?,
         bos_token_id: None,
@@ -270,6 +273,7 @@ fn keys_of(spec: &ModelSpec) -> Model {
         attention_bias: a.map(|a| a.qkv_bias),
         mlp_bias: first.map(|b| b.feed_forward.bias),
         tie_word_embeddings: Some(spec.tie_word_embeddings),
+        head: Some(spec.head).filter(|&head| head != HeadSpec::Vocabulary),
         initializer_range: Some(spec.initializer_range),
     }
 }

@@ -1,13 +1,13 @@
 //! A Hugging Face `config.json` as a [`ModelSpec`], and back.
 //!
 //! Reads what transformers 4 and 5 write for LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and
-//! Qwen3ForCausalLM; an absent key means what transformers' configuration class makes of it. Writes version 5's keys,
+//! Qwen3ForCausalLM, and for their ...ForSequenceClassification and ...ForTokenClassification with one label; an absent key means what transformers' configuration class makes of it. Writes version 5's keys,
 //! and `rope_theta` and `rope_scaling` beside `rope_parameters` so that older readers see the same model.
 //! Dropout is not read: it does not act in inference, and training here has none.
 
 use crate::check::MAX_LAYERS;
 use crate::model::Family;
-use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
+use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 use serde_json::{Map, Value, json};
 use tangelo_core::DType;
 
@@ -18,7 +18,8 @@ const TRANSFORMERS_VERSION: &str = "5.17.0";
 struct FamilyTraits {
     family: Family,
     model_type: &'static str,
-    architecture: &'static str,
+    /// What its architectures begin with.
+    class: &'static str,
     max_position_embeddings: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
@@ -30,7 +31,7 @@ const FAMILIES: [FamilyTraits; 4] = [
     FamilyTraits {
         family: Family::Llama,
         model_type: "llama",
-        architecture: "LlamaForCausalLM",
+        class: "Llama",
         max_position_embeddings: 2048,
         num_key_value_heads: None,
         head_dim: None,
@@ -39,7 +40,7 @@ const FAMILIES: [FamilyTraits; 4] = [
     FamilyTraits {
         family: Family::Mistral,
         model_type: "mistral",
-        architecture: "MistralForCausalLM",
+        class: "Mistral",
         max_position_embeddings: 131_072,
         num_key_value_heads: Some(8),
         head_dim: None,
@@ -48,7 +49,7 @@ const FAMILIES: [FamilyTraits; 4] = [
     FamilyTraits {
         family: Family::Qwen2,
         model_type: "qwen2",
-        architecture: "Qwen2ForCausalLM",
+        class: "Qwen2",
         max_position_embeddings: 32_768,
         num_key_value_heads: Some(32),
         head_dim: None,
@@ -57,7 +58,7 @@ const FAMILIES: [FamilyTraits; 4] = [
     FamilyTraits {
         family: Family::Qwen3,
         model_type: "qwen3",
-        architecture: "Qwen3ForCausalLM",
+        class: "Qwen3",
         max_position_embeddings: 32_768,
         num_key_value_heads: Some(32),
         head_dim: Some(128),
@@ -80,7 +81,7 @@ fn traits_of(family: Family) -> &'static FamilyTraits {
 /// [`ConfigError::HfConfig`] names the key whose value is missing, of the wrong type, or not supported.
 pub fn from_json(config: &Value) -> Result<ModelSpec, ConfigError> {
     let keys = Keys(config.as_object().ok_or_else(|| unsupported("(the whole file)", config, "a JSON object"))?);
-    let traits = family(&keys)?;
+    let (traits, head) = family(&keys)?;
     refuse_what_is_not_modelled(&keys)?;
     let (hidden_size, num_heads) = (keys.needed("hidden_size")?, keys.needed("num_attention_heads")?);
     let num_layers = keys.needed("num_hidden_layers")?;
@@ -115,7 +116,8 @@ pub fn from_json(config: &Value) -> Result<ModelSpec, ConfigError> {
         vocab_size: keys.needed("vocab_size")?,
         hidden_size,
         rms_norm_eps: keys.f64_or("rms_norm_eps", 1e-6)?,
-        tie_word_embeddings: keys.bool_or("tie_word_embeddings", false)?,
+        tie_word_embeddings: keys.bool_or("tie_word_embeddings", false)? && head == HeadSpec::Vocabulary,
+        head,
         max_position_embeddings,
         initializer_range: keys.f64_or("initializer_range", 0.02)?,
         bos_token_id: keys.token_ids("bos_token_id", traits)?.first().copied(),
@@ -130,7 +132,7 @@ pub fn to_json(model: &ModelSpec, dtype: DType) -> Value {
     let num_layers = model.blocks.len();
     let mut map = Map::new();
     let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
-    put("architectures", json!([traits.architecture]));
+    put("architectures", json!([format!("{}{}", traits.class, suffix(model.head))]));
     put("model_type", json!(traits.model_type));
     put("vocab_size", json!(model.vocab_size));
     put("hidden_size", json!(model.hidden_size));
@@ -165,6 +167,10 @@ pub fn to_json(model: &ModelSpec, dtype: DType) -> Value {
         put("rope_parameters", rope);
     }
     write_windows(model, &mut put);
+    if model.head != HeadSpec::Vocabulary {
+        put("id2label", json!({"0": "LABEL_0"}));
+        put("label2id", json!({"LABEL_0": 0}));
+    }
     put("dtype", json!(dtype_name(dtype)));
     put("transformers_version", json!(TRANSFORMERS_VERSION));
     Value::Object(map)
@@ -184,22 +190,61 @@ pub fn generation_config(model: &ModelSpec) -> Value {
     Value::Object(map)
 }
 
-fn family(keys: &Keys<'_>) -> Result<&'static FamilyTraits, ConfigError> {
-    const KNOWN: &str = "one of llama, mistral, qwen2, qwen3 (as `model_type`), or its ...ForCausalLM architecture";
-    let by_type = |name: &str| FAMILIES.iter().find(|t| t.model_type == name);
-    let by_architecture = |name: &str| FAMILIES.iter().find(|t| t.architecture == name);
-    if let Some(value) = keys.get("model_type") {
-        let traits = value.as_str().and_then(by_type).ok_or_else(|| unsupported("model_type", value, KNOWN))?;
-        return match keys.get("architectures").and_then(|a| a.get(0)) {
-            Some(Value::String(name)) if name != traits.architecture => {
-                Err(unsupported("architectures", &json!([name]), &format!("[\"{}\"]", traits.architecture)))
-            }
-            _ => Ok(traits),
-        };
+/// What architectures end with.
+fn suffix(head: HeadSpec) -> &'static str {
+    match head {
+        HeadSpec::Vocabulary => "ForCausalLM",
+        HeadSpec::Scalar { bias: false } => "ForSequenceClassification",
+        HeadSpec::Scalar { bias: true } => "ForTokenClassification",
     }
+}
+
+/// The family and head of an architecture's name.
+fn architecture(name: &str) -> Option<(&'static FamilyTraits, HeadSpec)> {
+    let heads = [HeadSpec::Vocabulary, HeadSpec::Scalar { bias: false }, HeadSpec::Scalar { bias: true }];
+    FAMILIES.iter().find_map(|traits| {
+        let rest = name.strip_prefix(traits.class)?;
+        heads.into_iter().find(|&head| rest == suffix(head)).map(|head| (traits, head))
+    })
+}
+
+fn family(keys: &Keys<'_>) -> Result<(&'static FamilyTraits, HeadSpec), ConfigError> {
+    const KNOWN: &str = "one of llama, mistral, qwen2, qwen3 (as `model_type`), or its ...ForCausalLM architecture";
     let architectures = keys.get("architectures").unwrap_or(&Value::Null);
     let name = architectures.get(0).and_then(Value::as_str);
-    name.and_then(by_architecture).ok_or_else(|| unsupported("architectures", architectures, KNOWN))
+    let (traits, head) = match keys.get("model_type") {
+        Some(value) => {
+            let by_type = |name: &str| FAMILIES.iter().find(|t| t.model_type == name);
+            let traits = value.as_str().and_then(by_type).ok_or_else(|| unsupported("model_type", value, KNOWN))?;
+            let named = name.map(|name| (name, architecture(name).filter(|(t, _)| t.model_type == traits.model_type)));
+            match named {
+                None => (traits, HeadSpec::Vocabulary),
+                Some((_, Some((_, head)))) => (traits, head),
+                Some((name, None)) => {
+                    let expected = format!("[\"{}{}\"]", traits.class, suffix(HeadSpec::Vocabulary));
+                    return Err(unsupported("architectures", &json!([name]), &expected));
+                }
+            }
+        }
+        None => name.and_then(architecture).ok_or_else(|| unsupported("architectures", architectures, KNOWN))?,
+    };
+    if head != HeadSpec::Vocabulary {
+        check_labels(keys)?;
+    }
+    Ok((traits, head))
+}
+
+/// A classification head is a scalar one where it has one label; transformers assumes two where nothing is said.
+fn check_labels(keys: &Keys<'_>) -> Result<(), ConfigError> {
+    let listed = keys.get("id2label").and_then(Value::as_object).map(Map::len);
+    let labels = match keys.get("num_labels") {
+        Some(_) => keys.needed("num_labels")?,
+        None => listed.unwrap_or(2),
+    };
+    if labels == 1 {
+        return Ok(());
+    }
+    Err(unsupported("num_labels", &json!(labels), "1: a reward model or critic gives one number"))
 }
 
 fn refuse_what_is_not_modelled(keys: &Keys<'_>) -> Result<(), ConfigError> {

@@ -7,7 +7,7 @@ mod parallelism;
 
 pub use parallelism::{Parallelism, PipelineSchedule, ReshardAfterForward, RotateMethod};
 
-use crate::model::{Family, RopeScaling};
+use crate::model::{Family, HeadSpec, RopeScaling};
 use crate::places::Places;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -119,6 +119,8 @@ pub struct Model {
     pub mlp_bias: Option<bool>,
     /// Head shares the embedding's weight.
     pub tie_word_embeddings: Option<bool>,
+    /// What the head gives: `{ type = "scalar" }` makes a critic or a reward model; absent: logits, or what the assets have.
+    pub head: Option<HeadSpec>,
     /// Standard deviation of initial weights.
     pub initializer_range: Option<f64>,
 }

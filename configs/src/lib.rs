@@ -31,7 +31,7 @@ pub mod sharding;
 pub use error::{ConfigError, Origin, Place, TextError};
 pub use flavor::flavors;
 pub use job::JobConfig;
-pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
+pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use plan::Plan;
 pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
 pub use schema::schema;

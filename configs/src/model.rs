@@ -98,6 +98,21 @@ pub struct BlockSpec {
     pub feed_forward: FeedForwardSpec,
 }
 
+/// What a model makes of its last hidden states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum HeadSpec {
+    /// Logits over the vocabulary.
+    #[default]
+    Vocabulary,
+    /// One number a token: a critic's value, a reward model's score.
+    Scalar {
+        /// Whether a number is added, as in transformers' ...ForTokenClassification.
+        #[serde(default)]
+        bias: bool,
+    },
+}
+
 /// A decoder-only language model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
@@ -109,8 +124,11 @@ pub struct ModelSpec {
     pub hidden_size: usize,
     /// Epsilon of every RMS norm.
     pub rms_norm_eps: f64,
-    /// The head shares the embedding's weight.
+    /// The head shares the embedding's weight. Never true of a scalar head.
     pub tie_word_embeddings: bool,
+    /// What the head gives.
+    #[serde(default)]
+    pub head: HeadSpec,
     /// Longest sequence the model is meant for, tokens.
     pub max_position_embeddings: usize,
     /// Standard deviation of initial weights.
@@ -148,6 +166,10 @@ pub enum TensorCut {
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The name of an untied head's weight.
 pub const LM_HEAD: &str = "lm_head.weight";
+/// The names of a scalar head's weight and bias.
+pub const SCORE: &str = "score.weight";
+/// See [`SCORE`].
+pub const SCORE_BIAS: &str = "score.bias";
 /// The name of the final norm's weight.
 pub const FINAL_NORM: &str = "model.norm.weight";
 
@@ -198,10 +220,35 @@ impl ModelSpec {
     /// The parameters of the final norm and, where it is not tied, the head.
     pub fn head_parameters(&self, dtype: DType) -> Vec<ParamMeta> {
         let mut list = vec![meta(FINAL_NORM, &[self.hidden_size], dtype)];
-        if !self.tie_word_embeddings {
-            list.push(meta(LM_HEAD, &[self.vocab_size, self.hidden_size], dtype));
+        match self.head {
+            HeadSpec::Vocabulary if self.tie_word_embeddings => {}
+            HeadSpec::Vocabulary => list.push(meta(LM_HEAD, &[self.vocab_size, self.hidden_size], dtype)),
+            HeadSpec::Scalar { bias } => {
+                list.push(meta(SCORE, &[1, self.hidden_size], dtype));
+                list.extend(bias.then(|| meta(SCORE_BIAS, &[1], dtype)));
+            }
         }
         list
+    }
+
+    /// Numbers that the head gives for a token: V, or 1.
+    pub fn head_width(&self) -> usize {
+        if self.head == HeadSpec::Vocabulary { self.vocab_size } else { 1 }
+    }
+
+    /// The same model with a scalar head in place of its own: a critic that starts from a policy. One that has a scalar
+    /// head keeps it.
+    pub fn with_scalar_head(mut self) -> ModelSpec {
+        if self.head == HeadSpec::Vocabulary {
+            self.head = HeadSpec::Scalar { bias: false };
+            self.tie_word_embeddings = false;
+        }
+        self
+    }
+
+    /// Whether a parameter belongs to a scalar head.
+    pub fn is_scalar_head(name: &str) -> bool {
+        name == SCORE || name == SCORE_BIAS
     }
 
     /// The parameters of a unit of a model that is not cut into stages, in execution order.
@@ -253,7 +300,7 @@ impl ModelSpec {
 
     /// Weight decay applies to matrices only: not to norms, biases or the embedding table.
     pub fn decays(name: &str) -> bool {
-        ModelSpec::is_hidden_matrix(name) || name == LM_HEAD
+        ModelSpec::is_hidden_matrix(name) || name == LM_HEAD || name == SCORE
     }
 }
 

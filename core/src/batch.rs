@@ -236,6 +236,27 @@ impl Batch {
         Batch { records: self.records.slice(start, count) }
     }
 
+    /// The same with a per-token f32 column, `values` of all rows end to end; it replaces one of that name.
+    ///
+    /// # Errors
+    /// There are more or fewer values than tokens.
+    pub fn with_f32(&self, column: Column, values: Vec<f32>) -> Result<Batch, BatchError> {
+        let lengths = self.row_lengths()?;
+        let (found, expected) = (values.len(), lengths.iter().sum());
+        if found != expected {
+            return Err(BatchError::Ragged { column, row: 0, found, expected });
+        }
+        let array = ragged(Arc::new(Float32Array::from(values)), lengths.into_iter(), DataType::Float32);
+        let schema = self.records.schema();
+        let kept = schema.fields().iter().zip(self.records.columns()).filter(|(field, _)| field.name() != column.name());
+        let (mut fields, mut arrays): (Vec<Field>, Vec<ArrayRef>) =
+            kept.map(|(field, array)| (field.as_ref().clone(), array.clone())).unzip();
+        fields.push(Field::new(column.name(), column.data_type(), false));
+        arrays.push(array);
+        let records = RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays);
+        Batch::new(records.map_err(|e| BatchError::Arrow(e.to_string()))?)
+    }
+
     /// Tokens per row.
     pub fn row_lengths(&self) -> Result<Vec<usize>, BatchError> {
         let tokens = self.column(Column::Tokens)?;
@@ -340,6 +361,17 @@ mod tests {
         assert_eq!(part.f32_values(Column::CeWeight).unwrap(), [0.0, 1.0, 0.5]);
         assert_eq!(part.i64_values(Column::SampleIndex).unwrap(), [11, 12]);
         assert_eq!(part.row_lengths().unwrap(), [1, 2]);
+    }
+
+    #[test]
+    fn a_column_is_added_or_replaced() {
+        let values: Vec<f32> = (0u8..3).map(f32::from).collect();
+        let part = batch().slice(1, 2).with_f32(Column::Entropy, values.clone()).unwrap();
+        let twice = part.with_f32(Column::Entropy, values.iter().rev().copied().collect()).unwrap();
+        assert_eq!((part.num_tokens(), part.f32_values(Column::Entropy).unwrap()), (3, values));
+        assert_eq!(twice.f32_values(Column::Entropy).unwrap(), [2.0, 1.0, 0.0]);
+        assert_eq!(twice.u32_values(Column::Tokens).unwrap(), [4, 5, 6]);
+        assert!(batch().with_f32(Column::Entropy, vec![0.0]).is_err());
     }
 
     #[test]

@@ -151,6 +151,25 @@ unsafe extern "C" {
         main_grad: TensorRef,
         out: *mut TensorOut,
     ) -> Message;
+    pub(crate) fn tangelo_distribution(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        start: i64,
+        inverse_temperature: f64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_distribution_gradients(
+        logits: TensorRef,
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        start: i64,
+        inverse_temperature: f64,
+        rows: TensorRef,
+        main_grad: TensorRef,
+        out: *mut TensorOut,
+    ) -> Message;
     pub(crate) fn tangelo_newton_schulz(
         m: TensorRef,
         steps: usize,

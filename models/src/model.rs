@@ -5,18 +5,22 @@ use crate::context::PackContext;
 use crate::decode::{DecodeState, LayerCache};
 use crate::weights::{UnitWeights, Weight};
 use std::ops::Range;
-use tangelo_configs::model::{EMBEDDING, FINAL_NORM, LM_HEAD};
+use tangelo_configs::model::{EMBEDDING, FINAL_NORM, HeadSpec, LM_HEAD, SCORE, SCORE_BIAS};
 use tangelo_configs::{BlockSpec, MixerSpec, ModelSpec, Sharding};
 use tangelo_core::{DType, Group, IndexBox, ParamMeta, Parts, Placement, Unit};
 use tangelo_kernels::op;
 use tch::{Device, Kind, Tensor};
 
-/// The final norm's weight `[D]` and the head's `[V, D]` (the embedding's where they are tied).
+/// The final norm's weight `[D]` and the head's: `[V, D]` onto the vocabulary (the embedding's where they are tied), or
+/// `[1, D]` onto one number.
 #[derive(Debug)]
 pub struct Head {
     norm: Weight,
-    /// The projection onto the vocabulary.
+    /// The projection.
     pub weight: Weight,
+    /// What a scalar head adds, `[1]`, where it has that.
+    pub bias: Option<Weight>,
+    is_scalar: bool,
 }
 
 /// A decoder with its weights, or the part of one that a rank of a hybrid-parallel job computes with.
@@ -39,12 +43,43 @@ pub struct Model {
 
 impl Head {
     fn new(spec: &ModelSpec, unit: &UnitWeights, embedding: Option<&Weight>) -> Head {
-        let weight = match embedding {
-            Some(embedding) if spec.tie_word_embeddings => embedding.share(),
-            _ if spec.tie_word_embeddings => unit.weight(EMBEDDING),
-            _ => unit.weight(LM_HEAD),
+        let (weight, bias) = match (spec.head, embedding) {
+            (HeadSpec::Scalar { bias }, _) => (unit.weight(SCORE), bias.then(|| unit.weight(SCORE_BIAS))),
+            (_, Some(embedding)) if spec.tie_word_embeddings => (embedding.share(), None),
+            _ if spec.tie_word_embeddings => (unit.weight(EMBEDDING), None),
+            _ => (unit.weight(LM_HEAD), None),
         };
-        Head { norm: unit.weight(FINAL_NORM), weight }
+        Head { norm: unit.weight(FINAL_NORM), weight, bias, is_scalar: spec.head != HeadSpec::Vocabulary }
+    }
+
+    /// Whether it gives one number a token instead of logits.
+    pub fn is_scalar(&self) -> bool {
+        self.is_scalar
+    }
+
+    /// A scalar head's values of `normed [T, D]`: `[T]` in fp32 (float64 for float64), whatever the model's type. Without a
+    /// graph: see [`Head::scalar_backward`].
+    pub fn values(&self, normed: &Tensor) -> Tensor {
+        let wide = if normed.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let products = normed.to_kind(wide) * self.weight.value.to_kind(wide);
+        let values = products.sum_dim_intlist([1i64].as_slice(), false, wide);
+        match &self.bias {
+            Some(bias) => values + bias.value.to_kind(wide),
+            None => values,
+        }
+    }
+
+    /// From the gradient of the values, `[T]`, that of `normed`; adds those of the weights.
+    pub fn scalar_backward(&self, normed: &Tensor, dvalues: &Tensor) -> Tensor {
+        let (wide, column) = (dvalues.kind(), dvalues.unsqueeze(1));
+        if let Some(grad) = self.weight.grad() {
+            let sum = (&column * normed.to_kind(wide)).sum_dim_intlist([0i64].as_slice(), true, wide);
+            let _ = grad.shallow_clone().g_add_(&sum.to_kind(grad.kind()));
+        }
+        if let Some(grad) = self.bias.as_ref().and_then(Weight::grad) {
+            let _ = grad.shallow_clone().g_add_(&dvalues.sum(wide).to_kind(grad.kind()));
+        }
+        (column * self.weight.value.to_kind(wide)).to_kind(normed.kind())
     }
 }
 

@@ -5,7 +5,7 @@ use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::executor::{Executor, Parts};
 use crate::groups::Groups;
-use crate::micro_batch::Rows;
+use crate::micro_batch::{Reader, Rows, Work};
 use crate::store::WeightStore;
 use tangelo_configs::Sharding;
 use tangelo_configs::job::RotateMethod;
@@ -50,9 +50,15 @@ impl Alone {
         Ok(self.model.logits(&self.rows(batch)?.micro_batch(0)?.pack))
     }
 
-    fn rows<'a>(&'a self, batch: &'a Batch) -> Result<Rows<'a>> {
-        let (loss, place) = (LossSpec::next_token(), (&self.topology, 0));
-        let (vocab_size, device) = (self.model.spec().vocab_size, self.model.device());
-        Rows::new(batch, &loss, batch.num_sequences(), place, RotateMethod::default(), vocab_size, device)
+    fn rows(&self, batch: &Batch) -> Result<Rows<'_>> {
+        let reader = Reader {
+            topology: &self.topology,
+            rank: 0,
+            rotate_method: RotateMethod::default(),
+            vocab_size: self.model.spec().vocab_size,
+            device: self.model.device(),
+        };
+        let cuts = vec![(0..batch.num_sequences()).collect()];
+        Rows::new(batch, Work::of(&LossSpec::next_token(), batch)?, cuts, reader)
     }
 }

@@ -15,6 +15,29 @@ pub trait TensorSource {
     fn read_f32(&self, meta: &ParamMeta, rows: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String>;
 }
 
+/// A model without the scalar head that is wanted of it: that one starts from the seed.
+pub struct WithNewHead<'a> {
+    /// The rest.
+    pub rest: &'a dyn TensorSource,
+    /// Parameters that `rest` lacks.
+    pub new: Vec<String>,
+    /// Of their values.
+    pub seed: u64,
+    /// Standard deviation of their values.
+    pub std: f64,
+}
+
+impl TensorSource for WithNewHead<'_> {
+    fn read_f32(&self, meta: &ParamMeta, rows: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String> {
+        if !self.new.contains(&meta.name) {
+            return self.rest.read_f32(meta, rows, out);
+        }
+        let values = initial_values(meta, self.seed, self.std).narrow(0, rows.start as i64, rows.len() as i64);
+        values.contiguous().view([-1]).copy_data(out, out.len());
+        Ok(())
+    }
+}
+
 /// The first values of one parameter, `shape`, fp32, on the CPU: norms 1, biases 0, the rest normal(0, std).
 pub fn initial_values(meta: &ParamMeta, seed: u64, std: f64) -> Tensor {
     let shape: Vec<i64> = meta.shape.iter().map(|&n| n as i64).collect();
@@ -83,6 +106,28 @@ pub fn from_source(unit: &UnitWeights, source: &dyn TensorSource, also: &mut dyn
 mod tests {
     use super::*;
     use tangelo_core::DType;
+
+    /// Every value is 7.
+    struct Sevens;
+
+    impl TensorSource for Sevens {
+        fn read_f32(&self, _: &ParamMeta, _: Range<usize>, out: &mut [f32]) -> std::result::Result<(), String> {
+            out.fill(7.0);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_head_that_is_not_there_starts_from_the_seed() {
+        let meta = |name: &str| ParamMeta { name: name.into(), shape: vec![4, 5], dtype: DType::F32 };
+        let source = WithNewHead { rest: &Sevens, new: vec!["score.weight".into()], seed: 3, std: 0.02 };
+        let mut read = vec![0f32; 10];
+        source.read_f32(&meta("model.norm.weight"), 1..3, &mut read).unwrap();
+        assert_eq!(read, [7.0; 10]);
+        source.read_f32(&meta("score.weight"), 1..3, &mut read).unwrap();
+        let whole = initial_values(&meta("score.weight"), 3, 0.02).narrow(0, 1, 2).reshape([-1]);
+        assert_eq!(read, Vec::<f32>::try_from(whole).unwrap());
+    }
 
     #[test]
     fn values_depend_on_seed_and_name_only() {

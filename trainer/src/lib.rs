@@ -14,6 +14,7 @@ pub mod checkpoint;
 pub mod error;
 pub mod executor;
 pub mod faults;
+pub mod forward;
 pub mod groups;
 pub mod init;
 pub mod micro_batch;

@@ -1,4 +1,5 @@
-//! A rank's share of the model, and the verbs that a recipe drives it with.
+//! A rank's share of the model, and the verbs that a recipe drives it with: `forward_backward`, `optim_step`, `evaluate`;
+//! `forward` lies in [`crate::forward`].
 
 use crate::buckets::Buckets;
 use crate::error::{Result, TrainError};
@@ -6,13 +7,18 @@ use crate::executor::{Executor, Parts};
 use crate::faults::Fault;
 use crate::groups::Groups;
 use crate::init::{self, TensorSource};
-use crate::micro_batch::Rows;
+use crate::micro_batch::{MicroBatches, Reader, Rows, Work};
 use crate::optim::{Optimizer, StepStats};
 use crate::shards::narrow;
 use crate::store::WeightStore;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tangelo_configs::job::{ComputeType, RotateMethod};
 use tangelo_configs::{Plan, Sharding};
+use tangelo_configs::model::HeadSpec;
+use tangelo_core::loss::Reads;
 use tangelo_core::{Batch, Group, Instruction, LossSpec, Phase, Program, env};
 use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::device;
@@ -20,11 +26,13 @@ use tangelo_models::Model;
 use tch::{Device, Kind, Tensor};
 
 /// What [`TrainWorker::forward_backward`] found.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LossStats {
-    /// The loss: weighted mean over all trained tokens of the global batch.
+    /// The loss over the global batch: the weighted mean over all trained tokens, or the sum of components.
     pub loss: f64,
-    /// Sum of token weights over the global batch.
+    /// What components of a sum tell beside the loss, under verl's names, over the global batch.
+    pub metrics: Vec<(&'static str, f64)>,
+    /// Sum of token weights (of marks, in a sum of components) over the global batch.
     pub total_weight: f64,
     /// Tokens over all ranks.
     pub tokens: u64,
@@ -42,6 +50,7 @@ pub struct LossStats {
 
 /// The model, the optimizer and the groups of one rank.
 pub struct TrainWorker {
+    plan: Plan,
     model: Model,
     store: WeightStore,
     buckets: Buckets,
@@ -49,11 +58,11 @@ pub struct TrainWorker {
     groups: Groups,
     sharding: Sharding,
     program: Program,
+    /// Passes of other numbers of micro-batches than the plan's.
+    passes: RefCell<HashMap<usize, Arc<[Instruction]>>>,
     rank: usize,
-    rows_per_micro_batch: usize,
+    micro_batches: MicroBatches,
     rotate_method: RotateMethod,
-    /// Micro-batches of a pass.
-    num_micro_batches: usize,
     /// Whether the gradients are those of a whole pass, summed over ranks.
     has_gradients: bool,
     /// Updates done so far.
@@ -87,6 +96,7 @@ impl TrainWorker {
         let buckets = Buckets::new(&model, &sharding, &store, &program.buckets, rank);
         let optimizer = Optimizer::new(&model, &sharding, &store, &program.buckets, rank, config, max_norm);
         Ok(TrainWorker {
+            plan: plan.clone(),
             model,
             store,
             buckets,
@@ -94,10 +104,10 @@ impl TrainWorker {
             groups,
             sharding,
             program,
+            passes: RefCell::default(),
             rank,
-            rows_per_micro_batch: plan.config.training.local_batch_size,
+            micro_batches: MicroBatches::Rows(plan.config.training.local_batch_size),
             rotate_method: plan.config.parallelism.context_parallel_rotate_method,
-            num_micro_batches: plan.gradient_accumulation_steps,
             has_gradients: false,
             num_updates: 0,
             counts_allocations: !device.is_cuda()
@@ -229,9 +239,9 @@ impl TrainWorker {
         if self.has_gradients {
             return Err(TrainError::Internal("forward_backward was called again without optim_step between".into()));
         }
-        let rows = self.rows(batch, loss)?;
-        self.check_rows(rows.len())?;
-        let run = || Executor::new(self.parts(), &rows, stop).run(&self.program.pass);
+        let rows = self.rows(batch, self.work(batch, loss)?)?;
+        let program = self.pass(rows.len())?;
+        let run = || Executor::new(self.parts(), &rows, stop).run(&program);
         let (pass, allocated) = match self.counts_allocations {
             true => device::count_allocations(run),
             false => (run(), 0),
@@ -242,6 +252,7 @@ impl TrainWorker {
         Ok(LossStats {
             allocated: self.counts_allocations.then_some(allocated),
             loss: pass.shared[0],
+            metrics: pass.metrics,
             total_weight: pass.totals[0],
             tokens: pass.totals[1] as u64,
             forward: pass.forward,
@@ -251,26 +262,75 @@ impl TrainWorker {
         })
     }
 
-    /// A pass has a fixed number of micro-batches, equal on all ranks.
-    fn check_rows(&self, found: usize) -> Result<()> {
-        let (expected, each) = (self.num_micro_batches, self.rows_per_micro_batch);
-        if found == expected {
-            return Ok(());
+    /// How rows become micro-batches from now on; every rank must be told the same. At first: the plan's rows each.
+    pub fn set_micro_batches(&mut self, micro_batches: MicroBatches) {
+        self.micro_batches = micro_batches;
+    }
+
+    /// The instructions of a pass of `count` micro-batches. With so many rows each, that is a fixed number.
+    fn pass(&self, count: usize) -> Result<Arc<[Instruction]>> {
+        let expected = self.plan.gradient_accumulation_steps;
+        if let MicroBatches::Rows(each) = self.micro_batches
+            && count != expected
+        {
+            return Err(TrainError::Data(format!(
+                "a batch of {count} micro-batches of {each} sequences, expected {expected}: a rank's share of \
+                 training.global_batch_size"
+            )));
         }
-        Err(TrainError::Data(format!(
-            "a batch of {found} micro-batches of {each} sequences, expected {expected}: a rank's share of \
-             training.global_batch_size"
-        )))
+        let (plan, stage) = (&self.plan, self.sharding.topology().stage(self.rank));
+        let build = || {
+            let plan = Plan { gradient_accumulation_steps: count, ..plan.clone() };
+            tangelo_planner::program::build(&plan, stage).pass.into()
+        };
+        Ok(Arc::clone(self.passes.borrow_mut().entry(count).or_insert_with(build)))
     }
 
-    fn rows<'a>(&'a self, batch: &'a Batch, loss: &LossSpec) -> Result<Rows<'a>> {
-        let place = (self.sharding.topology(), self.rank);
-        let (vocab_size, device) = (self.model.spec().vocab_size, self.model.device());
-        Rows::new(batch, loss, self.rows_per_micro_batch, place, self.rotate_method, vocab_size, device)
+    fn work(&self, batch: &Batch, loss: &LossSpec) -> Result<Work> {
+        let reads = loss.check().map_err(TrainError::Config)?;
+        match (self.model.spec().head, reads) {
+            (HeadSpec::Vocabulary, Reads::Distribution) | (HeadSpec::Scalar { .. }, Reads::Value) => {
+                Work::of(loss, batch)
+            }
+            (head, reads) => Err(TrainError::Config(format!(
+                "the model has a head of type {head:?}, but the loss reads {reads:?}: `value` belongs to a critic, all \
+                 other components to a policy"
+            ))),
+        }
     }
 
-    fn parts(&self) -> Parts<'_> {
+    /// The rows of this rank as micro-batches, on all ranks the same number of them.
+    pub(crate) fn rows(&self, batch: &Batch, work: Work) -> Result<Rows<'_>> {
+        let lengths = batch.row_lengths()?;
+        let needed = self.micro_batches.needed(&lengths);
+        let count = match (self.micro_batches, self.groups.get(Group::Batch)) {
+            (MicroBatches::Rows(_), _) | (_, None) => needed,
+            (_, Some(readers)) => most_over_ranks(readers, needed)?,
+        };
+        let cuts = self.micro_batches.cut(&lengths, count);
+        let reader = Reader {
+            topology: self.sharding.topology(),
+            rank: self.rank,
+            rotate_method: self.rotate_method,
+            vocab_size: self.model.spec().vocab_size,
+            device: self.model.device(),
+        };
+        Rows::new(batch, work, cuts, reader)
+    }
+
+    /// What the executor works on.
+    pub(crate) fn parts(&self) -> Parts<'_> {
         Parts { model: &self.model, store: &self.store, buckets: &self.buckets, groups: &self.groups }
+    }
+
+    /// The rank's communicators.
+    pub(crate) fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// The program of the plan's own steps.
+    pub(crate) fn program(&self) -> &Program {
+        &self.program
     }
 
     /// Throws the gradients of a pass away; another may begin.
@@ -321,8 +381,12 @@ impl TrainWorker {
         let (mut sum, mut total) = (0.0, 0.0);
         for batch in batches {
             let batch = batch?;
-            let rows = self.rows(&batch, loss)?;
-            total += rows.totals()?[0];
+            let work = self.work(&batch, loss)?;
+            let Work::CrossEntropy { .. } = work else {
+                return Err(TrainError::Config("evaluation knows cross-entropy at temperature 1 alone".into()));
+            };
+            let rows = self.rows(&batch, work)?;
+            total += rows.counts()[0];
             for index in 0..rows.len() {
                 let one = rows.only(index);
                 sum += Executor::new(self.parts(), &one, false).run(&self.program.evaluate)?.loss_sum;
@@ -346,6 +410,12 @@ pub fn sum_over_ranks(comm: &Communicator, values: &[f64]) -> Result<Vec<f64>> {
     let all = comm.all_gather(&Tensor::from_slice(values).to_device(comm.device()))?.to_device(Device::Cpu);
     let all = Vec::<f64>::try_from(all.reshape([-1])).expect("an f64 tensor");
     Ok((0..values.len()).map(|i| all.iter().skip(i).step_by(values.len()).sum()).collect())
+}
+
+/// The largest of the ranks' numbers.
+fn most_over_ranks(comm: &Communicator, own: usize) -> Result<usize> {
+    let all = comm.all_gather(&Tensor::from_slice(&[own as i64]).to_device(comm.device()))?;
+    Ok(all.max().int64_value(&[]) as usize)
 }
 
 impl From<tangelo_kernels::comm::CommError> for TrainError {

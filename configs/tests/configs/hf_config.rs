@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use tangelo_configs::hf_config::{from_json, generation_config, to_json};
-use tangelo_configs::{AttentionSpec, MixerSpec, ModelSpec, RopeScaling, flavors};
+use tangelo_configs::{AttentionSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, flavors};
 use tangelo_core::DType;
 
 fn attention(spec: &ModelSpec, layer: usize) -> AttentionSpec {
@@ -36,6 +36,10 @@ fn specs() -> Vec<(String, ModelSpec)> {
     for layer in [1, 4] {
         attention_mut(&mut qwen3, layer).sliding_window = Some(512);
     }
+    let mut reward = named("smollm2-135m").with_scalar_head();
+    specs.push(("critic".into(), reward.clone()));
+    reward.head = HeadSpec::Scalar { bias: true };
+    specs.push(("reward model".into(), reward));
     specs.extend([("llama with biases".into(), llama), ("qwen2 mixed".into(), qwen2), ("qwen3 mixed".into(), qwen3)]);
     specs
 }
@@ -83,10 +87,13 @@ fn what_cannot_be_modelled_is_refused() {
     );
     check(
         "architectures",
+        json!(["LlamaForQuestionAnswering"]),
+        expect![[r#"config.json: `architectures` is ["LlamaForQuestionAnswering"]; expected ["LlamaForCausalLM"]"#]],
+    );
+    check(
+        "architectures",
         json!(["LlamaForSequenceClassification"]),
-        expect![[
-            r#"config.json: `architectures` is ["LlamaForSequenceClassification"]; expected ["LlamaForCausalLM"]"#
-        ]],
+        expect!["config.json: `num_labels` is 2; expected 1: a reward model or critic gives one number"],
     );
     check("hidden_act", json!("gelu"), expect![[r#"config.json: `hidden_act` is "gelu"; expected "silu""#]]);
     check("hidden_size", Value::Null, expect!["config.json: `hidden_size` is absent; expected a positive integer"]);

@@ -13,6 +13,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod distribution;
 pub mod embedding;
 pub mod linear;
 pub mod muon;

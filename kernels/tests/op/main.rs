@@ -7,6 +7,7 @@
 
 mod attention;
 mod common;
+mod distribution;
 mod loss;
 mod muon;
 mod pointwise;

@@ -68,7 +68,7 @@ pub fn forward(model: &ModelSpec, seq_len: usize) -> ForwardFlops {
 
 /// The vocabulary head, tied or not.
 pub fn head_flops(model: &ModelSpec) -> ForwardFlops {
-    ForwardFlops { matrix: 2.0 * (model.vocab_size * model.hidden_size) as f64, ..ForwardFlops::default() }
+    ForwardFlops { matrix: 2.0 * (model.head_width() * model.hidden_size) as f64, ..ForwardFlops::default() }
 }
 
 /// One block.

@@ -115,7 +115,7 @@ fn model_stages(plan: &Plan) -> Vec<Stage> {
         stage(
             "loss",
             "logits",
-            &[chunk, model.vocab_size.div_ceil(tensor)],
+            &[chunk, model.head_width().div_ceil(tensor)],
             dtype,
             format!("{} x: chunk by chunk", tokens.div_ceil(chunk)),
         ),

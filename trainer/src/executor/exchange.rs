@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::groups::Groups;
 use crate::micro_batch::SequencePlace;
+use std::ops::Range;
 use tangelo_configs::MixerSpec;
 use tangelo_core::{Exchange, Group, SequenceLayout};
 use tangelo_kernels::comm::Communicator;
@@ -25,6 +26,13 @@ impl<'a> Exchanger<'a> {
     /// Tokens in this rank's residual stream.
     pub fn own_tokens(&self, layout: SequenceLayout) -> usize {
         self.tensor_counts(layout)[self.place.tensor]
+    }
+
+    /// Which of the tokens of its tensor group these are.
+    pub fn own_range(&self, layout: SequenceLayout) -> Range<usize> {
+        let counts = self.tensor_counts(layout);
+        let start = counts[..self.place.tensor].iter().sum();
+        start..start + counts[self.place.tensor]
     }
 
     fn tensor_counts(&self, layout: SequenceLayout) -> Vec<usize> {

@@ -1,11 +1,12 @@
-//! The end of the model: final norm, head and cross-entropy, with the head whole or its ids cut over tensor ranks.
+//! The end of the model under cross-entropy alone: final norm, head and loss, with the head whole or its ids cut over tensor
+//! ranks. What else can be made of the head's output lies in [`super::head`].
 //!
 //! With cut ids, hidden states are gathered over tensor ranks, each chunk's softmax is put together from three numbers per
 //! token and rank (maximum, sum of exponentials, the target's logit), and the hidden states' gradients are summed back.
 
 use super::{Executor, LOSS_CHUNK_TOKENS};
 use crate::error::Result;
-use crate::micro_batch::MicroBatch;
+use crate::micro_batch::{MicroBatch, Work};
 use tangelo_core::Group;
 use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::op::cross_entropy::vocab_parallel as cut;
@@ -22,19 +23,32 @@ impl Executor<'_> {
         } else {
             tch::no_grad(|| self.model.final_norm(&input))
         };
-        let hidden = self.exchanger.gather_sequence(normed.detach(), lane.layout())?;
-        let (loss_sum, gradient) = match self.groups.get(Group::Tensor) {
-            Some(comm) => self.cut_head(comm, &hidden, &lane.batch, train)?,
-            None => self.whole_head(&hidden, &lane.batch, train),
+        let gradient = match self.model.head().is_scalar() {
+            true => self.scalar_head(&normed.detach(), &lane.batch, train)?,
+            false => {
+                let hidden = self.exchanger.gather_sequence(normed.detach(), lane.layout())?;
+                let gradient = self.vocabulary_head(&hidden, &lane.batch, train)?;
+                gradient.map(|g| self.exchanger.scatter_sequence(g, lane.layout())).transpose()?
+            }
         };
-        self.stats.loss_sum += loss_sum;
         if let Some(gradient) = gradient {
-            let gradient = self.exchanger.scatter_sequence(gradient, lane.layout())?;
             autograd::backward(&[&normed], &[&gradient]);
             lane.set_x_gradient(input.grad());
             self.lanes.insert(micro_batch, lane);
         }
         Ok(())
+    }
+
+    fn vocabulary_head(&mut self, hidden: &Tensor, batch: &MicroBatch, train: bool) -> Result<Option<Tensor>> {
+        let Work::CrossEntropy { .. } = &*self.rows.work else {
+            return self.distribution_head(hidden, batch, train);
+        };
+        let (loss_sum, gradient) = match self.groups.get(Group::Tensor) {
+            Some(comm) => self.cut_head(comm, hidden, batch, train)?,
+            None => self.whole_head(hidden, batch, train),
+        };
+        self.stats.loss_sum += loss_sum;
+        Ok(gradient)
     }
 
     fn whole_head(&self, hidden: &Tensor, batch: &MicroBatch, train: bool) -> (f64, Option<Tensor>) {

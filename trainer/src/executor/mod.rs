@@ -14,6 +14,7 @@
 //! `.grad`.
 
 mod exchange;
+mod head;
 mod lane;
 mod loss;
 mod ring;
@@ -21,13 +22,14 @@ mod ring;
 use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::groups::{Arriving, Groups};
-use crate::micro_batch::Rows;
+use crate::micro_batch::{Rows, Work};
 use crate::store::WeightStore;
 use crate::worker::sum_over_ranks;
 use exchange::Exchanger;
 use lane::Lane;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
+use tangelo_core::loss::objective::{Prediction, Scales, Sums};
 use tangelo_core::{Group, Instruction, Pass, Phase, Unit};
 use tangelo_kernels::comm::Pending;
 use tangelo_models::Model;
@@ -37,14 +39,18 @@ use tch::Tensor;
 pub const LOSS_CHUNK_TOKENS: i64 = tangelo_planner::memory::LOSS_CHUNK_TOKENS as i64;
 
 /// What a pass gives.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PassStats {
     /// Sum over this rank's tokens of weight * -log p(target), not normalised; 0 where another rank counts them.
     pub loss_sum: f64,
-    /// Sum of token weights, and number of tokens, over all rows of all ranks.
+    /// Sum of token weights (of marks, in a sum of components), and number of tokens, over all rows of all ranks.
     pub totals: [f64; 2],
     /// The loss of the whole batch, and on how many ranks this was asked to be the last step.
     pub shared: [f64; 2],
+    /// What components tell beside the loss, over the whole batch.
+    pub metrics: Vec<(&'static str, f64)>,
+    /// What the model says of each of this rank's tokens, where that was asked for.
+    pub predictions: Vec<Prediction>,
     /// Time computing on the way to the loss.
     pub forward: Duration,
     /// Time computing on the way back.
@@ -76,6 +82,9 @@ pub struct Executor<'a> {
     rows: &'a Rows<'a>,
     /// Coefficient of the loss over the whole batch's weight.
     scale: f64,
+    /// The same for a sum of components, and what these have summed up.
+    scales: Scales,
+    sums: Sums,
     /// Whether this rank was asked to stop; travels with the loss, so that all ranks learn it in the same step.
     stop: bool,
     lanes: HashMap<usize, Lane>,
@@ -101,6 +110,8 @@ impl<'a> Executor<'a> {
             exchanger,
             rows,
             scale: 0.0,
+            scales: Scales::default(),
+            sums: Sums::default(),
             stop,
             lanes: HashMap::new(),
             gathering: HashMap::new(),
@@ -192,17 +203,33 @@ impl<'a> Executor<'a> {
 
     /// The whole batch's weight normalises every micro-batch, however rows are cut.
     fn count_tokens(&mut self) -> Result<()> {
-        let own = self.rows.totals()?;
-        let totals = self.groups.get(Group::Batch).map_or(Ok(own.to_vec()), |comm| sum_over_ranks(comm, &own))?;
+        let own = self.rows.counts();
+        let totals = self.groups.get(Group::Batch).map_or(Ok(own.clone()), |comm| sum_over_ranks(comm, &own))?;
         self.stats.totals = [totals[0], totals[1]];
-        self.scale = if totals[0] > 0.0 { self.rows.coefficient / totals[0] } else { 0.0 };
+        match &*self.rows.work {
+            Work::CrossEntropy { coefficient, .. } => {
+                self.scale = if totals[0] > 0.0 { coefficient / totals[0] } else { 0.0 };
+            }
+            Work::Objective { objective, .. } => {
+                let counts: Vec<f64> = totals[..1].iter().chain(&totals[2..]).copied().collect();
+                (self.scales, self.sums) = (objective.scales(&counts), objective.no_sums());
+            }
+            Work::Predict { .. } => {}
+        }
         Ok(())
     }
 
     fn share_loss(&mut self) -> Result<()> {
-        let own = [self.stats.loss_sum, f64::from(u8::from(self.stop))];
+        let stop = f64::from(u8::from(self.stop));
+        let Work::Objective { objective, .. } = &*self.rows.work else {
+            let sums = sum_over_ranks(self.groups.world(), &[self.stats.loss_sum, stop])?;
+            self.stats.shared = [sums[0] * self.scale, sums[1]];
+            return Ok(());
+        };
+        let own: Vec<f64> = [self.sums.loss(), stop].into_iter().chain(self.sums.0[1..].iter().copied()).collect();
         let sums = sum_over_ranks(self.groups.world(), &own)?;
-        self.stats.shared = [sums[0] * self.scale, sums[1]];
+        self.stats.shared = [sums[0], sums[1]];
+        self.stats.metrics = objective.metrics().into_iter().zip(sums[2..].iter().copied()).collect();
         Ok(())
     }
 

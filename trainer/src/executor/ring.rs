@@ -205,7 +205,7 @@ impl Executor<'_> {
         let work = std::mem::take(lane.side(tangelo_core::Pass::Forward));
         let [q, k, v] = work.as_slice() else { unreachable!("attention reads queries, keys and values") };
         let kv = Tensor::stack(&[k, v], 0);
-        let running = tch::no_grad(|| self.ring_of(&lane, layer).forward(self.rows.rotate_method, q, &kv))?;
+        let running = tch::no_grad(|| self.ring_of(&lane, layer).forward(self.rows.rotate_method(), q, &kv))?;
         let out = running.out.to_kind(q.kind());
         *lane.side(tangelo_core::Pass::Forward) = vec![out.shallow_clone()];
         if keep {
@@ -224,7 +224,7 @@ impl Executor<'_> {
         let (dout, kind) = (dout.contiguous(), record.q.kind());
         let ring = self.ring_of(&lane, layer);
         let wide = gradient_kind(self.model);
-        let [dq, dkv] = tch::no_grad(|| ring.backward(self.rows.rotate_method, &record, &dout, wide))?;
+        let [dq, dkv] = tch::no_grad(|| ring.backward(self.rows.rotate_method(), &record, &dout, wide))?;
         *lane.side(tangelo_core::Pass::Backward) = [dq, dkv.get(0), dkv.get(1)].map(|g| g.to_kind(kind)).into();
         self.lanes.insert(micro_batch, lane);
         Ok(())

@@ -4,6 +4,7 @@ use super::checkpointing::Checkpointing;
 use super::recorder::Recorder;
 use crate::checkpoint::{Checkpoint, TrainState, find_usable};
 use crate::error::{Result, TrainError};
+use crate::init::WithNewHead;
 use crate::open_model::{self, Source};
 use crate::persist;
 use crate::process::{RankInfo, threads_for};
@@ -206,8 +207,13 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
             })
         }
         Source::Pretrained(weights) => {
-            check_shapes(plan, weights.spec(), &path)?;
-            worker.start_from(source.tensors())?;
+            let new = check_shapes(plan, weights.spec(), &path)?;
+            if !new.is_empty() {
+                let names = new.join(", ");
+                recorder.warn(0, &format!("{}: no {names} there; the head starts from the seed", path.display()));
+            }
+            let (rest, seed, std) = (source.tensors(), plan.config.debug.seed, plan.model.initializer_range);
+            worker.start_from(&WithNewHead { rest, new, seed, std })?;
             Ok(fresh)
         }
     }
@@ -219,13 +225,17 @@ fn initial_path(plan: &Plan) -> Option<PathBuf> {
     checkpoint.initial_load_path.clone().or(assets)
 }
 
-/// The first parameter in which a pre-trained model differs from the plan's.
-fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::path::Path) -> Result<()> {
+/// Fails at the first parameter in which a pre-trained model differs from the plan's; names those of a scalar head that it
+/// lacks.
+fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::path::Path) -> Result<Vec<String>> {
     let dtype = tangelo_core::DType::F32;
     let (expected, found) = (plan.model.parameters(dtype), found.parameters(dtype));
+    let mut new = Vec::new();
     for meta in &expected {
         let other = found.iter().find(|m| m.name == meta.name).map(|m| &m.shape);
-        if other != Some(&meta.shape) {
+        if other.is_none() && tangelo_configs::ModelSpec::is_scalar_head(&meta.name) {
+            new.push(meta.name.clone());
+        } else if other != Some(&meta.shape) {
             return Err(TrainError::Config(format!(
                 "{}: {} has shape {other:?} there, {:?} in [model]; give the flavor of the weights or none",
                 path.display(),
@@ -234,7 +244,7 @@ fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::pat
             )));
         }
     }
-    Ok(())
+    Ok(new)
 }
 
 /// The tokenizer that the job's data was prepared with.

@@ -59,6 +59,15 @@ struct Typed {
   void (*softmax_stats_row)(const void* logits, int64_t width, int64_t target, float* stats);
   // Such a row becomes (exp(logit - lse) - one hot) * scale; exactly 0 where the scale is.
   void (*softmax_gradient_row)(void* logits, int64_t width, int64_t target, float lse, float scale);
+  // Of a row of some of the logits, divided by a temperature: the largest (minus infinity where `width` is 0), the sum of
+  // exp(logit - largest), that of exp(logit - largest)(logit - largest), and the one of `target`, minus infinity where
+  // that is -1.
+  void (*distribution_row)(const void* logits, int64_t width, int64_t target, float inverse_temperature, float* stats);
+  // Such a row becomes the gradient of a loss whose slopes by the target's log-probability and by the entropy are a and b:
+  // a (one hot - p) - b p (ln p + entropy), over the temperature. `row` holds the largest logit of the whole vocabulary,
+  // ln of the sum of exp(logit - largest), the entropy, a and b; where both slopes are 0 the gradient is exactly 0.
+  void (*distribution_gradient_row)(void* logits, int64_t width, int64_t target, float inverse_temperature,
+                                    const float* row);
 };
 
 struct AdamWScalars {

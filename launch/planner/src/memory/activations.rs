@@ -194,7 +194,7 @@ pub(super) fn input_bytes(plan: &Plan) -> u64 {
 pub(super) fn loss_bytes(plan: &Plan) -> u64 {
     let (tokens, e) = (RankTokens::of(plan), plan.compute_dtype().size_bytes() as u64);
     let tensor = plan.topology.size(Group::Tensor) as u64;
-    let (v, d) = ((plan.model.vocab_size as u64).div_ceil(tensor), plan.model.hidden_size as u64);
+    let (v, d) = ((plan.model.head_width() as u64).div_ceil(tensor), plan.model.hidden_size as u64);
     // Input, output and a gradient of each; the inverse root. Under tensor parallelism, output and gradient of all.
     let gathered = if tensor > 1 { times(tokens.context, 2 * e * d) } else { 0 };
     let norm = times(tokens.own, 4 * e * d + 4) + gathered;

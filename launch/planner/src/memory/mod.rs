@@ -214,7 +214,7 @@ impl Memory {
         let here = if stages == 1 { String::new() } else { format!(" (stage {} of {stages})", self.stage) };
         let flying = if self.in_flight == 1 { String::new() } else { format!("{} x ", self.in_flight) };
         let chunk = tokens.context.min(LOSS_CHUNK_TOKENS as u64);
-        let vocabulary = plan.model.vocab_size.div_ceil(plan.topology.size(Group::Tensor));
+        let vocabulary = plan.model.head_width().div_ceil(plan.topology.size(Group::Tensor));
         let again = layers.clone().filter(|&layer| plan.recompute(layer) != Recompute::None).count();
         let mut table = Table::new(&[("memory per rank", Left), ("", Right), ("", Left)]);
         let mut row = |name: &str, n: u64, how: String| table.row([name.into(), bytes(n), how]);

@@ -9,7 +9,7 @@
 //! | `Exchange` | one collective over tensor or heads ranks for all that is worked on |
 //! | `RingAttend` of R ranks | R - 1 shifts of keys and values, or one all-gather |
 //! | its backward | R - 1 shifts of keys and values and as many of fp32 gradients, or an all-gather and a reduce-scatter |
-//! | `Loss` under tensor parallelism | gather of hidden states, three numbers a token for each chunk, scatter of gradients |
+//! | `Loss` under tensor parallelism | gather of hidden states, three numbers a token for each chunk, scatter of gradients; none with a scalar head |
 //! | `Send`, `Receive` | this rank's tokens of the residual stream |
 //! | `StartBucket`, `SumBucket` | reduce-scatter beyond the gradients' scope, then all-reduce beyond the states', beside |
 //! | `SumReplicated` | all-reduces of what several tensor ranks, or both ends of the pipeline, hold |
@@ -18,7 +18,8 @@
 //! | `PublishBucket` | all-gather of new weights beyond the weights' scope |
 //!
 //! A group of one rank makes no call; neither does a sum of nothing. Everything else is called even where it is empty.
-//! Rows are always `seq_len` long, so every micro-batch has the same tokens.
+//! Rows are always `seq_len` long, so every micro-batch has the same tokens. The loss is cross-entropy alone: sums of
+//! components send a fourth number a token, and more counts and sums.
 
 use super::buckets;
 use crate::memory::LOSS_CHUNK_TOKENS;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 use tangelo_configs::job::RotateMethod;
 use tangelo_configs::model::EMBEDDING;
 use tangelo_configs::sharding::chunk_rows;
-use tangelo_configs::{MixerSpec, ModelSpec, Plan, Sharding};
+use tangelo_configs::{HeadSpec, MixerSpec, ModelSpec, Plan, Sharding};
 use tangelo_core::{
     Axis, Call, CallKind, DType, Exchange, Group, Instruction, Level, ParamMeta, Pass, SequenceLayout, Topology, Unit,
 };
@@ -47,6 +48,7 @@ pub struct Sizes {
     hidden_size: usize,
     layout: SequenceLayout,
     rotate_method: RotateMethod,
+    has_scalar_head: bool,
     heads: Vec<LocalHeads>,
     /// By stage, then by tensor rank.
     parts: Vec<Vec<ModelPart>>,
@@ -115,6 +117,7 @@ impl Sizes {
             hidden_size: plan.model.hidden_size,
             layout,
             rotate_method: plan.config.parallelism.context_parallel_rotate_method,
+            has_scalar_head: plan.model.head != HeadSpec::Vocabulary,
             heads: heads.collect(),
             parts,
             topology,
@@ -251,6 +254,9 @@ impl Sizes {
     }
 
     fn loss(&self, place: &Place, train: bool) -> Vec<Call> {
+        if self.has_scalar_head {
+            return Vec::new();
+        }
         let tokens = self.layout.head_counts(place.ring)[place.heads];
         let mut calls = vec![self.sequence(place, CallKind::AllGather)];
         for at in (0..tokens).step_by(LOSS_CHUNK_TOKENS) {

@@ -8,7 +8,7 @@ use super::{Gguf, value::tensor_values};
 use crate::error::{FormatError, Result};
 use crate::weights::Stored;
 use std::collections::HashMap;
-use tangelo_configs::model::{EMBEDDING, FINAL_NORM, Family, LM_HEAD};
+use tangelo_configs::model::{EMBEDDING, FINAL_NORM, Family, HeadSpec, LM_HEAD};
 use tangelo_configs::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 
 /// Factors by which rotary frequencies are divided, one per pair: Llama 3.1's stretching.
@@ -118,6 +118,7 @@ pub(crate) fn spec(gguf: &Gguf) -> Result<ModelSpec> {
         hidden_size,
         rms_norm_eps: gguf.needed(&keys.key(rms_norm_eps), keys.float(rms_norm_eps))?,
         tie_word_embeddings: !has("output.weight"),
+        head: HeadSpec::Vocabulary,
         max_position_embeddings: keys.needed("context_length")?,
         // Not stored: what every family's configuration assumes.
         initializer_range: 0.02,

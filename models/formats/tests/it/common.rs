@@ -73,6 +73,7 @@ pub fn spec(family: Family, tied: bool, seed: u64) -> ModelSpec {
         hidden_size: 32,
         rms_norm_eps: 1e-5,
         tie_word_embeddings: tied,
+        head: Default::default(),
         max_position_embeddings: 64,
         initializer_range: 0.02,
         bos_token_id: Some(1),

@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 /// Rows of a global batch: two micro-batches of one row for each of eight readers.
 const ROWS: usize = 16;
 const SEQ_LEN: usize = 40;
-const VOCAB: usize = 331;
+pub const VOCAB: usize = 331;
 const STEPS: usize = 2;
 pub const LR: f64 = 1e-2;
 /// Large, so that the update is smooth where gradients vanish: with a small one it is their sign.
@@ -269,7 +269,7 @@ impl Case {
         })
     }
 
-    fn worker(&self, plan: &Plan, comm: Communicator) -> TrainWorker {
+    pub fn worker(&self, plan: &Plan, comm: Communicator) -> TrainWorker {
         let mut worker = TrainWorker::new(plan, comm.rank(), comm, Device::Cpu).expect("a worker");
         no_one_else_draws(|| worker.start_from_seed(self.seed));
         worker
@@ -291,14 +291,14 @@ fn selective(what: &str) -> Vec<String> {
     vec!["activation_checkpoint.mode='selective'".into(), format!("activation_checkpoint.selective_ac_option='{what}'")]
 }
 
-struct RankStep {
-    loss: f64,
-    norm: f64,
-    gradients: Vec<(String, IndexBox, Tensor)>,
+pub struct RankStep {
+    pub loss: f64,
+    pub norm: f64,
+    pub gradients: Vec<(String, IndexBox, Tensor)>,
 }
 
 /// Without momentum (beta1 = 0), the first moment is the gradient.
-fn owned_gradients(worker: &TrainWorker) -> Vec<(String, IndexBox, Tensor)> {
+pub fn owned_gradients(worker: &TrainWorker) -> Vec<(String, IndexBox, Tensor)> {
     let one = |state: &OwnedState| {
         let meta = &worker.model().units()[state.unit].spans()[state.range.param].meta;
         let indices = worker.sharding().box_at(meta, Level::States, worker.rank());
@@ -312,7 +312,7 @@ fn owned_gradients(worker: &TrainWorker) -> Vec<(String, IndexBox, Tensor)> {
 }
 
 /// Whole gradients from what ranks own; ranks that own the same must have found the same.
-fn join(ranks: Vec<&RankStep>, spec: &ModelSpec) -> Step {
+pub fn join(ranks: Vec<&RankStep>, spec: &ModelSpec) -> Step {
     let mut gradients = BTreeMap::new();
     for meta in spec.parameters(tangelo_core::DType::F32) {
         let shape: Vec<i64> = meta.shape.iter().map(|&n| n as i64).collect();

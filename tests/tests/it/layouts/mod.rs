@@ -1,6 +1,7 @@
 //! Every layout against one rank in float64: losses and the gradient of every parameter, two steps each.
 
 mod calls;
+mod components;
 mod harness;
 mod moving;
 mod muon;

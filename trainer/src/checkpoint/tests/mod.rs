@@ -42,6 +42,7 @@ fn model() -> ModelSpec {
         hidden_size: 12,
         rms_norm_eps: 1e-5,
         tie_word_embeddings: true,
+        head: Default::default(),
         max_position_embeddings: 64,
         initializer_range: 0.02,
         bos_token_id: None,
