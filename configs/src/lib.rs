@@ -25,6 +25,7 @@ pub mod plan;
 pub mod preset;
 pub mod requests;
 pub mod resolve;
+pub mod sampling;
 pub mod schema;
 pub mod sharding;
 
@@ -34,5 +35,6 @@ pub use job::JobConfig;
 pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use plan::Plan;
 pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
+pub use sampling::{EngineConfig, SamplingParams};
 pub use schema::schema;
 pub use sharding::Sharding;

@@ -7,8 +7,10 @@
 
 mod attention;
 mod common;
+mod logprob;
 mod loss;
 mod muon;
+mod paged;
 mod pointwise;
 mod spans;
 mod update;
