@@ -26,6 +26,7 @@ pub mod plan;
 pub mod preset;
 pub mod requests;
 pub mod resolve;
+pub mod sampling;
 pub mod schema;
 pub mod sharding;
 
@@ -36,5 +37,6 @@ pub use job::JobConfig;
 pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use plan::Plan;
 pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
+pub use sampling::{EngineConfig, SamplingParams};
 pub use schema::schema;
 pub use sharding::Sharding;

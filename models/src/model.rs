@@ -2,7 +2,7 @@
 
 use crate::block::{Angles, Block, BlockWeights, Flow};
 use crate::context::PackContext;
-use crate::decode::{DecodeState, LayerCache};
+use crate::decode::{DecodeState, LayerCache, LayerPast, Past};
 use crate::weights::{UnitWeights, Weight};
 use std::ops::Range;
 use tangelo_configs::model::{EMBEDDING, FINAL_NORM, HeadSpec, LM_HEAD, SCORE, SCORE_BIAS};
@@ -321,6 +321,20 @@ impl Model {
         DecodeState { num_tokens: 0, layers: self.blocks.iter().map(cache).collect() }
     }
 
+    /// Hidden states `[R, D]` after the final norm of the tokens `rows` of `pack`, all of which continue the sequences that
+    /// `past` holds; no gradients.
+    pub fn hidden_after(&self, pack: &PackContext, past: &mut dyn Past, rows: &[i64]) -> Tensor {
+        tch::no_grad(|| {
+            let angles = self.angles(&pack.positions);
+            let mut x = self.embed(&pack.tokens);
+            for (layer, block) in self.blocks.iter().enumerate() {
+                let past = LayerPast { past: &mut *past, layer };
+                x = block.forward(&self.block_weights[layer], &x, pack, angles.of(layer), Some(past));
+            }
+            self.final_norm(&x.index_select(0, &Tensor::from_slice(rows).to_device(self.device)))
+        })
+    }
+
     /// Feeds `tokens` that follow what `state` has seen; the logits `[V]` of the last, in fp32 (fp64 of an fp64 model).
     pub fn decode(&self, state: &mut DecodeState, tokens: &[u32]) -> Tensor {
         assert!(!tokens.is_empty(), "nothing to decode");
@@ -328,13 +342,8 @@ impl Model {
             let start = state.num_tokens as u32;
             let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
             let pack = PackContext::new(tokens, &positions, vec![0, tokens.len() as i64], self.device);
-            let angles = self.angles(&pack.positions);
-            let mut x = self.embed(&pack.tokens);
-            for (layer, cache) in state.layers.iter_mut().enumerate() {
-                x = self.blocks[layer].forward(&self.block_weights[layer], &x, &pack, angles.of(layer), Some(cache));
-            }
+            let last = self.hidden_after(&pack, state, &[tokens.len() as i64 - 1]);
             state.num_tokens += tokens.len();
-            let last = self.final_norm(&x.narrow(0, tokens.len() as i64 - 1, 1));
             let logits = op::linear(&last, &self.head().weight.value, None, None, None).squeeze_dim(0);
             if self.kind == Kind::Double { logits } else { logits.to_kind(Kind::Float) }
         })
