@@ -388,11 +388,11 @@ impl Found {
         }
     }
 
-    fn at_least(&mut self, key: &str, value: usize, least: usize) {
+    pub(crate) fn at_least(&mut self, key: &str, value: usize, least: usize) {
         self.require(value >= least, || format!("`{key}` = {value}; it must be at least {least}"));
     }
 
-    fn within(&mut self, key: &str, value: usize, least: usize, most: usize) {
+    pub(crate) fn within(&mut self, key: &str, value: usize, least: usize, most: usize) {
         self.require((least..=most).contains(&value), || {
             format!("`{key}` = {value}; it must be from {least} to {most}")
         });
@@ -402,6 +402,20 @@ impl Found {
         self.require(value.is_finite() && value >= 0.0, || {
             format!("`{key}` = {value}; it must be a number of at least 0")
         });
+    }
+
+    pub(crate) fn finite(&mut self, key: &str, value: f64) {
+        self.require(value.is_finite(), || format!("`{key}` = {value}; it must be a finite number"));
+    }
+
+    pub(crate) fn seconds(&mut self, key: &str, value: f64, most: f64) {
+        self.require(value > 0.0 && value <= most, || {
+            format!("`{key}` = {value}; it is a time above 0 and at most {most}, in seconds")
+        });
+    }
+
+    pub(crate) fn not_empty(&mut self, key: &str, value: &str, hint: &str) {
+        self.require(!value.is_empty(), || format!("`{key}` is empty; set it, {hint}"));
     }
 
     pub(crate) fn positive(&mut self, key: &str, value: f64) {
