@@ -31,6 +31,7 @@ pub mod sharding;
 pub use error::{ConfigError, Origin, Place, TextError};
 pub use flavor::flavors;
 pub use job::JobConfig;
+pub use nearest::nearest;
 pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use plan::Plan;
 pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
