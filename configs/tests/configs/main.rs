@@ -9,6 +9,7 @@ mod parallel;
 mod presets;
 mod resolve;
 mod schema;
+mod sft;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
