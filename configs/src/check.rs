@@ -168,7 +168,7 @@ fn parallelism(found: &mut Found, p: &Parallelism) {
 
 fn data(found: &mut Found, c: &JobConfig) {
     let d = &c.data;
-    found.require(!d.sources.is_empty(), || {
+    found.require(!d.sources.is_empty() || c.job.kind == JobType::Rlhf, || {
         "`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = [\"corpus/*.txt\"]".into()
     });
     sources(found, "data.sources", &d.sources);
@@ -220,8 +220,9 @@ fn sources(found: &mut Found, list: &str, sources: &[DataSource]) {
 /// Keys of the other kind of job would be read by nobody.
 fn chat(found: &mut Found, c: &JobConfig) {
     let lists = [("data.sources", &c.data.sources), ("validation.sources", &c.validation.sources)];
-    let all = || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
-    if c.job.kind == JobType::Pretrain {
+    let all =
+        || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
+    if c.job.kind != JobType::Sft {
         let data = c.data.chat_keys().map(|(key, is_set)| (format!("data.{key}"), is_set));
         let each = all().flat_map(|(at, s)| s.chat_keys().map(|(key, is_set)| (format!("{at}.{key}"), is_set)));
         for (key, _) in data.into_iter().chain(each).filter(|(_, is_set)| *is_set) {

@@ -11,6 +11,8 @@ pub use parallelism::{Parallelism, PipelineSchedule, ReshardAfterForward, Rotate
 
 use crate::model::{Family, HeadSpec, RopeScaling};
 use crate::places::Places;
+use crate::rlhf::{PlacementConfig, Rlhf, Roles, Rollout};
+use crate::{Algorithm, Prompts, Reward};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -49,6 +51,27 @@ pub struct JobConfig {
     pub comm: Comm,
     /// Reproducibility.
     pub debug: Debug,
+    /// The loop of an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rlhf: Option<Rlhf>,
+    /// How rewards become advantages, and the loss that reads them, of an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub algorithm: Option<Algorithm>,
+    /// Generation in an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+    /// What is asked in an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<Prompts>,
+    /// What answers are worth in an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward: Option<Reward>,
+    /// Models beside the policy of an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roles: Option<Roles>,
+    /// Which ranks the roles of an `rlhf` job live on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<PlacementConfig>,
     /// Where the values come from, for errors; empty in a resolved job.
     #[serde(skip)]
     pub(crate) places: Places,
@@ -78,6 +101,8 @@ pub enum JobType {
     Pretrain,
     /// Supervised fine-tuning: next-token prediction on packed conversations, of what the assistant says.
     Sft,
+    /// Reinforcement learning: prompts are answered, answers rewarded, and the policy learns from that.
+    Rlhf,
 }
 
 /// `[model]`: a flavor, or the folder whose config.json says it, or every key by hand; keys given here win.

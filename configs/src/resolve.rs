@@ -8,7 +8,7 @@
 
 use crate::check::{check_values, check_with_model};
 use crate::job::{ComputeType, DEFAULT_TEXT_COLUMN, Data, DataSource, DeviceChoice, JobConfig, JobType, Packing};
-use crate::{ConfigError, ModelSpec, Plan, architecture, parallel};
+use crate::{ConfigError, ModelSpec, Plan, Role, architecture, parallel};
 use std::path::{Path, PathBuf};
 use tangelo_core::{Group, env};
 
@@ -64,7 +64,7 @@ impl Resources {
     }
 
     /// The same for a glob: characters of the folder put in front stand for themselves.
-    fn absolute_pattern(&self, pattern: &str) -> String {
+    pub(crate) fn absolute_pattern(&self, pattern: &str) -> String {
         let (base, rest) = self.split_base(Path::new(pattern));
         let is_glob = pattern.contains(GLOB_CHARACTERS) && !rest.is_absolute();
         let base = base.to_string_lossy();
@@ -159,17 +159,20 @@ pub fn resolve(config: JobConfig, resources: &Resources, assets: &dyn ModelAsset
     let mut config = config;
     let places = std::mem::take(&mut config.places);
     config.include.clear();
-    resolve_unplaced(config, resources, assets).map_err(|error| places.locate(error))
+    resolve_role(config, Role::Policy, resources, assets).map_err(|error| places.locate(error))
 }
 
-fn resolve_unplaced(
+/// The plan of a job, or of a role of an `rlhf` job.
+pub(crate) fn resolve_role(
     mut config: JobConfig,
+    role: Role,
     resources: &Resources,
     assets: &dyn ModelAssets,
 ) -> Result<Plan, ConfigError> {
     resolve_paths(&mut config, resources)?;
     check_values(&config)?;
-    let mesh = parallel::resolve_mesh(&mut config, resources.world_size)?;
+    let world_size = crate::rlhf::resolve_sections(&mut config, role, resources)?;
+    let mesh = parallel::resolve_mesh(&mut config, world_size)?;
     parallel::resolve_reshard(&mut config.parallelism);
     resolve_device(&mut config, resources);
     resolve_schedule(&mut config);
@@ -265,7 +268,9 @@ fn resolve_sources(sources: &mut [DataSource], kind: JobType, taken: &[String], 
         names.push(name.clone());
         source.name = Some(name);
         match kind {
-            JobType::Pretrain => _ = source.text_column.get_or_insert_with(|| DEFAULT_TEXT_COLUMN.into()),
+            JobType::Pretrain | JobType::Rlhf => {
+                _ = source.text_column.get_or_insert_with(|| DEFAULT_TEXT_COLUMN.into())
+            }
             JobType::Sft => {
                 source.format.get_or_insert_default();
                 source.as_messages.get_or_insert(false);

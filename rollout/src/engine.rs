@@ -166,7 +166,9 @@ impl Engine {
     pub fn step(&mut self, model: &Model) -> Result<StepReport, RolloutError> {
         let started = Instant::now();
         let Some(kv) = self.kv.take() else {
-            return Err(RolloutError::Memory("it was given back (release_kv); take it again before the next step".into()));
+            return Err(RolloutError::Memory(
+                "it was given back (release_kv); take it again before the next step".into(),
+            ));
         };
         let plan = self.scheduler.plan();
         plan.copies.iter().for_each(|copy| kv.copy_block(copy.from as usize, copy.to as usize));
@@ -431,7 +433,12 @@ fn whole_layers(model: &Model) -> Result<Vec<LayerShape>, RolloutError> {
     Ok(model.layers().map(shape).collect())
 }
 
-fn num_blocks(config: &EngineConfig, block_bytes: usize, max_len: usize, device: Device) -> Result<usize, RolloutError> {
+fn num_blocks(
+    config: &EngineConfig,
+    block_bytes: usize,
+    max_len: usize,
+    device: Device,
+) -> Result<usize, RolloutError> {
     let bytes = match (config.kv_memory_mib, device) {
         (0, Device::Cpu) => (available_memory().unwrap_or(0) as f64 * config.kv_memory_fraction) as usize,
         (0, _) => return Err(RolloutError::Memory("set `rollout.kv_memory_mib` on a GPU".into())),

@@ -41,9 +41,15 @@ pub(super) struct Conversation {
 pub(super) enum Example {
     Conversation(Conversation),
     /// A prompt of messages, and the prompt and the completion together.
-    Completion { prompt: Conversation, both: Conversation },
+    Completion {
+        prompt: Conversation,
+        both: Conversation,
+    },
     /// A prompt and a completion that no template touches.
-    Text { prompt: String, completion: String },
+    Text {
+        prompt: String,
+        completion: String,
+    },
 }
 
 type Result<T> = std::result::Result<T, String>;
@@ -102,11 +108,12 @@ fn prompt_and_completion(
         (Value::String(prompt), Value::String(completion)) if !options.as_messages => {
             return Ok(Example::Text { prompt: prompt.clone(), completion: completion.clone() });
         }
-        (Value::String(_), Value::String(_)) => (vec![message("user", &prompt)], vec![message("assistant", &completion)]),
-        (Value::Array(_), Value::Array(_)) => (
-            check_messages(prompt, names.0, DataFormat::Auto)?,
-            check_messages(completion, names.1, DataFormat::Auto)?,
-        ),
+        (Value::String(_), Value::String(_)) => {
+            (vec![message("user", &prompt)], vec![message("assistant", &completion)])
+        }
+        (Value::Array(_), Value::Array(_)) => {
+            (check_messages(prompt, names.0, DataFormat::Auto)?, check_messages(completion, names.1, DataFormat::Auto)?)
+        }
         _ => {
             let (prompt, completion) = (kind(&prompt), kind(&completion));
             return Err(format!(

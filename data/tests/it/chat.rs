@@ -14,8 +14,8 @@ use tangelo_core::{Batch, Column};
 use tangelo_data::encode::Scratch;
 use tangelo_data::tokenizer::{TrainOptions, train};
 use tangelo_data::{
-    ChatEncoder, ChatOptions, DataError, Loader, LoaderOptions, Manifest, PrepareOptions, Progress, Split, TextTokenizer,
-    inspect, open_validation, prepare, prepare_job, preview,
+    ChatEncoder, ChatOptions, DataError, Loader, LoaderOptions, Manifest, PrepareOptions, Progress, Split,
+    TextTokenizer, inspect, open_validation, prepare, prepare_job, preview,
 };
 use tangelo_formats::{Assets, TokenizerAssets};
 
@@ -63,7 +63,8 @@ fn options(folder: &Folder, source: &str, to: &str, chat: ChatOptions) -> Prepar
 }
 
 fn loader(folder: &Folder, prepared: &str, packing: Packing) -> Loader {
-    let options = LoaderOptions { packing, validation_fraction: 0.0, seq_len: 256, ..folder.loader_options(&[(prepared, None)]) };
+    let options =
+        LoaderOptions { packing, validation_fraction: 0.0, seq_len: 256, ..folder.loader_options(&[(prepared, None)]) };
     Loader::open(options).unwrap()
 }
 
@@ -84,7 +85,8 @@ fn write_parquet(folder: &Folder, name: &str, conversations: &[Vec<(&'static str
         (field("role", false), text(flat.iter().map(|m| m.0).collect())),
     ]);
     let item = Arc::new(Field::new("item", items.data_type().clone(), false));
-    let list = ListArray::new(item, OffsetBuffer::from_lengths(conversations.iter().map(Vec::len)), Arc::new(items), None);
+    let list =
+        ListArray::new(item, OffsetBuffer::from_lengths(conversations.iter().map(Vec::len)), Arc::new(items), None);
     let batch = RecordBatch::try_from_iter([("messages", Arc::new(list) as ArrayRef)]).unwrap();
     let file = File::create(folder.path(name)).unwrap();
     let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
@@ -97,12 +99,14 @@ fn every_kind_of_row_and_file_gives_the_same_shards() {
     let folder = folder(Some(MARKED));
     let count = 0..60;
     folder.write("messages.jsonl", lines(count.clone().map(|i| json!({ "id": i, "messages": messages(i) }))));
-    let names = |role: &str| match role {
-        "user" => "human",
-        "assistant" => "gpt",
-        other => other,
-    }
-    .to_owned();
+    let names = |role: &str| {
+        match role {
+            "user" => "human",
+            "assistant" => "gpt",
+            other => other,
+        }
+        .to_owned()
+    };
     let sharegpt = |i| -> Value {
         conversation(i).into_iter().map(|(role, text)| json!({ "from": names(role), "value": text })).collect()
     };
@@ -129,7 +133,8 @@ fn what_is_trained_is_what_the_assistant_says() {
     let tokenizer = TextTokenizer::open(&folder.path("tokenizer")).unwrap();
     folder.write("plain.jinja", plain());
     let marked = ChatEncoder::new(&tokenizer, None, ChatOptions::new(10_000)).unwrap();
-    let incremental = ChatEncoder::new(&tokenizer, Some(&folder.path("plain.jinja")), ChatOptions::new(10_000)).unwrap();
+    let incremental =
+        ChatEncoder::new(&tokenizer, Some(&folder.path("plain.jinja")), ChatOptions::new(10_000)).unwrap();
     for number in 0..40 {
         let row = json!({ "messages": messages(number) }).to_string();
         let found = marked.encode(&row, &mut Scratch::default()).unwrap().unwrap();
@@ -186,9 +191,7 @@ impl Progress for Warnings {
 fn long_conversations_are_cut_or_left_out_and_counted() {
     let folder = folder(Some(MARKED));
     let long = |words: usize| "dog ".repeat(words);
-    let row = |question: usize, answer: usize| {
-        json!({ "messages": [{ "role": "user", "content": long(question) }, { "role": "assistant", "content": long(answer) }] })
-    };
+    let row = |question: usize, answer: usize| json!({ "messages": [{ "role": "user", "content": long(question) }, { "role": "assistant", "content": long(answer) }] });
     // Fits; its answer is cut; nothing of its answer is left.
     folder.write("a.jsonl", lines([row(2, 2), row(2, 90), row(90, 2), row(3, 3)].into_iter()));
     let prepared = |overlong: Overlong, to: &str| {
@@ -199,8 +202,10 @@ fn long_conversations_are_cut_or_left_out_and_counted() {
     };
     let (documents, truncated, dropped, warning) = prepared(Overlong::Truncate, "cut");
     assert_eq!((documents, truncated, dropped), (3, 1, 1));
-    expect!["2 of 4 conversations have more than 40 tokens: 1 are cut, 1 are left out (data.overlong, training.seq_len)"]
-        .assert_eq(&warning);
+    expect![
+        "2 of 4 conversations have more than 40 tokens: 1 are cut, 1 are left out (data.overlong, training.seq_len)"
+    ]
+    .assert_eq(&warning);
     assert_eq!(prepared(Overlong::Truncate, "cut").3, warning, "a finished folder says it again");
     let (documents, truncated, dropped, _) = prepared(Overlong::Drop, "dropped");
     assert_eq!((documents, truncated, dropped), (2, 0, 2));
@@ -238,14 +243,17 @@ fn best_fit_keeps_conversations_whole_and_targets_are_what_is_trained() {
     let start = tokenizer.assets().tokenizer.token_to_id("<|im_start|>").unwrap();
     let mut trained = 0;
     for sample in 0..loader.num_samples() {
-        let row = (0..6).map(|i| loader.batch_at(sample - sample % 6).unwrap().slice(i, 1)).nth(sample as usize % 6).unwrap();
+        let row =
+            (0..6).map(|i| loader.batch_at(sample - sample % 6).unwrap().slice(i, 1)).nth(sample as usize % 6).unwrap();
         let column = |column| row.u32_values(column).unwrap();
         let (tokens, targets, positions) = (column(Column::Tokens), column(Column::Targets), column(Column::Positions));
         let (ids, weights) = (column(Column::SeqId), row.f32_values(Column::CeWeight).unwrap());
         let pieces = loader.describe(sample);
         assert!(pieces.iter().all(|piece| piece.tokens.start == 0), "{pieces:?}");
         for at in 0..tokens.len() {
-            assert!(positions[at] != 0 || tokens[at] == start || at >= pieces.iter().map(|p| p.tokens.end as usize).sum());
+            assert!(
+                positions[at] != 0 || tokens[at] == start || at >= pieces.iter().map(|p| p.tokens.end as usize).sum()
+            );
             if weights[at] == 0.0 {
                 assert_eq!(targets[at], 0);
             } else {
@@ -269,7 +277,10 @@ fn a_folder_made_with_another_template_or_rule_is_refused() {
         assert!(matches!(error, DataError::Mismatch { what: "set of options", .. }), "{error}");
     };
     refused(PrepareOptions { chat_template: Some(folder.path("own.jinja")), ..made.clone() });
-    refused(PrepareOptions { chat: Some(ChatOptions { assistant_only_loss: false, ..ChatOptions::new(256) }), ..made.clone() });
+    refused(PrepareOptions {
+        chat: Some(ChatOptions { assistant_only_loss: false, ..ChatOptions::new(256) }),
+        ..made.clone()
+    });
     refused(PrepareOptions { chat: None, ..made.clone() });
     assert_eq!(prepare(&made, &()).unwrap(), before);
     let again = PrepareOptions { chat_template: Some(folder.path("own.jinja")), overwrite: true, ..made };
@@ -299,7 +310,8 @@ fn what_is_wrong_with_a_row_is_named() {
     check("{\"prompt\": \"a\", \"completion\": [{\"role\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
     check("[1]", expect![[""]]);
     check("{\"messages\": ", expect![[""]]);
-    let columns = ChatOptions { format: DataFormat::PromptCompletion, prompt_column: "question".into(), ..ChatOptions::new(9) };
+    let columns =
+        ChatOptions { format: DataFormat::PromptCompletion, prompt_column: "question".into(), ..ChatOptions::new(9) };
     expect![[""]].assert_eq(&fail(columns, "{}"));
     folder.write("text.txt", "plain");
     let error = prepare(&options(&folder, "text.txt", "bad", ChatOptions::new(9)), &()).unwrap_err().to_string();

@@ -179,7 +179,10 @@ fn race_times_are_exponential() {
     for threshold in [1e-6, 1e-3, 0.1, 1.0, 5.0] {
         let below = times.lt(threshold).sum(Kind::Double).double_value(&[]);
         let expected = count * -f64::exp_m1(-threshold);
-        assert!((below - expected).abs() < 5.0 * expected.sqrt() + 1.0, "{below} below {threshold}, expected {expected}");
+        assert!(
+            (below - expected).abs() < 5.0 * expected.sqrt() + 1.0,
+            "{below} below {threshold}, expected {expected}"
+        );
     }
 }
 

@@ -61,9 +61,8 @@ fn check(shape: &Shape, kind: Kind, lengths: &[usize], largest: i64) {
             batch.tables.extend(&documents[i].table);
             first_row += num_rows;
         }
-        let packed = |which| {
-            Tensor::cat(&pieces.iter().map(|&(i, n)| documents[i].rows(which, n)).collect::<Vec<_>>(), 0)
-        };
+        let packed =
+            |which| Tensor::cat(&pieces.iter().map(|&(i, n)| documents[i].rows(which, n)).collect::<Vec<_>>(), 0);
         let [q, k, v] = [packed(0), packed(1), packed(2)];
         let out = kv.attend(1, [&q, &k, &v], &batch, SCALE, shape.window);
         for (&(i, n), place) in pieces.iter().zip(&batch.sequences) {

@@ -43,11 +43,7 @@ pub struct Deadlines {
 impl Default for Deadlines {
     /// Half an hour for a verb, ten seconds for an admin call.
     fn default() -> Deadlines {
-        Deadlines {
-            verb: Duration::from_secs(1800),
-            admin: Duration::from_secs(10),
-            by_verb: BTreeMap::new(),
-        }
+        Deadlines { verb: Duration::from_secs(1800), admin: Duration::from_secs(10), by_verb: BTreeMap::new() }
     }
 }
 
@@ -131,13 +127,7 @@ impl Driver {
     /// The membership of a process on this node that the driver's process starts within itself.
     pub fn member(&self, node: usize) -> Membership {
         let DriverOptions { job, secret, host, .. } = &self.options;
-        Membership {
-            job: job.clone(),
-            node,
-            driver: self.address.clone(),
-            host: host.clone(),
-            secret: secret.clone(),
-        }
+        Membership { job: job.clone(), node, driver: self.address.clone(), host: host.clone(), secret: secret.clone() }
     }
 
     /// Waits for every rank and agent, connects, checks that roles fit.
@@ -153,8 +143,9 @@ impl Driver {
         let mut links = Vec::new();
         for (&node, address) in &roll.agents {
             let link = Link::connect(address, bearer.clone(), node as u32, &events, &self.tasks).await;
-            links.push(link.map_err(|failure| {
-                ControlError::Peer { action: format!("connecting to the agent of node {node}"), failure }
+            links.push(link.map_err(|failure| ControlError::Peer {
+                action: format!("connecting to the agent of node {node}"),
+                failure,
             })?);
         }
         introduce(&links, &roll, &mut received, within).await?;
@@ -162,8 +153,7 @@ impl Driver {
         let node_of = roll.ranks.values().map(|(node, _)| *node).collect();
         let tree = Arc::new(Tree::new(links, node_of, seed, self.traffic.clone()));
         self.tasks.spawn("collector", tree.clone().collect(received));
-        let puller =
-            Puller::new(self.store.clone(), self.address.clone(), self.traffic.clone(), &self.options.secret)?;
+        let puller = Puller::new(self.store.clone(), self.address.clone(), self.traffic.clone(), &self.options.secret)?;
         let order = placement.pools.keys().map(|pool| (pool.clone(), tokio::sync::Mutex::new(()))).collect();
         let shared = Shared {
             everyone: MeshMap::everyone(&(0..self.options.world_size).collect::<Vec<_>>())?,
@@ -250,6 +240,11 @@ impl Cluster {
     /// The job has no such role.
     pub fn group(&self, role: &str) -> Result<WorkerGroup, ControlError> {
         WorkerGroup::new(self.clone(), role)
+    }
+
+    /// Ranks of the job.
+    pub fn world_size(&self) -> usize {
+        self.0.driver.options.world_size
     }
 
     /// Calls from now on belong to this step.

@@ -45,7 +45,12 @@ pub(crate) struct Services<N> {
 }
 
 /// Serves until `close` is told so; then lets open calls end.
-pub(crate) fn serve<N: Node>(port: Port, services: Services<N>, guard: Guard, tasks: &Arc<Tasks>) -> watch::Sender<bool> {
+pub(crate) fn serve<N: Node>(
+    port: Port,
+    services: Services<N>,
+    guard: Guard,
+    tasks: &Arc<Tasks>,
+) -> watch::Sender<bool> {
     let (close, mut closing) = watch::channel(false);
     let server = Server::builder()
         .tcp_nodelay(true)
@@ -60,9 +65,9 @@ pub(crate) fn serve<N: Node>(port: Port, services: Services<N>, guard: Guard, ta
             let service = CallsServer::new(CallsService::new(node, tasks.clone()));
             service.max_decoding_message_size(limit).max_encoding_message_size(limit)
         }))
-        .add_optional_service(services.shelf.map(|shelf| {
-            FlightServiceServer::new(shelf).max_encoding_message_size(1 << 30)
-        }))
+        .add_optional_service(
+            services.shelf.map(|shelf| FlightServiceServer::new(shelf).max_encoding_message_size(1 << 30)),
+        )
         .add_optional_service(services.registrar.map(RegistryServer::new));
     let incoming = TcpIncoming::from(port.listener).with_nodelay(Some(true));
     tasks.spawn("server", async move {

@@ -302,9 +302,8 @@ impl RankNode {
                 continue;
             }
             let body = frame.payloads.first().map_or(&[][..], |body| body);
-            let answer = serde_json::from_slice(body)
-                .and_then(|admin| self.administrate(admin, frame.step))
-                .map_or_else(
+            let answer =
+                serde_json::from_slice(body).and_then(|admin| self.administrate(admin, frame.step)).map_or_else(
                     |e| self.failed(frame.call, &RankFailure::new(Cause::Protocol, format!("not an admin call: {e}"))),
                     |payload| self.answered(frame.call, payload),
                 );
@@ -356,12 +355,7 @@ impl RankNode {
         encoded.map_or_else(|failure| self.failed(call, &failure), |payload| self.answered(call, payload))
     }
 
-    fn keep_output(
-        &self,
-        output: Output,
-        context: &Context,
-        request: &Request,
-    ) -> Result<Option<Answer>, RankFailure> {
+    fn keep_output(&self, output: Output, context: &Context, request: &Request) -> Result<Option<Answer>, RankFailure> {
         if !context.answers {
             return Ok(None);
         }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use tangelo_configs::SamplingParams;
 use tangelo_core::{Column, LossSpec};
 
 /// Names of meshes that ranks register for a role.
@@ -112,51 +113,14 @@ impl Request {
     }
 }
 
-/// How to sample completions.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// How to draw completions.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sampling {
-    /// Completions per prompt; their rows follow one another.
-    pub n: usize,
-    /// At most so many new tokens.
-    pub max_new_tokens: usize,
-    /// At least so many, before a stop token counts.
-    pub min_new_tokens: usize,
-    /// Divides the logits; 0 takes the likeliest token.
-    pub temperature: f64,
-    /// Only the likeliest so many tokens; 0: all.
-    pub top_k: usize,
-    /// Only the likeliest tokens whose probabilities reach this sum; 1: all.
-    pub top_p: f64,
-    /// Only tokens at least this likely relative to the likeliest; 0: all.
-    pub min_p: f64,
-    /// Tokens that end a completion.
-    pub stop_token_ids: Vec<u32>,
-    /// Strings that end a completion.
-    pub stop: Vec<String>,
-    /// Goes on after the end-of-sequence token.
-    pub ignore_eos: bool,
-    /// Seed of the random numbers; with a row's global index and a position it decides the token.
+    /// The distribution, its bounds, and `n` completions per prompt; their rows follow one another.
+    pub params: SamplingParams,
+    /// Seed of the random numbers; with a prompt's group, a completion's index and a position it decides the token.
     pub seed: u64,
-}
-
-impl Default for Sampling {
-    /// One completion from the model's own distribution, of at most 512 tokens.
-    fn default() -> Sampling {
-        Sampling {
-            n: 1,
-            max_new_tokens: 512,
-            min_new_tokens: 0,
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            stop_token_ids: Vec::new(),
-            stop: Vec::new(),
-            ignore_eos: false,
-            seed: 0,
-        }
-    }
 }
 
 /// Weights that were made available.
@@ -343,7 +307,10 @@ mod tests {
         };
         let mut whole = part(6.0, 3.0, 5.0);
         whole.merge(&part(4.0, 1.0, 7.0));
-        assert_eq!(["loss", "longest", "tokens", "none"].map(|n| whole.get(n)), [Some(2.5), Some(7.0), Some(4.0), None]);
+        assert_eq!(
+            ["loss", "longest", "tokens", "none"].map(|n| whole.get(n)),
+            [Some(2.5), Some(7.0), Some(4.0), None]
+        );
         assert_eq!(Reading::Mean { sum: 0.0, weight: 0.0 }.value(), 0.0);
     }
 

@@ -54,6 +54,13 @@ pub enum ProgressEvent {
         #[serde(default)]
         grad_norm: Option<f64>,
     },
+    /// The driver of an RL job listens: its ranks may start.
+    Listening {
+        /// host:port.
+        address: String,
+        /// The file with the job's secret.
+        secret_file: std::path::PathBuf,
+    },
     /// A step of reinforcement learning is done.
     RlStep {
         /// Which, counted from 1.

@@ -10,6 +10,7 @@
 //! Deliberately absent: the losses themselves, which the trainer computes from the [`LossSpec`](tangelo_core::LossSpec).
 
 pub mod algorithm;
+mod call;
 mod error;
 pub mod exact;
 pub mod filter_groups;
@@ -28,6 +29,7 @@ pub mod state;
 pub mod statistics;
 pub mod whiten;
 
+pub use call::Call;
 pub use algorithm::{Algorithm, Estimate, Role, Scored};
 pub use error::{AlgoError, Sample};
 pub use exact::ExactSum;

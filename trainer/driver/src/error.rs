@@ -35,6 +35,34 @@ pub enum DriverError {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// A call failed, or the job's processes did not meet.
+    #[error("{0}")]
+    Control(#[from] tangelo_control::ControlError),
+    /// An algorithm refused a batch.
+    #[error("{0}")]
+    Algorithm(#[from] tangelo_algo::AlgoError),
+    /// A batch of the driver's own is not sound.
+    #[error("{0}")]
+    Batch(#[from] tangelo_core::BatchError),
+    /// A checkpoint cannot be used.
+    #[error("{0}")]
+    Checkpoint(String),
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}; make room or mend the folder", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A bug of ours.
     #[error("{0}")]
     Internal(String),

@@ -15,9 +15,11 @@ mod files;
 mod generator;
 mod json;
 mod loader;
+mod render;
 
 pub(crate) use columns::brief;
 pub use loader::{LoadReport, Loader, LoaderOptions};
+pub use render::ChatRenderer;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -55,6 +57,27 @@ pub struct Prompt {
     pub data_source: String,
     /// Anything else that the data say of it, for the user's own rewards; null where nothing.
     pub extra_info: Value,
+}
+
+impl Prompt {
+    /// What is asked, as text to show: the messages one under the other.
+    pub fn text(&self) -> String {
+        match &self.input {
+            PromptInput::Text(text) => text.clone(),
+            PromptInput::Messages(messages) => {
+                messages.iter().map(|m| format!("{}: {}", m.role, m.content)).collect::<Vec<_>>().join("\n")
+            }
+        }
+    }
+
+    /// The ground truth as text to show; JSON where it is no text.
+    pub fn ground_truth_text(&self) -> String {
+        match &self.ground_truth {
+            Value::Null => String::new(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// A prompt as the policy sees it.
