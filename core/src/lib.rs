@@ -4,6 +4,7 @@
 //! Invariants: no IO, no clock, no threads, no tensors. Everything here is a function of its arguments.
 //! Deliberately absent: device types, communicators, and anything that knows how a file is laid out.
 
+pub mod balance;
 pub mod batch;
 pub mod dtype;
 pub mod env;
@@ -20,6 +21,7 @@ pub mod schedule;
 pub mod sequence;
 pub mod topology;
 
+pub use balance::{Assignment, BalanceError, Counts, balance};
 pub use batch::{Batch, BatchError, Column};
 pub use dtype::DType;
 pub use layout::{IndexBox, ParamMeta, Placement, Split};
