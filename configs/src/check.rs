@@ -398,17 +398,17 @@ impl Found {
         });
     }
 
-    fn not_negative(&mut self, key: &str, value: f64) {
+    pub(crate) fn not_negative(&mut self, key: &str, value: f64) {
         self.require(value.is_finite() && value >= 0.0, || {
             format!("`{key}` = {value}; it must be a number of at least 0")
         });
     }
 
-    fn positive(&mut self, key: &str, value: f64) {
+    pub(crate) fn positive(&mut self, key: &str, value: f64) {
         self.require(value.is_finite() && value > 0.0, || format!("`{key}` = {value}; it must be a number above 0"));
     }
 
-    fn unit(&mut self, key: &str, value: f64) {
+    pub(crate) fn unit(&mut self, key: &str, value: f64) {
         self.require((0.0..=1.0).contains(&value), || format!("`{key}` = {value}; it must be in [0, 1]"));
     }
 
@@ -418,6 +418,10 @@ impl Found {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    pub(crate) fn into_messages(self) -> Vec<String> {
+        self.0
     }
 
     pub(crate) fn result(self) -> Result<(), ConfigError> {

@@ -9,6 +9,7 @@
 //! Invariant: only `load`, [`num_gpus`] and
 //! [`Resources::of_this_machine`](resolve::Resources::of_this_machine) touch the system.
 
+pub mod algorithm;
 mod architecture;
 mod check;
 mod error;
@@ -28,6 +29,7 @@ pub mod resolve;
 pub mod schema;
 pub mod sharding;
 
+pub use algorithm::Algorithm;
 pub use error::{ConfigError, Origin, Place, TextError};
 pub use flavor::flavors;
 pub use job::JobConfig;

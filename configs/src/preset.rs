@@ -10,15 +10,16 @@ pub struct Preset {
 }
 
 macro_rules! presets {
-    ($($name:literal),* $(,)?) => {
-        /// Every preset.
-        pub const PRESETS: &[Preset] =
-            &[$(Preset { name: $name, toml: include_str!(concat!("../presets/", $name, ".toml")) }),*];
+    ($(#[$doc:meta])* $of:ident in $folder:literal: $($name:literal),* $(,)?) => {
+        $(#[$doc])*
+        pub const $of: &[Preset] =
+            &[$(Preset { name: $name, toml: include_str!(concat!("../presets/", $folder, $name, ".toml")) }),*];
     };
 }
 
 presets![
-    "quickstart",
+    /// Every preset.
+    PRESETS in "": "quickstart",
     "debugmodel",
     "tiny-10m",
     "smollm2-135m",
@@ -32,4 +33,13 @@ presets![
     "qwen2.5-7b",
     "qwen3-0.6b",
     "qwen3-8b",
+];
+
+presets![
+    /// `[algorithm]` as published, to include in a job.
+    ALGORITHMS in "algorithm/": "grpo",
+    "dr-grpo",
+    "dapo",
+    "ppo",
+    "rloo",
 ];
