@@ -1,6 +1,7 @@
 //! Loading, resolving, presets and Hugging Face configurations.
 #![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
+mod algorithm;
 mod hf_config;
 mod load;
 mod optimizer;
