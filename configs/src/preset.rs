@@ -42,4 +42,6 @@ presets![
     "dapo",
     "ppo",
     "rloo",
+    "reinforce-plus-plus",
+    "reinforce-plus-plus-baseline",
 ];

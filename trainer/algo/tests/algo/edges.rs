@@ -163,6 +163,24 @@ fn settings_that_make_no_sense_are_refused() {
     );
 }
 
+/// The baseline of REINFORCE++ needs a group and knows no discount; its statistics come in two rounds.
+#[test]
+fn reinforce_plus_plus_with_a_baseline_has_rules_of_its_own() {
+    let limits = Limits { max_response_tokens: 64, samples_per_prompt: 1 };
+    let config: Config = toml::from_str("type = 'reinforce_plus_plus'\nbaseline = true\ngamma = 0.9").unwrap();
+    expect![[r#"
+        `algorithm.gamma` = 0.9 has no effect with `algorithm.baseline`, whose advantage is the same at every token; remove one of them
+        `algorithm.type` = "reinforce_plus_plus" compares the completions of one prompt, but there is 1 per prompt; generate at least 2"#]]
+    .assert_eq(&config.check(limits).join("\n"));
+    let toml = "type = 'reinforce_plus_plus'\nbaseline = true";
+    assert_eq!(algorithm(toml).rounds(), 2);
+    // -1 on one token and 1 on two: the mean over tokens is 1/3, the variance (16/9 + 2 * 4/9) / 2 = 4/3.
+    let deviation = (4.0f64 / 3.0 + 1e-8).sqrt();
+    let (low, high) = ((-4.0 / 3.0 / deviation) as f32, (2.0 / 3.0 / deviation) as f32);
+    let rows = [Sequence::plain(1, 0.0, "01"), Sequence::plain(1, 2.0, "11")];
+    check(toml, &rows, &[&[0.0, low], &[high, high]]);
+}
+
 /// Every algorithm has a preset, and every preset is an algorithm that its check accepts.
 #[test]
 fn presets_are_accepted_and_none_is_missing() {

@@ -175,6 +175,36 @@ proptest! {
         check(&toml, &rows, Column::TokenReward, &rewards);
     }
 
+    /// Discounted sums forward from each token, as the paper writes them.
+    #[test]
+    fn reinforce_plus_plus(rows in sequences(), estimator in estimator(), gamma in 0.5f64..1.0) {
+        let raw: Vec<Vec<f64>> = rows
+            .iter()
+            .map(|row| {
+                let (rewards, tokens) = (token_rewards(row, estimator), row.tokens());
+                let from = |t: usize| tokens.iter().filter(move |&&k| k >= t).enumerate();
+                let sum = |t| from(t).map(|(k, &at)| gamma.powi(k as i32) * rewards[at]).sum::<f64>();
+                (0..rewards.len()).map(sum).collect()
+            })
+            .collect();
+        let toml = with_kl(&format!("type = 'reinforce_plus_plus'\ngamma = {gamma:?}"), estimator);
+        check(&toml, &rows, Column::Advantage, &whitened(&rows, &raw));
+    }
+
+    #[test]
+    fn reinforce_plus_plus_with_a_baseline(rows in sequences(), estimator in estimator()) {
+        let raw: Vec<Vec<f64>> = rows
+            .iter()
+            .map(|row| {
+                let rewards: Vec<f64> = peers(&rows, row).iter().map(|r| total(r, estimator)).collect();
+                let baseline = if rewards.len() == 1 { 0.0 } else { mean(&rewards) };
+                vec![total(row, estimator) - baseline; row.mask.len()]
+            })
+            .collect();
+        let toml = with_kl("type = 'reinforce_plus_plus'\nbaseline = true", estimator);
+        check(&toml, &rows, Column::Advantage, &whitened(&rows, &raw));
+    }
+
     #[test]
     fn overlong_punishment_and_filter(rows in sequences(), buffer in 1usize..60) {
         // The longest completion allowed is 64 tokens; rows grow so that some reach it.
