@@ -181,6 +181,25 @@ fn reinforce_plus_plus_with_a_baseline_has_rules_of_its_own() {
     check(toml, &rows, &[&[0.0, low], &[high, high]]);
 }
 
+/// Dynamic sampling looks at rewards before or after punishment and KL, as it is told.
+#[test]
+fn filtering_reads_the_reward_it_is_told() {
+    let check = |metric: &str, expected: [f64; 2]| {
+        let algorithm = algorithm(&format!(
+            "type = 'grpo'\nfilter_groups = {{ enable = true, metric = '{metric}' }}\n[reward]\n\
+             use_kl_in_reward = true\nkl_ctrl = {{ type = 'fixed', kl_coef = 0.5 }}\n\
+             overlong_buffer = {{ enable = true, len = 62, penalty_factor = 31.0 }}"
+        ));
+        let row = |mask| Sequence { old: vec![-1.0; 5], reference: vec![-1.25; 5], ..Sequence::plain(6, 1.0, mask) };
+        let shard = batch(&[row("01000"), row("01111")]);
+        let found = tangelo_algo::filter_groups::values(&shard, algorithm.settings(), &algorithm.initial_state());
+        assert_eq!(found.unwrap(), expected.map(|value| (6, value)), "{metric}");
+    };
+    check("seq_reward", [1.0, 1.0]);
+    // Half of 0.25 per token; of four tokens, two are in the buffer of 62 that costs 31 at its end.
+    check("seq_final_reward", [1.0 - 0.125, 1.0 - 0.5 - 1.0]);
+}
+
 /// Every algorithm has a preset, and every preset is an algorithm that its check accepts.
 #[test]
 fn presets_are_accepted_and_none_is_missing() {
