@@ -27,6 +27,8 @@ pub enum Algorithm {
     Ppo(Ppo),
     /// Advantage = reward minus the mean of the group's other completions (arXiv 2402.14740).
     Rloo(Rloo),
+    /// Advantage = discounted rewards, whitened over the batch, without a critic (arXiv 2501.03262).
+    ReinforcePlusPlus(ReinforcePlusPlus),
 }
 
 impl Default for Algorithm {
@@ -111,6 +113,37 @@ pub struct Rloo {
     pub filter_groups: FilterGroups,
 }
 
+/// REINFORCE++.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReinforcePlusPlus {
+    /// Discount per policy token.
+    pub gamma: f64,
+    /// Whiten the reward less the group's mean instead of discounted rewards (verl: `reinforce_plus_plus_baseline`).
+    pub baseline: bool,
+    /// The policy's loss.
+    pub policy: PolicyLoss,
+    /// What is added to the reward.
+    pub reward: RewardShaping,
+    /// Correction for the engine's distance from the trainer.
+    pub rollout_correction: RolloutCorrection,
+    /// Dynamic sampling.
+    pub filter_groups: FilterGroups,
+}
+
+impl Default for ReinforcePlusPlus {
+    fn default() -> ReinforcePlusPlus {
+        ReinforcePlusPlus {
+            gamma: 1.0,
+            baseline: false,
+            policy: PolicyLoss::default(),
+            reward: RewardShaping::default(),
+            rollout_correction: RolloutCorrection::default(),
+            filter_groups: FilterGroups::default(),
+        }
+    }
+}
+
 /// The tables that every algorithm has.
 #[derive(Clone, Copy, Debug)]
 pub struct Shared<'a> {
@@ -152,6 +185,7 @@ impl Algorithm {
             Algorithm::Grpo(grpo) => shared!(grpo),
             Algorithm::Ppo(ppo) => shared!(ppo),
             Algorithm::Rloo(rloo) => shared!(rloo),
+            Algorithm::ReinforcePlusPlus(plus) => shared!(plus),
         }
     }
 
@@ -162,6 +196,7 @@ impl Algorithm {
             Algorithm::Grpo(_) => found.extend(check::has_group("grpo", limits)),
             Algorithm::Ppo(ppo) => found.extend(check::ppo(ppo)),
             Algorithm::Rloo(_) => found.extend(check::has_group("rloo", limits)),
+            Algorithm::ReinforcePlusPlus(plus) => found.extend(check::reinforce_plus_plus(plus, limits)),
         }
         found
     }

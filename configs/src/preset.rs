@@ -43,4 +43,6 @@ presets![
     "dapo",
     "ppo",
     "rloo",
+    "reinforce-plus-plus",
+    "reinforce-plus-plus-baseline",
 ];

@@ -1,7 +1,8 @@
 //! Rules on the values of `[algorithm]`. Every message names the key, shows the numbers and says what to do.
 
 use super::{
-    AggregationMode, FilterGroups, KlController, Limits, PolicyLoss, Ppo, RewardShaping, RolloutCorrection, Shared,
+    AggregationMode, FilterGroups, KlController, Limits, PolicyLoss, Ppo, ReinforcePlusPlus, RewardShaping,
+    RolloutCorrection, Shared,
 };
 use crate::check::Found;
 
@@ -34,6 +35,23 @@ pub(super) fn ppo(ppo: &Ppo) -> Vec<String> {
     found.not_negative("algorithm.critic.cliprange_value", ppo.critic.cliprange_value);
     scale(&mut found, "algorithm.critic", ppo.critic.loss_agg_mode, ppo.critic.loss_scale_factor);
     found.into_messages()
+}
+
+pub(super) fn reinforce_plus_plus(plus: &ReinforcePlusPlus, limits: Limits) -> Vec<String> {
+    let mut found = Found::default();
+    found.unit("algorithm.gamma", plus.gamma);
+    found.require(!plus.baseline || plus.gamma == 1.0, || {
+        format!(
+            "`algorithm.gamma` = {} has no effect with `algorithm.baseline`, whose advantage is the same at every token; \
+             remove one of them",
+            plus.gamma
+        )
+    });
+    let mut found = found.into_messages();
+    if plus.baseline {
+        found.extend(has_group("reinforce_plus_plus", limits));
+    }
+    found
 }
 
 fn policy(found: &mut Found, p: &PolicyLoss) {

@@ -1,6 +1,6 @@
 //! Reinforcement-learning algorithms: which columns they write, from which, and the loss that reads them.
 //!
-//! One file per algorithm (`grpo`, `ppo`, `rloo`), on top of shared mathematics: exact sums, statistics of
+//! One file per algorithm (`grpo`, `ppo`, `rloo`, `reinforce_plus_plus`), on top of shared mathematics: exact sums, statistics of
 //! shards that merge in any order, baselines of groups, generalised advantages, whitening, KL, overlong punishment,
 //! correction for the engine. [`algorithm`](crate::algorithm) tells how they are run.
 //!
@@ -21,6 +21,7 @@ pub mod kl;
 mod metrics;
 pub mod overlong;
 pub mod ppo;
+pub mod reinforce_plus_plus;
 pub mod rloo;
 pub mod rollout_correction;
 pub mod row;
@@ -52,5 +53,6 @@ pub fn algorithm(config: &Config, limits: Limits) -> Result<Box<dyn Algorithm>, 
         Config::Grpo(grpo) => Box::new(grpo::Grpo::new(grpo, settings)),
         Config::Ppo(ppo) => Box::new(ppo::Ppo::new(ppo, settings)),
         Config::Rloo(_) => Box::new(rloo::Rloo::new(settings)),
+        Config::ReinforcePlusPlus(plus) => Box::new(reinforce_plus_plus::ReinforcePlusPlus::new(plus, settings)),
     })
 }

@@ -54,14 +54,12 @@ impl Algorithm for Ppo {
         let critic = &self.config.critic;
         match role {
             Role::Policy => Some(self.settings.policy_loss()),
-            Role::Critic => Some(LossSpec {
-                components: vec![LossComponent::Value {
-                    // f64::MAX clips nothing and, unlike infinity, survives every format a loss may travel in.
-                    clip: if critic.cliprange_value > 0.0 { critic.cliprange_value } else { f64::MAX },
-                    coefficient: 1.0,
-                    aggregation: self.settings.aggregation(critic.loss_agg_mode, critic.loss_scale_factor),
-                }],
-            }),
+            Role::Critic => Some(LossSpec::new(vec![LossComponent::Value {
+                // f64::MAX clips nothing and, unlike infinity, survives every format a loss may travel in.
+                clip: if critic.cliprange_value > 0.0 { critic.cliprange_value } else { f64::MAX },
+                coefficient: 1.0,
+                aggregation: self.settings.aggregation(critic.loss_agg_mode, critic.loss_scale_factor),
+            }])),
             Role::Reference => None,
         }
     }

@@ -60,6 +60,6 @@ impl Settings {
                 aggregation,
             });
         }
-        LossSpec { components }
+        LossSpec::new(components)
     }
 }

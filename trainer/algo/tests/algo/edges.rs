@@ -163,6 +163,43 @@ fn settings_that_make_no_sense_are_refused() {
     );
 }
 
+/// The baseline of REINFORCE++ needs a group and knows no discount; its statistics come in two rounds.
+#[test]
+fn reinforce_plus_plus_with_a_baseline_has_rules_of_its_own() {
+    let limits = Limits { max_response_tokens: 64, samples_per_prompt: 1 };
+    let config: Config = toml::from_str("type = 'reinforce_plus_plus'\nbaseline = true\ngamma = 0.9").unwrap();
+    expect![[r#"
+        `algorithm.gamma` = 0.9 has no effect with `algorithm.baseline`, whose advantage is the same at every token; remove one of them
+        `algorithm.type` = "reinforce_plus_plus" compares the completions of one prompt, but there is 1 per prompt; generate at least 2"#]]
+    .assert_eq(&config.check(limits).join("\n"));
+    let toml = "type = 'reinforce_plus_plus'\nbaseline = true";
+    assert_eq!(algorithm(toml).rounds(), 2);
+    // -1 on one token and 1 on two: the mean over tokens is 1/3, the variance (16/9 + 2 * 4/9) / 2 = 4/3.
+    let deviation = (4.0f64 / 3.0 + 1e-8).sqrt();
+    let (low, high) = ((-4.0 / 3.0 / deviation) as f32, (2.0 / 3.0 / deviation) as f32);
+    let rows = [Sequence::plain(1, 0.0, "01"), Sequence::plain(1, 2.0, "11")];
+    check(toml, &rows, &[&[0.0, low], &[high, high]]);
+}
+
+/// Dynamic sampling looks at rewards before or after punishment and KL, as it is told.
+#[test]
+fn filtering_reads_the_reward_it_is_told() {
+    let check = |metric: &str, expected: [f64; 2]| {
+        let algorithm = algorithm(&format!(
+            "type = 'grpo'\nfilter_groups = {{ enable = true, metric = '{metric}' }}\n[reward]\n\
+             use_kl_in_reward = true\nkl_ctrl = {{ type = 'fixed', kl_coef = 0.5 }}\n\
+             overlong_buffer = {{ enable = true, len = 62, penalty_factor = 31.0 }}"
+        ));
+        let row = |mask| Sequence { old: vec![-1.0; 5], reference: vec![-1.25; 5], ..Sequence::plain(6, 1.0, mask) };
+        let shard = batch(&[row("01000"), row("01111")]);
+        let found = tangelo_algo::filter_groups::values(&shard, algorithm.settings(), &algorithm.initial_state());
+        assert_eq!(found.unwrap(), expected.map(|value| (6, value)), "{metric}");
+    };
+    check("seq_reward", [1.0, 1.0]);
+    // Half of 0.25 per token; of four tokens, two are in the buffer of 62 that costs 31 at its end.
+    check("seq_final_reward", [1.0 - 0.125, 1.0 - 0.5 - 1.0]);
+}
+
 /// Every algorithm has a preset, and every preset is an algorithm that its check accepts.
 #[test]
 fn presets_are_accepted_and_none_is_missing() {

@@ -28,6 +28,8 @@ const ALGORITHMS: &[&str] = &[
     "type = 'grpo'\nnorm_adv_by_std = false",
     "type = 'rloo'",
     "type = 'ppo'\ngamma = 0.97\nlam = 0.9",
+    "type = 'reinforce_plus_plus'\ngamma = 0.97",
+    "type = 'reinforce_plus_plus'\nbaseline = true",
 ];
 
 /// Bits of every written column, by sample; and of the metrics and the state that follow.

@@ -15,10 +15,9 @@ const ABSOLUTE: f64 = 1e-8;
 pub fn sequences() -> impl Strategy<Value = Vec<Sequence>> {
     let token = (prop::bool::weighted(0.7), -8f32..0.0, -0.5f32..0.5, -8f32..0.0, -2f32..2.0);
     let reward = prop_oneof![Just(0.0f32), Just(1.0), -3f32..3.0];
-    let sequence = (0i64..4, reward, prop::collection::vec(token, 1..12));
-    prop::collection::vec(sequence, 1..16).prop_map(|all| {
-        let make = |(index, (group, reward, tokens)): (usize, (i64, f32, Vec<(bool, f32, f32, f32, f32)>))| Sequence {
-            index: index as i64,
+    let sequence =
+        (0i64..4, reward, prop::collection::vec(token, 1..12)).prop_map(|(group, reward, tokens)| Sequence {
+            index: 0,
             group,
             reward,
             mask: tokens.iter().map(|t| f32::from(u8::from(t.0))).collect(),
@@ -26,8 +25,10 @@ pub fn sequences() -> impl Strategy<Value = Vec<Sequence>> {
             rollout: tokens.iter().map(|t| t.1 + t.2).collect(),
             reference: tokens.iter().map(|t| t.3).collect(),
             value: tokens.iter().map(|t| t.4).collect(),
-        };
-        all.into_iter().enumerate().map(make).collect()
+        });
+    prop::collection::vec(sequence, 1..16).prop_map(|mut all| {
+        (0..).zip(&mut all).for_each(|(index, sequence)| sequence.index = index);
+        all
     })
 }
 
@@ -172,6 +173,36 @@ proptest! {
         };
         let rewards: Vec<Vec<f64>> = rows.iter().zip(&rewards).map(masked).collect();
         check(&toml, &rows, Column::TokenReward, &rewards);
+    }
+
+    /// Discounted sums forward from each token, as the paper writes them.
+    #[test]
+    fn reinforce_plus_plus(rows in sequences(), estimator in estimator(), gamma in 0.5f64..1.0) {
+        let raw: Vec<Vec<f64>> = rows
+            .iter()
+            .map(|row| {
+                let (rewards, tokens) = (token_rewards(row, estimator), row.tokens());
+                let from = |t: usize| tokens.iter().filter(move |&&k| k >= t).enumerate();
+                let sum = |t| from(t).map(|(k, &at)| gamma.powi(k as i32) * rewards[at]).sum::<f64>();
+                (0..rewards.len()).map(sum).collect()
+            })
+            .collect();
+        let toml = with_kl(&format!("type = 'reinforce_plus_plus'\ngamma = {gamma:?}"), estimator);
+        check(&toml, &rows, Column::Advantage, &whitened(&rows, &raw));
+    }
+
+    #[test]
+    fn reinforce_plus_plus_with_a_baseline(rows in sequences(), estimator in estimator()) {
+        let raw: Vec<Vec<f64>> = rows
+            .iter()
+            .map(|row| {
+                let rewards: Vec<f64> = peers(&rows, row).iter().map(|r| total(r, estimator)).collect();
+                let baseline = if rewards.len() == 1 { 0.0 } else { mean(&rewards) };
+                vec![total(row, estimator) - baseline; row.mask.len()]
+            })
+            .collect();
+        let toml = with_kl("type = 'reinforce_plus_plus'\nbaseline = true", estimator);
+        check(&toml, &rows, Column::Advantage, &whitened(&rows, &raw));
     }
 
     #[test]
