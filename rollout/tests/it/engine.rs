@@ -202,8 +202,11 @@ fn requests_that_cannot_be_served_are_refused() {
             `sampling.temperature` is -1; expected 0 (greedy), or 0.01 to 100
             `sampling.top_p` is 0; expected above 0 and at most 1 (1: off)
             `sampling.min_p` is 2; expected 0 (off) to 1
-            `sampling.min_tokens` 6 is above `max_tokens` 5
-            `sampling.n` is 0 with temperature 0: greedy samples are all the same; set n = 1"#]],
+            `sampling.min_tokens` 6 is above `max_tokens` 5"#]],
+    );
+    check_refusal(
+        with(SamplingParams { n: 4, temperature: 0.0, ..sampling(5) }),
+        &expect!["`sampling.n` is 4 with temperature 0: greedy samples are all the same; set n = 1"],
     );
     let model = model();
     let mut engine = engine(&model);

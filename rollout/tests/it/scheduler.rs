@@ -142,7 +142,7 @@ fn prompts_are_computed_in_pieces_beside_others() {
     let mut s = scheduler(4, 100, 100);
     s.add(1, 30, 1);
     s.add(2, 150, 1);
-    expect!["[1: 0+30!, 2: 0+70] preempted [], Idle"].assert_eq(&words(&s.plan()));
+    expect!["[1: 0+30!, 2: 0+70] preempted [], TokenBudget"].assert_eq(&words(&s.plan()));
     s.append(1);
     s.add(3, 10, 1);
     expect!["[1: 30+1!, 2: 70+80!, 3: 0+10!] preempted [], Idle"].assert_eq(&words(&s.plan()));
