@@ -80,7 +80,7 @@ impl SamplingParams {
         found.require(self.stop.iter().all(|text| !text.is_empty()), || {
             format!("`{at}.stop` holds an empty text, which would end every sample at once; remove it")
         });
-        found.require(self.n == 1 || t > 0.0, || {
+        found.require(self.n <= 1 || t != 0.0, || {
             format!("`{at}.n` is {} with temperature 0: greedy samples are all the same; set n = 1", self.n)
         });
         found.result()

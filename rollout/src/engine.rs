@@ -245,6 +245,11 @@ impl Engine {
         self.scheduler.blocks().num_blocks()
     }
 
+    /// Those that no sequence has.
+    pub fn free_blocks(&self) -> usize {
+        self.scheduler.blocks().num_free()
+    }
+
     /// Whether every request is over.
     pub fn is_idle(&self) -> bool {
         self.sequences.is_empty()

@@ -173,6 +173,9 @@ impl Scheduler {
         if plan.stopped_by == StoppedBy::Idle {
             self.admit(&mut plan, &mut budget);
         }
+        if plan.stopped_by == StoppedBy::Idle && plan.work.iter().any(|work| !work.up_to_date) {
+            plan.stopped_by = StoppedBy::TokenBudget;
+        }
         plan
     }
 

@@ -42,7 +42,7 @@ fn logprobs_match_float64_and_do_not_depend_on_the_batch() {
 fn the_loss_and_its_logprobs_are_the_same_numbers() {
     for kind in [Kind::Float, Kind::BFloat16] {
         let (hidden, head) = model(1, 64, 500, kind);
-        for target in 0..20 {
+        for target in 0..20_i64 {
             let targets = Tensor::from_slice(&[target]);
             let one = Tensor::ones([1], (Kind::Float, Device::Cpu));
             let loss = op::cross_entropy_loss(&hidden, &head, &targets, &one, 8).double_value(&[]);
