@@ -171,7 +171,7 @@ fn prepare_source(
         None => {
             let mut options = PrepareOptions::new(asked.paths.clone(), tokenizer, &source.folder);
             match config.job.kind {
-                JobType::Pretrain => options.text_column = text_column(asked)?,
+                JobType::Pretrain | JobType::Rlhf => options.text_column = text_column(asked)?,
                 JobType::Sft => options.chat = Some(chat_options(config, asked)?),
             }
             options.chat_template.clone_from(&config.data.chat_template);

@@ -426,7 +426,8 @@ fn one_rank(case: &Case) -> Case {
     if case.plan().model.head == tangelo_configs::HeadSpec::Vocabulary { alone } else { scalar(alone) }
 }
 
-/// A loss that reads what `forward` said finds no distance at all.
+/// A loss that reads what `forward` said finds no distance at all; after an update, another mini-batch of the same rollout
+/// does.
 fn on_policy(case: &Case, found: &[Batch]) -> Result<(), String> {
     let aggregation = Aggregation::TokenMean;
     let k2 = LossComponent::Kl { estimator: KlEstimator::K2, straight_through: false, coefficient: 1.0, aggregation };
@@ -442,9 +443,16 @@ fn on_policy(case: &Case, found: &[Batch]) -> Result<(), String> {
         let mut worker = case.worker(plan, comm);
         worker.set_micro_batches(MicroBatches::Tokens(BUDGET));
         let batch = &found[plan.topology.index(Group::Batch, worker.rank())];
-        worker.forward_backward(batch, &loss, false).unwrap()
+        let first = worker.forward_backward(batch, &loss, false).unwrap();
+        assert!(!worker.optim_step(LR, &first).unwrap().skipped);
+        let half = batch.slice(0, batch.num_sequences().div_ceil(2));
+        [first, worker.forward_backward(&half, &loss, false).unwrap()]
     });
-    let of = |name: &str| stats[0].metrics.iter().find(|(n, _)| *n == name).map(|(_, value)| *value);
-    let distances = ["actor/kl_loss", "actor/ppo_kl", "actor/pg_clipfrac"].map(of);
-    if distances == [Some(0.0); 3] { Ok(()) } else { Err(format!("not on-policy: {:?}", stats[0].metrics)) }
+    let [first, second] = &stats[0];
+    let of = |stats: &LossStats, name: &str| stats.metrics.iter().find(|(n, _)| *n == name).map(|(_, value)| *value);
+    let distances = ["actor/kl_loss", "actor/ppo_kl", "actor/pg_clipfrac"].map(|name| of(first, name));
+    match (distances == [Some(0.0); 3], of(second, "actor/kl_loss") > Some(0.0)) {
+        (true, true) => Ok(()),
+        _ => Err(format!("not on-policy, or never off it: {:?}, then {:?}", first.metrics, second.metrics)),
+    }
 }

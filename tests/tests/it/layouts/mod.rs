@@ -2,6 +2,7 @@
 
 mod calls;
 mod components;
+mod grpo;
 mod harness;
 mod moving;
 mod muon;
