@@ -220,7 +220,8 @@ fn sources(found: &mut Found, list: &str, sources: &[DataSource]) {
 /// Keys of the other kind of job would be read by nobody.
 fn chat(found: &mut Found, c: &JobConfig) {
     let lists = [("data.sources", &c.data.sources), ("validation.sources", &c.validation.sources)];
-    let all = || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
+    let all =
+        || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
     if c.job.kind == JobType::Pretrain {
         let data = c.data.chat_keys().map(|(key, is_set)| (format!("data.{key}"), is_set));
         let each = all().flat_map(|(at, s)| s.chat_keys().map(|(key, is_set)| (format!("{at}.{key}"), is_set)));

@@ -127,7 +127,10 @@ impl fmt::Display for Inspection {
         writeln!(f, "  tokens       {} ({per_token:.2} bytes of text per token)", self.tokens)?;
         if let Some(ChatCounts { trained_tokens, truncated, dropped }) = self.chat {
             let share = 100.0 * trained_tokens as f64 / self.tokens.max(1) as f64;
-            writeln!(f, "  trained      {trained_tokens} tokens ({share:.1} %), in samples between \u{27e6} and \u{27e7}")?;
+            writeln!(
+                f,
+                "  trained      {trained_tokens} tokens ({share:.1} %), in samples between \u{27e6} and \u{27e7}"
+            )?;
             writeln!(f, "  too long     {truncated} conversations cut, {dropped} left out")?;
         }
         writeln!(f, "  files        {} ({} left out)", self.files.0, self.files.1)?;

@@ -146,7 +146,8 @@ pub fn prepare_job(config: &JobConfig, progress: &dyn Progress) -> Result<Prepar
     let _lock = FolderLock::acquire(root, progress)?;
     let train = config.data.train_tokenizer_vocab > 0;
     let tokenizer = if train { train_once(config, root, progress)? } else { given(config)? };
-    let prepared = |(asked, source): (&DataSource, LoaderSource)| prepare_source(config, asked, source, &tokenizer, progress);
+    let prepared =
+        |(asked, source): (&DataSource, LoaderSource)| prepare_source(config, asked, source, &tokenizer, progress);
     let sources = config.data.sources.iter().zip(loaded).map(prepared).collect::<Result<Vec<_>>>()?;
     let held_out = config.validation.sources.iter().zip(validation_sources(config)?).map(prepared);
     let held_out = held_out.collect::<Result<Vec<_>>>()?;

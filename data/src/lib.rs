@@ -34,7 +34,9 @@ pub use chat::{ChatEncoder, ChatOptions, Preview, preview};
 pub use encode::TextTokenizer;
 pub use error::{DataError, Result};
 pub use inspect::{Inspection, inspect};
-pub use job::{PreparedJob, PreparedSource, loader_options, loader_sources, open_validation, prepare_job, wait_for_job};
+pub use job::{
+    PreparedJob, PreparedSource, loader_options, loader_sources, open_validation, prepare_job, wait_for_job,
+};
 pub use loader::{Loader, LoaderOptions, LoaderSource, Prefetcher, SamplePiece};
 pub use manifest::Manifest;
 pub use prepare::{PrepareOptions, prepare};

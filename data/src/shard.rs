@@ -10,7 +10,9 @@
 
 use crate::error::{DataError, IoContext, Result};
 use crate::files;
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, GenericListArray, RecordBatch, UInt16Array, UInt32Array, UInt64Array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, GenericListArray, RecordBatch, UInt16Array, UInt32Array, UInt64Array,
+};
 use arrow::buffer::{BooleanBuffer, Buffer, OffsetBuffer, ScalarBuffer};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt16Type, UInt32Type};
 use arrow::error::ArrowError;
@@ -287,11 +289,7 @@ impl ShardWriter {
     }
 }
 
-fn record_batch(
-    pending: Pending,
-    token_type: TokenType,
-    masked: bool,
-) -> std::result::Result<RecordBatch, ArrowError> {
+fn record_batch(pending: Pending, token_type: TokenType, masked: bool) -> std::result::Result<RecordBatch, ArrowError> {
     let values: ArrayRef = match token_type {
         TokenType::U16 => Arc::new(UInt16Array::from_iter_values(pending.tokens.iter().map(|&t| t as u16))),
         TokenType::U32 => Arc::new(UInt32Array::from(pending.tokens)),

@@ -128,7 +128,8 @@ pub(super) fn tokenise(
                 let _ = reader.replies.send(Err(error));
             }
         });
-        let workers: Vec<_> = (0..num_threads).map(|_| scope.spawn(|| work(encoder, origin, &chunk_receiver))).collect();
+        let workers: Vec<_> =
+            (0..num_threads).map(|_| scope.spawn(|| work(encoder, origin, &chunk_receiver))).collect();
         let written = Writer::new(options, origin, tokenizer, shards, progress).run(replies, &budget);
         budget.close();
         let ended = reader.join().is_ok() & workers.into_iter().fold(true, |ok, worker| worker.join().is_ok() & ok);

@@ -84,9 +84,10 @@ impl Documents for ColumnarDocuments {
             self.advance(batch.num_rows());
             let rows = match self.column {
                 None => Rows::Records(batch),
-                Some(column) => Rows::Texts(cast(batch.column(column), &DataType::LargeUtf8).map_err(|e| {
-                    DataError::file(&self.path, format!("text column is not text: {e}"))
-                })?),
+                Some(column) => Rows::Texts(
+                    cast(batch.column(column), &DataType::LargeUtf8)
+                        .map_err(|e| DataError::file(&self.path, format!("text column is not text: {e}")))?,
+                ),
             };
             self.current = Some((rows, 0));
         }
@@ -175,5 +176,14 @@ fn documents(
     progress: &Arc<AtomicU64>,
 ) -> ColumnarDocuments {
     let progress = progress.clone();
-    ColumnarDocuments { path: path.into(), batches, current: None, column, rows_read: 0, rows_given: 0, extent, progress }
+    ColumnarDocuments {
+        path: path.into(),
+        batches,
+        current: None,
+        column,
+        rows_read: 0,
+        rows_given: 0,
+        extent,
+        progress,
+    }
 }

@@ -152,7 +152,8 @@ mod tests {
     fn lines_are_bounded() {
         let read = |text: &str| {
             let input = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
-            let mut lines = JsonLines { limit: 16, ..JsonLines::new(Path::new("a.jsonl"), input, Content::Column("text")) };
+            let mut lines =
+                JsonLines { limit: 16, ..JsonLines::new(Path::new("a.jsonl"), input, Content::Column("text")) };
             lines.next_document().map_err(|e| e.to_string())
         };
         assert_eq!(read("{\"text\": \"1234\"}"), Ok(Some("1234".into())));

@@ -14,8 +14,8 @@ use tangelo_core::{Batch, Column};
 use tangelo_data::encode::Scratch;
 use tangelo_data::tokenizer::{TrainOptions, train};
 use tangelo_data::{
-    ChatEncoder, ChatOptions, DataError, Loader, LoaderOptions, Manifest, PrepareOptions, Progress, Split, TextTokenizer,
-    inspect, open_validation, prepare, prepare_job, preview,
+    ChatEncoder, ChatOptions, DataError, Loader, LoaderOptions, Manifest, PrepareOptions, Progress, Split,
+    TextTokenizer, inspect, open_validation, prepare, prepare_job, preview,
 };
 use tangelo_formats::{Assets, TokenizerAssets};
 
@@ -63,7 +63,8 @@ fn options(folder: &Folder, source: &str, to: &str, chat: ChatOptions) -> Prepar
 }
 
 fn loader(folder: &Folder, prepared: &str, packing: Packing) -> Loader {
-    let options = LoaderOptions { packing, validation_fraction: 0.0, seq_len: 256, ..folder.loader_options(&[(prepared, None)]) };
+    let options =
+        LoaderOptions { packing, validation_fraction: 0.0, seq_len: 256, ..folder.loader_options(&[(prepared, None)]) };
     Loader::open(options).unwrap()
 }
 
@@ -84,7 +85,8 @@ fn write_parquet(folder: &Folder, name: &str, conversations: &[Vec<(&'static str
         (field("role", false), text(flat.iter().map(|m| m.0).collect())),
     ]);
     let item = Arc::new(Field::new("item", items.data_type().clone(), false));
-    let list = ListArray::new(item, OffsetBuffer::from_lengths(conversations.iter().map(Vec::len)), Arc::new(items), None);
+    let list =
+        ListArray::new(item, OffsetBuffer::from_lengths(conversations.iter().map(Vec::len)), Arc::new(items), None);
     let batch = RecordBatch::try_from_iter([("messages", Arc::new(list) as ArrayRef)]).unwrap();
     let file = File::create(folder.path(name)).unwrap();
     let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
@@ -97,12 +99,14 @@ fn every_kind_of_row_and_file_gives_the_same_shards() {
     let folder = folder(Some(MARKED));
     let count = 0..60;
     folder.write("messages.jsonl", lines(count.clone().map(|i| json!({ "id": i, "messages": messages(i) }))));
-    let names = |role: &str| match role {
-        "user" => "human",
-        "assistant" => "gpt",
-        other => other,
-    }
-    .to_owned();
+    let names = |role: &str| {
+        match role {
+            "user" => "human",
+            "assistant" => "gpt",
+            other => other,
+        }
+        .to_owned()
+    };
     let sharegpt = |i| -> Value {
         conversation(i).into_iter().map(|(role, text)| json!({ "from": names(role), "value": text })).collect()
     };
@@ -129,7 +133,8 @@ fn what_is_trained_is_what_the_assistant_says() {
     let tokenizer = TextTokenizer::open(&folder.path("tokenizer")).unwrap();
     folder.write("plain.jinja", plain());
     let marked = ChatEncoder::new(&tokenizer, None, ChatOptions::new(10_000)).unwrap();
-    let incremental = ChatEncoder::new(&tokenizer, Some(&folder.path("plain.jinja")), ChatOptions::new(10_000)).unwrap();
+    let incremental =
+        ChatEncoder::new(&tokenizer, Some(&folder.path("plain.jinja")), ChatOptions::new(10_000)).unwrap();
     for number in 0..40 {
         let row = json!({ "messages": messages(number) }).to_string();
         let found = marked.encode(&row, &mut Scratch::default()).unwrap().unwrap();
@@ -186,9 +191,7 @@ impl Progress for Warnings {
 fn long_conversations_are_cut_or_left_out_and_counted() {
     let folder = folder(Some(MARKED));
     let long = |words: usize| "dog ".repeat(words);
-    let row = |question: usize, answer: usize| {
-        json!({ "messages": [{ "role": "user", "content": long(question) }, { "role": "assistant", "content": long(answer) }] })
-    };
+    let row = |question: usize, answer: usize| json!({ "messages": [{ "role": "user", "content": long(question) }, { "role": "assistant", "content": long(answer) }] });
     // Fits; its answer is cut; nothing of its answer is left.
     folder.write("a.jsonl", lines([row(2, 2), row(2, 90), row(90, 2), row(3, 3)].into_iter()));
     let prepared = |overlong: Overlong, to: &str| {
@@ -199,8 +202,10 @@ fn long_conversations_are_cut_or_left_out_and_counted() {
     };
     let (documents, truncated, dropped, warning) = prepared(Overlong::Truncate, "cut");
     assert_eq!((documents, truncated, dropped), (3, 1, 1));
-    expect!["2 of 4 conversations have more than 40 tokens: 1 are cut, 1 are left out (data.overlong, training.seq_len)"]
-        .assert_eq(&warning);
+    expect![
+        "2 of 4 conversations have more than 40 tokens: 1 are cut, 1 are left out (data.overlong, training.seq_len)"
+    ]
+    .assert_eq(&warning);
     assert_eq!(prepared(Overlong::Truncate, "cut").3, warning, "a finished folder says it again");
     let (documents, truncated, dropped, _) = prepared(Overlong::Drop, "dropped");
     assert_eq!((documents, truncated, dropped), (2, 0, 2));
@@ -208,7 +213,7 @@ fn long_conversations_are_cut_or_left_out_and_counted() {
     assert!(look.to_string().contains("too long     1 conversations cut, 1 left out"), "{look}");
     folder.write("b.jsonl", lines([row(90, 2)].into_iter()));
     let error = prepare(&options(&folder, "b.jsonl", "none", ChatOptions::new(40)), &()).unwrap_err().to_string();
-    assert!(error.contains("no conversation is left (1 were too long)"), "{error}");
+    assert!(error.contains("no conversation is left: there are none, or all have more than 40 tokens"), "{error}");
 }
 
 #[test]
@@ -218,7 +223,7 @@ fn shards_do_not_depend_on_threads() {
     let prepared = |threads: usize| {
         let chat = ChatOptions { overlong: Overlong::Drop, ..ChatOptions::new(120) };
         let mut options = options(&folder, "a.jsonl", &format!("p{threads}"), chat);
-        (options.num_threads, options.shard_tokens) = (threads, 20_000);
+        (options.num_threads, options.shard_tokens) = (threads, 5_000);
         let manifest = prepare(&options, &()).unwrap();
         assert!(manifest.chat.unwrap().dropped > 0);
         (manifest.shards, shards(&options.folder))
@@ -238,14 +243,17 @@ fn best_fit_keeps_conversations_whole_and_targets_are_what_is_trained() {
     let start = tokenizer.assets().tokenizer.token_to_id("<|im_start|>").unwrap();
     let mut trained = 0;
     for sample in 0..loader.num_samples() {
-        let row = (0..6).map(|i| loader.batch_at(sample - sample % 6).unwrap().slice(i, 1)).nth(sample as usize % 6).unwrap();
+        let row =
+            (0..6).map(|i| loader.batch_at(sample - sample % 6).unwrap().slice(i, 1)).nth(sample as usize % 6).unwrap();
         let column = |column| row.u32_values(column).unwrap();
         let (tokens, targets, positions) = (column(Column::Tokens), column(Column::Targets), column(Column::Positions));
         let (ids, weights) = (column(Column::SeqId), row.f32_values(Column::CeWeight).unwrap());
         let pieces = loader.describe(sample);
         assert!(pieces.iter().all(|piece| piece.tokens.start == 0), "{pieces:?}");
         for at in 0..tokens.len() {
-            assert!(positions[at] != 0 || tokens[at] == start || at >= pieces.iter().map(|p| p.tokens.end as usize).sum());
+            assert!(
+                positions[at] != 0 || tokens[at] == start || at >= pieces.iter().map(|p| p.tokens.end as usize).sum()
+            );
             if weights[at] == 0.0 {
                 assert_eq!(targets[at], 0);
             } else {
@@ -269,7 +277,10 @@ fn a_folder_made_with_another_template_or_rule_is_refused() {
         assert!(matches!(error, DataError::Mismatch { what: "set of options", .. }), "{error}");
     };
     refused(PrepareOptions { chat_template: Some(folder.path("own.jinja")), ..made.clone() });
-    refused(PrepareOptions { chat: Some(ChatOptions { assistant_only_loss: false, ..ChatOptions::new(256) }), ..made.clone() });
+    refused(PrepareOptions {
+        chat: Some(ChatOptions { assistant_only_loss: false, ..ChatOptions::new(256) }),
+        ..made.clone()
+    });
     refused(PrepareOptions { chat: None, ..made.clone() });
     assert_eq!(prepare(&made, &()).unwrap(), before);
     let again = PrepareOptions { chat_template: Some(folder.path("own.jinja")), overwrite: true, ..made };
@@ -287,23 +298,69 @@ fn what_is_wrong_with_a_row_is_named() {
         error.replace(&folder.text(""), "")
     };
     let check = |row: &str, expected: Expect| expected.assert_eq(&fail(ChatOptions::new(256), row));
-    check("{\"mesages\": []}", expect![[""]]);
-    check("{\"messages\": []}", expect![[""]]);
-    check("{\"messages\": [{\"rolle\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": [{\"role\": \"asistant\", \"content\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": [{\"from\": \"humans\", \"value\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": [{\"role\": \"user\", \"content\": 7}]}", expect![[""]]);
-    check("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": \"hello\"}", expect![[""]]);
-    check("{\"prompt\": \"a\"}", expect![[""]]);
-    check("{\"prompt\": \"a\", \"completion\": [{\"role\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
-    check("[1]", expect![[""]]);
-    check("{\"messages\": ", expect![[""]]);
-    let columns = ChatOptions { format: DataFormat::PromptCompletion, prompt_column: "question".into(), ..ChatOptions::new(9) };
-    expect![[""]].assert_eq(&fail(columns, "{}"));
+    check(
+        "{\"mesages\": []}",
+        expect![
+            "bad.jsonl: line 3: no `messages`, `conversations`, or `prompt` and `completion`; did you mean `mesages`? (keys there are: mesages). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
+        ],
+    );
+    check(
+        "{\"messages\": []}",
+        expect!["bad.jsonl: line 3: `messages` is empty: a conversation has at least one message"],
+    );
+    check(
+        "{\"messages\": [{\"rolle\": \"user\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `messages`, message 1: no `role`; did you mean `rolle`? (keys there are: rolle, content)"
+        ],
+    );
+    check(
+        "{\"messages\": [{\"role\": \"asistant\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `messages`, message 1: unknown role `asistant`; did you mean `assistant`? (known are system, developer, user, assistant, tool)"
+        ],
+    );
+    check(
+        "{\"messages\": [{\"from\": \"humans\", \"value\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `messages`, message 1: unknown role `humans`; did you mean `human`? (known are system, developer, user, assistant, tool, human, gpt, chatgpt, bing, bard, model, function_call, observation, function_response)"
+        ],
+    );
+    check(
+        "{\"messages\": [{\"role\": \"user\", \"content\": 7}]}",
+        expect!["bad.jsonl: line 3: `messages`, message 1: `content` is a number; expected text"],
+    );
+    check(
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: none of its tokens is trained: there is no message of the assistant, or it is empty"
+        ],
+    );
+    check("{\"messages\": \"hello\"}", expect!["bad.jsonl: line 3: `messages` is text; expected a list of messages"]);
+    check(
+        "{\"prompt\": \"a\"}",
+        expect![
+            "bad.jsonl: line 3: no `completion` (keys there are: ). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
+        ],
+    );
+    check(
+        "{\"prompt\": \"a\", \"completion\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `prompt` is text and `completion` is a list; expected two texts or two lists of messages"
+        ],
+    );
+    check(
+        "[1]",
+        expect!["bad.jsonl: line 3: no JSON object; a JSON array is not JSON lines: write one object per line"],
+    );
+    check("{\"messages\": ", expect!["bad.jsonl: line 3: EOF while parsing a value at line 1 column 12"]);
+    let columns =
+        ChatOptions { format: DataFormat::PromptCompletion, prompt_column: "question".into(), ..ChatOptions::new(9) };
+    expect!["bad.jsonl: line 1: no `question` (keys there are: messages). Name the columns in data.sources with messages_column, or prompt_column and completion_column"].assert_eq(&fail(columns, "{}"));
     folder.write("text.txt", "plain");
     let error = prepare(&options(&folder, "text.txt", "bad", ChatOptions::new(9)), &()).unwrap_err().to_string();
-    expect![[""]].assert_eq(&error.replace(&folder.text(""), ""));
+    expect!["text.txt: plain text holds no conversations, which are read from .jsonl, .parquet and .arrow files"]
+        .assert_eq(&error.replace(&folder.text(""), ""));
 }
 
 #[test]
@@ -315,12 +372,38 @@ fn what_is_wrong_with_a_template_is_named() {
         expected.assert_eq(&error.replace(&folder.text(""), ""));
     };
     let row = || json!({ "messages": messages(2) });
-    check(None, row(), expect![[""]]);
-    check(Some("{% for m in messages %}{{ m.content }"), row(), expect![[""]]);
-    check(Some("{{ raise_exception('no system, please') }}"), row(), expect![[""]]);
-    check(Some("{{ messages[0].content }} of {{ messages | length }}"), row(), expect![[""]]);
+    check(
+        None,
+        row(),
+        expect![
+            "a.jsonl: line 1: the tokenizer tokenizer comes without a chat template, and the row holds messages: set data.chat_template to a file with one"
+        ],
+    );
+    check(
+        Some("{% for m in messages %}{{ m.content }"),
+        row(),
+        expect!["tokenizer: the chat template, line 1: syntax error: unexpected `}`, expected end of variable block"],
+    );
+    check(
+        Some("{{ raise_exception('no system, please') }}"),
+        row(),
+        expect!["a.jsonl: line 1: the chat template refuses the conversation: no system, please"],
+    );
+    check(
+        Some("{{ messages[0].content }} of {{ messages | length }}"),
+        row(),
+        expect![
+            "a.jsonl: line 1: message 2 (assistant): the chat template has no {% generation %} blocks, and renders it in another way when messages follow, so that what the assistant says cannot be told from the rest. Give data.chat_template a template with {% generation %} around it, or set data.assistant_only_loss = false"
+        ],
+    );
     let last_first = "{% for m in messages[::-1] %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
-    check(Some(last_first), row(), expect![[""]]);
+    check(
+        Some(last_first),
+        row(),
+        expect![
+            "a.jsonl: line 1: message 2 (assistant): the chat template has no {% generation %} blocks, and renders it in another way when messages follow, so that what the assistant says cannot be told from the rest. Give data.chat_template a template with {% generation %} around it, or set data.assistant_only_loss = false"
+        ],
+    );
 }
 
 const JOB: &str = r#"

@@ -9,6 +9,7 @@ mod job;
 mod layouts;
 mod muon;
 mod parity;
+mod sft;
 mod support;
 mod tidy;
 mod two_nodes;

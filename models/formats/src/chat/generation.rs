@@ -25,9 +25,11 @@ pub(super) fn mark(template: &str) -> Marked {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         text.push_str(before);
-        match tag.find("%}").map(|end| (&tag[2..end], &tag[end + 2..])).and_then(|(inner, rest)| {
-            Some((rewrite(inner)?, rest))
-        }) {
+        match tag
+            .find("%}")
+            .map(|end| (&tag[2..end], &tag[end + 2..]))
+            .and_then(|(inner, rest)| Some((rewrite(inner)?, rest)))
+        {
             Some((rewritten, after)) => {
                 text.push_str(&rewritten);
                 (rest, found) = (after, true);
@@ -106,8 +108,13 @@ mod tests {
             "a{%- generation %}b{% endgeneration -%}",
             "a{%- with %}{% filter mark_generation %}b{% endfilter %}{% endwith -%}",
         );
-        check("{%generation%}{%+ endgeneration+%}", "{% with %}{% filter mark_generation %}{%+ endfilter %}{% endwith +%}");
-        for other in ["{% if generation %}", "{{ generation }}", "{%", "{% generation", "{%-%}", "{%%}", "{%generation-"] {
+        check(
+            "{%generation%}{%+ endgeneration+%}",
+            "{% with %}{% filter mark_generation %}{%+ endfilter %}{% endwith +%}",
+        );
+        for other in
+            ["{% if generation %}", "{{ generation }}", "{%", "{% generation", "{%-%}", "{%%}", "{%generation-"]
+        {
             let marked = mark(other);
             assert_eq!((marked.text.as_str(), marked.found), (other, false));
         }

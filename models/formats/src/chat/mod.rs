@@ -126,11 +126,7 @@ impl ChatTemplate {
         context.extend(variables.map(|(name, value)| (name.as_str(), python::value(value))));
         let template = self.environment.get_template(NAME).map_err(|e| template_error(&e))?;
         let text = template.render(Value::from_pairs(context)).map_err(|e| template_error(&e))?;
-        Ok(if self.marks_generation {
-            generation::unmark(&text)
-        } else {
-            Rendered { text, generation: Vec::new() }
-        })
+        Ok(if self.marks_generation { generation::unmark(&text) } else { Rendered { text, generation: Vec::new() } })
     }
 }
 

@@ -79,8 +79,8 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, arguments: &[
             None => ["", "", text].into_iter().collect(),
         }),
         ("rsplit", [separator, count]) if separator.as_str().is_some() => {
-            let (separator, count) = from_args::<(&str, usize)>(&[separator.clone(), count.clone()])
-                .map(|(s, n)| (s.to_owned(), n))?;
+            let (separator, count) =
+                from_args::<(&str, usize)>(&[separator.clone(), count.clone()]).map(|(s, n)| (s.to_owned(), n))?;
             let mut parts: Vec<&str> = text.rsplitn(count + 1, separator.as_str()).collect();
             parts.reverse();
             Ok(parts.into_iter().collect())

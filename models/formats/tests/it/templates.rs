@@ -28,12 +28,18 @@ fn check(case: &Value, template: &str) -> Result<(), String> {
     match (case["text"].as_str(), found) {
         (Some(expected), Ok(found)) if found.text != expected => {
             let at = found.text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
-            let near = |text: &str| String::from_utf8_lossy(&text.as_bytes()[at.saturating_sub(40).min(text.len())..]).chars().take(120).collect::<String>();
+            let near = |text: &str| {
+                String::from_utf8_lossy(&text.as_bytes()[at.saturating_sub(40).min(text.len())..])
+                    .chars()
+                    .take(120)
+                    .collect::<String>()
+            };
             Err(format!("byte {at}: {:?}, expected {:?}", near(&found.text), near(expected)))
         }
         (Some(_), Ok(found)) => {
             // A block that wrote nothing has no span here.
-            let expected = case["spans"].as_array().unwrap().iter().filter(|s| s[0] != s[1]).cloned().collect::<Value>();
+            let expected =
+                case["spans"].as_array().unwrap().iter().filter(|s| s[0] != s[1]).cloned().collect::<Value>();
             let found = characters(&found.text, &found.generation);
             if found == expected { Ok(()) } else { Err(format!("generation {found}, expected {expected}")) }
         }
