@@ -223,7 +223,9 @@ fn chat(found: &mut Found, c: &JobConfig) {
     let all =
         || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
     if c.job.kind != JobType::Sft {
-        let data = c.data.chat_keys().map(|(key, is_set)| (format!("data.{key}"), is_set));
+        // Prompts of reinforcement learning are rendered by a chat template too.
+        let is_read = |key: &str| c.job.kind == JobType::Rlhf && key == "chat_template";
+        let data = c.data.chat_keys().map(|(key, is_set)| (format!("data.{key}"), is_set && !is_read(key)));
         let each = all().flat_map(|(at, s)| s.chat_keys().map(|(key, is_set)| (format!("{at}.{key}"), is_set)));
         for (key, _) in data.into_iter().chain(each).filter(|(_, is_set)| *is_set) {
             let message = format!(

@@ -31,6 +31,8 @@ pub struct GenerateRequest {
     pub model: ModelRequest,
     /// Text to continue; exclusive with `prompt_ids`.
     pub prompt: Option<String>,
+    /// `prompt` is what the user says, or a JSON list of messages: the chat template renders it.
+    pub chat: bool,
     /// Token ids to continue.
     pub prompt_ids: Option<Vec<u32>>,
     /// Tokens to generate at most.

@@ -18,6 +18,7 @@ pub const PEERS: &[&str] = &[
     "safetensors==0.8.0",
     "gguf==0.19.0",
     "tensorboard==2.21.0",
+    "trl==1.16.0",
 ];
 
 /// Peers installed without their dependencies: of this one only the model file inside is used, and its dependency

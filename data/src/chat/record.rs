@@ -78,20 +78,24 @@ pub(super) fn parse(row: &str, options: &ChatOptions) -> Result<Example> {
 
 /// The value of a column.
 fn take(row: &mut Map<String, Value>, column: &str, options: &ChatOptions) -> Result<Value> {
-    if let Some(value) = row.remove(column) {
-        return Ok(value);
+    if let Some(value) = row.get_mut(column) {
+        return Ok(value.take());
     }
     let found: Vec<&str> = row.keys().map(String::as_str).collect();
-    let near = nearest(column, found.iter().copied()).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
-    let (prompt, completion) = (&options.prompt_column, &options.completion_column);
-    let expected = match options.format {
-        DataFormat::Auto => format!("`{MESSAGES}`, `{CONVERSATIONS}`, or `{prompt}` and `{completion}`"),
-        DataFormat::PromptCompletion => format!("`{prompt}` and `{completion}`"),
-        DataFormat::Messages | DataFormat::Sharegpt => format!("`{column}`"),
+    let (prompt, completion) = (options.prompt_column.as_str(), options.completion_column.as_str());
+    let undecided = options.format == DataFormat::Auto && column == prompt && !row.contains_key(completion);
+    let (missing, wanted) = if undecided {
+        let messages = options.messages_column.as_deref().unwrap_or(MESSAGES);
+        let missing = format!("`{messages}`, `{CONVERSATIONS}`, or `{prompt}` and `{completion}`");
+        (missing, vec![messages, CONVERSATIONS, prompt, completion])
+    } else {
+        (format!("`{column}`"), vec![column])
     };
+    let near = wanted.iter().find_map(|wanted| nearest(wanted, found.iter().copied()));
+    let near = near.map(|near| format!("; there is `{near}`")).unwrap_or_default();
     Err(format!(
-        "no `{column}`{near} (keys there are: {}; expected are {expected}). Name the columns in data.sources with \
-         messages_column, or prompt_column and completion_column",
+        "no {missing}{near} (keys there are: {}). Name the columns in data.sources with messages_column, or prompt_column \
+         and completion_column",
         found.join(", ")
     ))
 }
@@ -151,7 +155,7 @@ fn check_message(message: Value, format: DataFormat) -> Result<Value> {
     let (role_key, content_key) = if is_sharegpt { ("from", "value") } else { (ROLE, CONTENT) };
     let found: Vec<String> = message.keys().cloned().collect();
     let missing = |key: &str| {
-        let near = nearest(key, found.iter().map(String::as_str)).map(|n| format!("; did you mean `{n}`?"));
+        let near = nearest(key, found.iter().map(String::as_str)).map(|n| format!("; there is `{n}`"));
         format!("no `{key}`{} (keys there are: {})", near.unwrap_or_default(), found.join(", "))
     };
     let role = message.remove(role_key).ok_or_else(|| missing(role_key))?;

@@ -103,7 +103,8 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
     if let Some(before) = read_origin(folder)? {
         match before.check_same(&origin, folder) {
             Ok(()) => {}
-            Err(mismatch) if !options.overwrite => return Err(mismatch),
+            // Nothing was finished, so that nothing is lost: the user may just have mended what stopped it.
+            Err(mismatch) if !options.overwrite && has_shards(folder)? => return Err(mismatch),
             Err(_) => clear(folder)?,
         }
     }
@@ -117,16 +118,19 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
     let shards = pipeline::tokenise(options, &tokenizer, &encoder, &origin, shards, progress)?;
     let manifest = Manifest::new(origin, shards);
     if manifest.documents == 0 {
-        return Err(DataError::Options(format!("{}: {}", options.paths.join(", "), nothing_there(&manifest))));
+        return Err(DataError::Options(format!("{}: {}", options.paths.join(", "), nothing_there(options))));
     }
     files::write_json(&folder.join(MANIFEST_NAME), &manifest)?;
     warn_of_lost(&manifest, options, progress);
     Ok(manifest)
 }
 
-fn nothing_there(manifest: &Manifest) -> String {
-    match manifest.chat {
-        Some(chat) => format!("no conversation is left ({} were too long); raise training.seq_len", chat.dropped),
+fn nothing_there(options: &PrepareOptions) -> String {
+    match &options.chat {
+        Some(chat) => format!(
+            "no conversation is left: there are none, or all have more than {} tokens; raise training.seq_len",
+            chat.max_tokens
+        ),
         None => "the files hold no text at all".into(),
     }
 }
@@ -236,6 +240,11 @@ fn shard_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).at("list", folder)?.collect::<std::io::Result<Vec<_>>>().at("list", folder)?;
     let paths = entries.into_iter().map(|entry| entry.path());
     Ok(paths.filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("shard-"))).collect())
+}
+
+fn has_shards(folder: &Path) -> Result<bool> {
+    let records = shard_files(folder)?.into_iter().filter(|path| path.extension().is_some_and(|e| e == "json"));
+    Ok(records.count() > 0)
 }
 
 /// Removes what preparation wrote, and nothing else.

@@ -213,7 +213,7 @@ fn long_conversations_are_cut_or_left_out_and_counted() {
     assert!(look.to_string().contains("too long     1 conversations cut, 1 left out"), "{look}");
     folder.write("b.jsonl", lines([row(90, 2)].into_iter()));
     let error = prepare(&options(&folder, "b.jsonl", "none", ChatOptions::new(40)), &()).unwrap_err().to_string();
-    assert!(error.contains("no conversation is left (1 were too long)"), "{error}");
+    assert!(error.contains("no conversation is left: there are none, or all have more than 40 tokens"), "{error}");
 }
 
 #[test]
@@ -223,7 +223,7 @@ fn shards_do_not_depend_on_threads() {
     let prepared = |threads: usize| {
         let chat = ChatOptions { overlong: Overlong::Drop, ..ChatOptions::new(120) };
         let mut options = options(&folder, "a.jsonl", &format!("p{threads}"), chat);
-        (options.num_threads, options.shard_tokens) = (threads, 20_000);
+        (options.num_threads, options.shard_tokens) = (threads, 5_000);
         let manifest = prepare(&options, &()).unwrap();
         assert!(manifest.chat.unwrap().dropped > 0);
         (manifest.shards, shards(&options.folder))
@@ -298,24 +298,69 @@ fn what_is_wrong_with_a_row_is_named() {
         error.replace(&folder.text(""), "")
     };
     let check = |row: &str, expected: Expect| expected.assert_eq(&fail(ChatOptions::new(256), row));
-    check("{\"mesages\": []}", expect![[""]]);
-    check("{\"messages\": []}", expect![[""]]);
-    check("{\"messages\": [{\"rolle\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": [{\"role\": \"asistant\", \"content\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": [{\"from\": \"humans\", \"value\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": [{\"role\": \"user\", \"content\": 7}]}", expect![[""]]);
-    check("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
-    check("{\"messages\": \"hello\"}", expect![[""]]);
-    check("{\"prompt\": \"a\"}", expect![[""]]);
-    check("{\"prompt\": \"a\", \"completion\": [{\"role\": \"user\", \"content\": \"a\"}]}", expect![[""]]);
-    check("[1]", expect![[""]]);
-    check("{\"messages\": ", expect![[""]]);
+    check(
+        "{\"mesages\": []}",
+        expect![
+            "bad.jsonl: line 3: no `messages`, `conversations`, or `prompt` and `completion`; did you mean `mesages`? (keys there are: mesages). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
+        ],
+    );
+    check(
+        "{\"messages\": []}",
+        expect!["bad.jsonl: line 3: `messages` is empty: a conversation has at least one message"],
+    );
+    check(
+        "{\"messages\": [{\"rolle\": \"user\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `messages`, message 1: no `role`; did you mean `rolle`? (keys there are: rolle, content)"
+        ],
+    );
+    check(
+        "{\"messages\": [{\"role\": \"asistant\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `messages`, message 1: unknown role `asistant`; did you mean `assistant`? (known are system, developer, user, assistant, tool)"
+        ],
+    );
+    check(
+        "{\"messages\": [{\"from\": \"humans\", \"value\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `messages`, message 1: unknown role `humans`; did you mean `human`? (known are system, developer, user, assistant, tool, human, gpt, chatgpt, bing, bard, model, function_call, observation, function_response)"
+        ],
+    );
+    check(
+        "{\"messages\": [{\"role\": \"user\", \"content\": 7}]}",
+        expect!["bad.jsonl: line 3: `messages`, message 1: `content` is a number; expected text"],
+    );
+    check(
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: none of its tokens is trained: there is no message of the assistant, or it is empty"
+        ],
+    );
+    check("{\"messages\": \"hello\"}", expect!["bad.jsonl: line 3: `messages` is text; expected a list of messages"]);
+    check(
+        "{\"prompt\": \"a\"}",
+        expect![
+            "bad.jsonl: line 3: no `completion` (keys there are: ). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
+        ],
+    );
+    check(
+        "{\"prompt\": \"a\", \"completion\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+        expect![
+            "bad.jsonl: line 3: `prompt` is text and `completion` is a list; expected two texts or two lists of messages"
+        ],
+    );
+    check(
+        "[1]",
+        expect!["bad.jsonl: line 3: no JSON object; a JSON array is not JSON lines: write one object per line"],
+    );
+    check("{\"messages\": ", expect!["bad.jsonl: line 3: EOF while parsing a value at line 1 column 12"]);
     let columns =
         ChatOptions { format: DataFormat::PromptCompletion, prompt_column: "question".into(), ..ChatOptions::new(9) };
-    expect![[""]].assert_eq(&fail(columns, "{}"));
+    expect!["bad.jsonl: line 1: no `question` (keys there are: messages). Name the columns in data.sources with messages_column, or prompt_column and completion_column"].assert_eq(&fail(columns, "{}"));
     folder.write("text.txt", "plain");
     let error = prepare(&options(&folder, "text.txt", "bad", ChatOptions::new(9)), &()).unwrap_err().to_string();
-    expect![[""]].assert_eq(&error.replace(&folder.text(""), ""));
+    expect!["text.txt: plain text holds no conversations, which are read from .jsonl, .parquet and .arrow files"]
+        .assert_eq(&error.replace(&folder.text(""), ""));
 }
 
 #[test]
@@ -327,12 +372,38 @@ fn what_is_wrong_with_a_template_is_named() {
         expected.assert_eq(&error.replace(&folder.text(""), ""));
     };
     let row = || json!({ "messages": messages(2) });
-    check(None, row(), expect![[""]]);
-    check(Some("{% for m in messages %}{{ m.content }"), row(), expect![[""]]);
-    check(Some("{{ raise_exception('no system, please') }}"), row(), expect![[""]]);
-    check(Some("{{ messages[0].content }} of {{ messages | length }}"), row(), expect![[""]]);
+    check(
+        None,
+        row(),
+        expect![
+            "a.jsonl: line 1: the tokenizer tokenizer comes without a chat template, and the row holds messages: set data.chat_template to a file with one"
+        ],
+    );
+    check(
+        Some("{% for m in messages %}{{ m.content }"),
+        row(),
+        expect!["tokenizer: the chat template, line 1: syntax error: unexpected `}`, expected end of variable block"],
+    );
+    check(
+        Some("{{ raise_exception('no system, please') }}"),
+        row(),
+        expect!["a.jsonl: line 1: the chat template refuses the conversation: no system, please"],
+    );
+    check(
+        Some("{{ messages[0].content }} of {{ messages | length }}"),
+        row(),
+        expect![
+            "a.jsonl: line 1: message 2 (assistant): the chat template has no {% generation %} blocks, and renders it in another way when messages follow, so that what the assistant says cannot be told from the rest. Give data.chat_template a template with {% generation %} around it, or set data.assistant_only_loss = false"
+        ],
+    );
     let last_first = "{% for m in messages[::-1] %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
-    check(Some(last_first), row(), expect![[""]]);
+    check(
+        Some(last_first),
+        row(),
+        expect![
+            "a.jsonl: line 1: message 2 (assistant): the chat template has no {% generation %} blocks, and renders it in another way when messages follow, so that what the assistant says cannot be told from the rest. Give data.chat_template a template with {% generation %} around it, or set data.assistant_only_loss = false"
+        ],
+    );
 }
 
 const JOB: &str = r#"

@@ -72,6 +72,7 @@ pub enum DType {
 Examples:
   tangelo generate runs/my-run --prompt 'fn main() {' --max-new-tokens 100
   tangelo generate model.gguf -p 'Once upon a time' --temperature 0.8 --seed 7
+  tangelo generate runs/my-sft --chat -p 'What is 17 + 25?'
   tangelo generate hf-folder --prompt-ids 1,450,4996 --json | jq .logprobs
 
 Greedy (temperature 0) unless told otherwise. The same arguments give the same text.")]
@@ -81,6 +82,9 @@ pub struct GenerateArgs {
     /// Text to continue.
     #[arg(long, short)]
     prompt: Option<String>,
+    /// The prompt is what the user says (or a JSON list of messages): render it with the model's chat template.
+    #[arg(long, requires = "prompt")]
+    chat: bool,
     /// Token ids to continue, separated by commas or spaces.
     #[arg(long, value_name = "IDS", value_parser = parse_ids)]
     prompt_ids: Option<Ids>,
@@ -116,6 +120,7 @@ impl GenerateArgs {
         GenerateRequest {
             model: self.model.request(),
             prompt: self.prompt.clone(),
+            chat: self.chat,
             prompt_ids: self.prompt_ids.as_ref().map(|ids| ids.0.clone()),
             max_new_tokens: self.max_new_tokens,
             temperature: self.temperature,

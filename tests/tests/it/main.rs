@@ -10,6 +10,7 @@ mod layouts;
 mod muon;
 mod parity;
 mod scalar_heads;
+mod sft;
 mod support;
 mod tidy;
 mod two_nodes;

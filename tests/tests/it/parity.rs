@@ -29,14 +29,14 @@ const MAX_GRADIENT_ERROR: f64 = 1e-5;
 /// The mean of some 50 losses near 7, each with a few roundings of 1e-7 relative.
 const MAX_LOSS_ERROR: f64 = 1e-5;
 
-type Golden = HashMap<String, Tensor>;
+pub type Golden = HashMap<String, Tensor>;
 
-fn golden(path: &Path) -> Golden {
+pub fn golden(path: &Path) -> Golden {
     Tensor::read_safetensors(path).expect("golden.py writes safetensors").into_iter().collect()
 }
 
 /// The weights of a folder or file, in fp32, with gradient buffers where `trained`.
-fn load(path: &Path, trained: bool) -> Model {
+pub fn load(path: &Path, trained: bool) -> Model {
     let weights = Weights::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let model = Model::zeros(weights.spec(), Kind::Float, Device::Cpu, trained);
     for meta in weights.metas() {
@@ -95,13 +95,13 @@ fn check_logits(model: &Alone, golden: &Golden, faults: &mut Vec<String>) -> f64
 }
 
 /// Loss and every gradient, with nothing recomputed and with every second block recomputed.
-fn check_gradients(alone: &Alone, golden: &Golden, faults: &mut Vec<String>) {
-    let (model, batch) = (alone.model(), packed(golden));
+pub fn check_gradients(alone: &Alone, batch: &Batch, golden: &Golden, faults: &mut Vec<String>) {
+    let model = alone.model();
     let layers = 0..model.num_blocks();
     for recompute in [vec![false; layers.len()], layers.map(|layer| layer % 2 == 1).collect()] {
         let what = format!("recompute {recompute:?}");
         model.units().iter().filter_map(|u| u.main_grad()).for_each(|g| drop(g.shallow_clone().zero_()));
-        let loss = alone.forward_backward(&batch, &recompute).unwrap();
+        let loss = alone.forward_backward(batch, &recompute).unwrap();
         let truth = golden["loss.f64"].double_value(&[0]);
         if (loss - truth).abs() > MAX_LOSS_ERROR {
             faults.push(format!("{what}: loss {loss}, expected {truth}"));
@@ -162,7 +162,7 @@ fn random_models_of_every_family_equal_transformers() {
         let golden = golden(&folder.path().join(&case).join("golden.safetensors"));
         let mut found = Vec::new();
         log_ratios.push(check_logits(&model, &golden, &mut found).ln());
-        check_gradients(&model, &golden, &mut found);
+        check_gradients(&model, &packed(&golden), &golden, &mut found);
         check_greedy(model.model(), &golden, &mut found);
         faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
     }
@@ -213,7 +213,7 @@ fn a_real_quantised_model_equals_transformers() {
     let mut faults = Vec::new();
     let golden = golden(&folder.path().join("golden.safetensors"));
     check_logits(&alone, &golden, &mut faults);
-    check_gradients(&alone, &golden, &mut faults);
+    check_gradients(&alone, &packed(&golden), &golden, &mut faults);
     let model = alone.model();
     assert!(faults.is_empty(), "{}", faults.join("\n"));
     for answer in &answers {

@@ -6,6 +6,8 @@ use crate::sample::{Sampler, logprob};
 use serde_json::json;
 use std::io::Write;
 use tangelo_configs::requests::GenerateRequest;
+use tangelo_formats::ChatTemplate;
+use tangelo_formats::chat::RenderOptions;
 use tangelo_formats::tokenizer::{StreamDecoder, TokenizerAssets};
 use tangelo_models::Model;
 use tch::{Kind, Tensor};
@@ -93,7 +95,8 @@ pub fn run(request: &GenerateRequest) -> Result<()> {
     let (prompt, tokenizer) = match (&request.prompt, &request.prompt_ids) {
         (Some(text), None) => {
             let assets = opened.tokenizer?;
-            (super::encode(&assets, text)?, Some(assets))
+            let ids = if request.chat { chat_prompt(&assets, text)? } else { super::encode(&assets, text)? };
+            (ids, Some(assets))
         }
         (None, Some(ids)) => (ids.clone(), opened.tokenizer.ok()),
         _ => return Err(TrainError::Config("give either --prompt or --prompt-ids".into())),
@@ -115,6 +118,20 @@ pub fn run(request: &GenerateRequest) -> Result<()> {
     } else {
         stream(&opened.model, tokenizer.as_ref(), &prompt, &options)
     }
+}
+
+/// What comes before the assistant's answer to `prompt`: a message of the user, or messages as a JSON list.
+fn chat_prompt(assets: &TokenizerAssets, prompt: &str) -> Result<Vec<u32>> {
+    let messages = match serde_json::from_str(prompt) {
+        Ok(serde_json::Value::Array(messages)) => messages,
+        _ => vec![json!({ "role": "user", "content": prompt })],
+    };
+    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+    let rendered = ChatTemplate::of(assets).and_then(|template| template.render(&messages, &options));
+    let text = rendered.map_err(|e| TrainError::Data(format!("--chat: {e}")))?.text;
+    // The template writes the special tokens itself.
+    let encoding = assets.tokenizer.encode_fast(text, false).map_err(|e| TrainError::Data(e.to_string()))?;
+    Ok(encoding.get_ids().to_vec())
 }
 
 /// Ids that end a document: the model's and the tokenizer's.

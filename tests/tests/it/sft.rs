@@ -1,0 +1,119 @@
+//! Supervised fine-tuning against TRL's SFTTrainer on the same rows (tests/python/sft.py): token ids and masks are equal,
+//! loss and gradients agree within the limits that [`parity`](crate::parity) has for its models.
+
+use crate::parity::{check_gradients, golden, load};
+use crate::support;
+use std::path::Path;
+use tangelo_configs::job::Packing;
+use tangelo_core::Batch;
+use tangelo_data::encode::Scratch;
+use tangelo_data::{
+    ChatEncoder, ChatOptions, Loader, LoaderOptions, LoaderSource, PrepareOptions, Split, TextTokenizer, prepare,
+};
+use tangelo_formats::tokenizer;
+use tangelo_trainer::alone::Alone;
+
+/// As in sft.py.
+const MAX_LENGTH: usize = 96;
+
+/// A row as TRL has it: -100 where nothing is learnt.
+#[derive(serde::Deserialize)]
+struct Row {
+    input_ids: Vec<u32>,
+    labels: Vec<i64>,
+}
+
+/// What TRL's configuration of a case is here.
+fn options(case: &str) -> ChatOptions {
+    let defaults = ChatOptions::new(MAX_LENGTH);
+    match case {
+        "everything" => ChatOptions { assistant_only_loss: false, ..defaults },
+        "whole_texts" => ChatOptions { completion_only_loss: false, ..defaults },
+        _ => defaults,
+    }
+}
+
+/// Every row's ids and mask. TRL leaves out rows of which nothing that is learnt fits; so do we.
+fn check_rows(folder: &Path, case: &str, faults: &mut Vec<String>) -> PrepareOptions {
+    let (tokenizer_path, own) = (folder.join("tokenizer"), folder.join(format!("{case}.jinja")));
+    let template = Some(own).filter(|path| path.exists());
+    let tokenizer = TextTokenizer::open(&tokenizer_path).unwrap();
+    let encoder = ChatEncoder::new(&tokenizer, template.as_deref(), options(case)).unwrap();
+    let read = |extension: &str| std::fs::read_to_string(folder.join(format!("{case}.{extension}"))).unwrap();
+    let expected: Vec<Row> = serde_json::from_str(&read("json")).unwrap();
+    let rows = read("jsonl");
+    let found: Vec<_> = rows
+        .lines()
+        .filter_map(|row| encoder.encode(row, &mut Scratch::default()).expect("a row as TRL reads it"))
+        .collect();
+    println!(
+        "  {} rows of {}, {} cut",
+        found.len(),
+        rows.lines().count(),
+        found.iter().filter(|e| e.truncated).count()
+    );
+    if found.len() != expected.len() {
+        faults.push(format!("{} rows, TRL has {}", found.len(), expected.len()));
+    }
+    for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let mask: Vec<bool> = expected.labels.iter().map(|&label| label != -100).collect();
+        if found.tokens != expected.input_ids {
+            faults.push(format!("row {index}: ids {:?}, TRL's {:?}", found.tokens, expected.input_ids));
+        }
+        if found.trained != mask {
+            faults.push(format!("row {index}: mask {:?}, TRL's {mask:?}", found.trained));
+        }
+    }
+    let source = folder.join(format!("{case}.jsonl")).display().to_string();
+    let prepared = folder.join(case).join("prepared");
+    PrepareOptions {
+        chat: Some(options(case)),
+        chat_template: template,
+        ..PrepareOptions::new(vec![source], tokenizer_path, prepared)
+    }
+}
+
+/// All rows as one packed batch.
+fn batch(options: &PrepareOptions) -> Batch {
+    prepare(options, &()).unwrap();
+    let loader = |rows: usize| {
+        Loader::open(LoaderOptions {
+            sources: vec![LoaderSource { name: "rows".into(), folder: options.folder.clone(), weight: None }],
+            split: Split::Train,
+            validation_fraction: 0.0,
+            seq_len: MAX_LENGTH,
+            packing: Packing::BestFit,
+            document_mask: true,
+            seed: 1,
+            global_batch_size: rows,
+            data_rank: 0,
+            data_size: 1,
+            verify: true,
+        })
+        .unwrap()
+    };
+    let rows = loader(1).num_samples() as usize;
+    loader(rows).batch_at(0).unwrap()
+}
+
+#[test]
+fn rows_loss_and_gradients_equal_trls() {
+    let (Some(python), Some(model)) = (support::python(), support::smollm2()) else { return };
+    let (folder, seed) = (tempfile::tempdir().unwrap(), support::fresh_seed());
+    tokenizer::load(&model).unwrap().save(&folder.path().join("tokenizer")).unwrap();
+    support::run_script(&python, "sft.py", &["make", folder.path().to_str().unwrap(), &seed.to_string()]);
+    let cases: Vec<String> =
+        serde_json::from_str(&std::fs::read_to_string(folder.path().join("cases.json")).unwrap()).unwrap();
+    assert_eq!(cases.len(), 6);
+    let mut faults = Vec::new();
+    for case in cases {
+        println!("{case}");
+        let mut found = Vec::new();
+        let options = check_rows(folder.path(), &case, &mut found);
+        let alone = Alone::new(load(&folder.path().join(&case).join("model"), true)).unwrap();
+        let golden = golden(&folder.path().join(&case).join("golden.safetensors"));
+        check_gradients(&alone, &batch(&options), &golden, &mut found);
+        faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
+    }
+    assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
+}
