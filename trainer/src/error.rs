@@ -35,6 +35,17 @@ impl TrainError {
         }
     }
 
+    /// Of this kind.
+    pub fn of_kind(kind: FailureKind, message: String) -> TrainError {
+        match kind {
+            FailureKind::Config => TrainError::Config(message),
+            FailureKind::Data => TrainError::Data(message),
+            FailureKind::Device => TrainError::Device(message),
+            FailureKind::Peer => TrainError::Peer(message),
+            FailureKind::Internal => TrainError::Internal(message),
+        }
+    }
+
     /// What a panic on the device thread means: libtorch's out-of-memory is the machine's, the rest is ours.
     pub fn from_panic(message: String) -> TrainError {
         if is_out_of_memory(&message) { TrainError::Device(message) } else { TrainError::Internal(message) }

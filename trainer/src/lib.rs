@@ -24,6 +24,7 @@ pub mod persist;
 pub mod process;
 pub mod publish;
 pub mod recipe;
+pub mod rl;
 pub mod sample;
 pub mod shards;
 pub mod store;

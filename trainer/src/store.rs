@@ -30,8 +30,8 @@ pub struct WeightStore {
 }
 
 impl WeightStore {
-    /// Shards of zeros for the units of `model`.
-    pub fn new(model: &Model, sharding: &Sharding, rank: usize) -> WeightStore {
+    /// Shards of zeros for the units of `model`; for gradients only where it `learns`.
+    pub fn new(model: &Model, sharding: &Sharding, rank: usize, learns: bool) -> WeightStore {
         let units = model.units();
         let place = |level| units.iter().map(|unit| Place::of(sharding, unit, level, rank)).collect::<Vec<_>>();
         let (weight_places, gradient_places) = (place(Level::Parameters), place(Level::Gradients));
@@ -44,7 +44,10 @@ impl WeightStore {
             |place: &Place, kind| place.shard_len().map(|len| Tensor::zeros([len as i64], (kind, model.device())));
         WeightStore {
             weights: weight_places.iter().map(|p| shard(p, model.kind())).collect(),
-            gradients: gradient_places.iter().map(|p| shard(p, gradient_kind(model))).collect(),
+            gradients: gradient_places
+                .iter()
+                .map(|p| if learns { shard(p, gradient_kind(model)) } else { None })
+                .collect(),
             gathers: cut(Level::Parameters, Group::Parameters),
             reduces: cut(Level::Gradients, Group::Gradients),
             weight_places,

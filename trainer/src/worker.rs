@@ -87,14 +87,33 @@ impl TrainWorker {
 
     /// As [`TrainWorker::new`], with weights of any type: float64 for checks.
     pub fn with_kind(plan: &Plan, rank: usize, world: Communicator, device: Device, kind: Kind) -> Result<TrainWorker> {
+        TrainWorker::build(plan, rank, world, (device, kind), true)
+    }
+
+    /// A worker that only answers [`TrainWorker::forward`]: no gradients, no optimizer states, and no memory for them.
+    pub fn frozen(plan: &Plan, rank: usize, world: Communicator, device: Device) -> Result<TrainWorker> {
+        let kind = kind_of(plan.config.training.mixed_precision_param);
+        TrainWorker::build(plan, rank, world, (device, kind), false)
+    }
+
+    fn build(
+        plan: &Plan,
+        rank: usize,
+        world: Communicator,
+        (device, kind): (Device, Kind),
+        learns: bool,
+    ) -> Result<TrainWorker> {
         let sharding = plan.sharding();
         let program = tangelo_planner::program::build(plan, sharding.topology().stage(rank));
         let groups = Groups::open(world, sharding.topology())?;
-        let model = Model::part(&plan.model, &sharding, rank, kind, device, true);
-        let store = WeightStore::new(&model, &sharding, rank);
+        let model = Model::part(&plan.model, &sharding, rank, kind, device, learns);
+        let store = WeightStore::new(&model, &sharding, rank, learns);
         let (config, max_norm) = (&plan.config.optimizer, plan.config.training.max_norm);
         let buckets = Buckets::new(&model, &sharding, &store, &program.buckets, rank);
-        let optimizer = Optimizer::new(&model, &sharding, &store, &program.buckets, rank, config, max_norm);
+        let optimizer = match learns {
+            true => Optimizer::new(&model, &sharding, &store, &program.buckets, rank, config, max_norm),
+            false => Optimizer::none(&model, &sharding, rank, config),
+        };
         Ok(TrainWorker {
             plan: plan.clone(),
             model,
@@ -118,6 +137,11 @@ impl TrainWorker {
     /// This rank's part of the model. Weights that are cut are there only while they are used.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Whether it learns.
+    pub fn learns(&self) -> bool {
+        !self.optimizer.states().is_empty()
     }
 
     /// The optimizer.

@@ -33,8 +33,8 @@ pub fn path(folder: &Path, step: u64) -> PathBuf {
 /// The folder or the file cannot be written.
 pub fn write(folder: &Path, file: &RolloutFile<'_>) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
-    let other = std::io::Error::other;
-    let batch = records(file).map_err(other)?;
+    let other = |e: parquet::errors::ParquetError| std::io::Error::other(e);
+    let batch = records(file).map_err(std::io::Error::other)?;
     let (target, partial) = (path(folder, file.step), path(folder, file.step).with_extension("parquet.partial"));
     let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
     let mut writer = ArrowWriter::try_new(File::create(&partial)?, batch.schema(), Some(properties)).map_err(other)?;

@@ -20,7 +20,7 @@ pub async fn score(
     for _ in 0..algorithm.rounds() {
         let scored = call(team, algorithm, batch, Call::Statistics { state: state.clone(), merged: merged.clone() });
         let round = merge(&scored.await?)?;
-        merged.push(round);
+        merged.push([&round]);
     }
     let applied =
         call(team, algorithm, batch, Call::Apply { state: state.clone(), merged: merged.clone() }).await?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::exit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tangelo_configs::Plan;
+use tangelo_configs::{JobPlan, Plan};
 use tangelo_configs::resolve::{self, Resources};
 use tangelo_kernels::device::{DeviceThread, keep_freed_memory};
 use tangelo_observe::stderr_line;
@@ -16,6 +16,7 @@ use tangelo_trainer::process::{RankInfo, StopFlag, die_with_supervisor, report_e
 use tangelo_trainer::{recipe, verb};
 
 const USAGE: &str = "usage: tangelo-worker train CONFIG.toml [--set table.key=value ...]
+       tangelo-worker rlhf CONFIG.toml
        tangelo-worker generate|score|eval|export REQUEST.json-text
        tangelo-worker gpu-check
 This program is started by `tangelo`; see `tangelo --help`.";
@@ -36,6 +37,7 @@ fn dispatch(arguments: &[String], step: &Arc<AtomicU64>) -> Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["train", config, sets @ ..] => train(Path::new(config), sets, step),
+        ["rlhf", config] => rlhf(Path::new(config)),
         ["generate", request] => on_device(parse(request)?, |r| verb::generate::run(&r)),
         ["score", request] => on_device(parse(request)?, |r| verb::score::run(&r)),
         ["eval", request] => on_device(parse(request)?, |r| verb::eval::run(&r)),
@@ -69,6 +71,20 @@ fn train(config: &Path, sets: &[&str], step: &Arc<AtomicU64>) -> Result<()> {
         stderr_line(format!("stopped by a signal after step {}; start the same command again to go on", outcome.step));
     }
     Ok(())
+}
+
+/// Serves the driver of a reinforcement-learning job. Calls and batches travel on a runtime beside the device thread.
+fn rlhf(config: &Path) -> Result<()> {
+    let info = RankInfo::from_env()?;
+    let config_error = |e: tangelo_configs::ConfigError| TrainError::Config(e.to_string());
+    let resources = Resources::of_this_machine(info.world_size, info.local_world_size).map_err(config_error)?;
+    let assets = &tangelo_formats::Assets;
+    let plan = load_plan(config, &[], &info)?;
+    let job = JobPlan::new(plan, &resources, assets).map_err(config_error)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|e| TrainError::Internal(format!("cannot start the runtime for calls: {e}")))?;
+    let handle = runtime.handle().clone();
+    on_device((job, info), move |(job, info)| recipe::rlhf::run(&job, &info, &handle))
 }
 
 /// Out of memory: adds what was predicted.

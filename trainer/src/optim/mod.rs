@@ -119,6 +119,12 @@ impl Optimizer {
         }
     }
 
+    /// The optimizer of a model that does not learn: it owns nothing.
+    pub fn none(model: &Model, sharding: &Sharding, rank: usize, config: &OptimizerConfig) -> Optimizer {
+        let chunks = ChunkOrder::new(model, sharding, rank);
+        Optimizer { config: config.clone(), max_norm: 0.0, states: Vec::new(), matrices: Vec::new(), chunks }
+    }
+
     /// Which optimizer the job asked for.
     pub fn name(&self) -> OptimizerName {
         self.config.name

@@ -203,7 +203,7 @@ fn tell(comm: &Communicator, words: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&all[0]).into_owned())
 }
 
-fn attempt_name() -> String {
+pub(crate) fn attempt_name() -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
     format!("{now:x}-{}", std::process::id())
 }

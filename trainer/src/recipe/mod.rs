@@ -4,4 +4,5 @@ pub mod checkpointing;
 pub mod evaluation;
 pub mod pretrain;
 pub mod recorder;
+pub mod rlhf;
 pub mod setup;

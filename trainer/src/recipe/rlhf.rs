@@ -18,6 +18,7 @@ use tangelo_formats::tokenizer::{StreamDecoder, TokenizerAssets};
 use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::device;
 use tangelo_models::Model;
+use tangelo_observe::stderr_line;
 use tangelo_planner::publish::{GenerationLayout, Publish};
 use tangelo_rollout::{Engine, TextSource, TextStream};
 use tch::Device;
@@ -113,7 +114,11 @@ impl Builder<'_> {
             false => TrainWorker::frozen(plan, rank, comm, self.device)?,
         };
         worker.set_micro_batches(MicroBatches::Balanced(self.job.rlhf().ppo_max_token_len_per_rank));
-        setup::give_first_weights(plan, &mut worker)?;
+        let is_first = rank == 0;
+        setup::give_first_weights(plan, &mut worker, &mut |told| match told {
+            setup::Told::Warning(message) if is_first => stderr_line(format!("warning: role {role}: {message}")),
+            setup::Told::Warning(_) | setup::Told::Phase(_) => {}
+        })?;
         Ok(worker)
     }
 

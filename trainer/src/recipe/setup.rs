@@ -114,7 +114,8 @@ fn loader_options(plan: &Plan, rank: usize) -> Result<LoaderOptions> {
     tangelo_data::loader_options(&plan.config, Split::Train, rows, reader, plan.data_parallel_size).map_err(data_error)
 }
 
-fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator> {
+/// This rank's end of a communicator over all ranks of the job.
+pub fn connect(plan: &Plan, info: &RankInfo, device: Device) -> Result<Communicator> {
     if info.world_size == 1 {
         return Ok(Communicator::single_on(device));
     }
@@ -190,31 +191,52 @@ fn start(plan: &Plan, worker: &mut TrainWorker, fingerprint: String, recorder: &
         learning_rate: 0.0,
         loader_fingerprint: fingerprint,
     };
-    let Some(path) = initial_path(plan) else {
-        worker.start_from_seed(plan.config.debug.seed);
-        return Ok(fresh);
+    let mut tell = |what: Told<'_>| match what {
+        Told::Phase(name) => recorder.phase(name),
+        Told::Warning(message) => recorder.warn(0, message),
     };
-    recorder.phase(&format!("loading {}", path.display()));
+    let found = give_first_weights(plan, worker, &mut tell)?;
+    Ok(found.map_or(fresh.clone(), |state| TrainState { loader_fingerprint: fresh.loader_fingerprint, ..state }))
+}
+
+/// What is told while first weights are loaded.
+pub enum Told<'a> {
+    /// Something long begins.
+    Phase(&'a str),
+    /// Something the user should know.
+    Warning(&'a str),
+}
+
+/// Gives a worker the weights it begins with: from the seed, a pre-trained model, or another run's checkpoint. Where the
+/// whole state of that is wanted, it is returned.
+pub fn give_first_weights(
+    plan: &Plan,
+    worker: &mut TrainWorker,
+    tell: &mut dyn FnMut(Told<'_>),
+) -> Result<Option<TrainState>> {
+    let seed = plan.config.debug.seed;
+    let Some(path) = initial_path(plan) else {
+        worker.start_from_seed(seed);
+        return Ok(None);
+    };
+    tell(Told::Phase(&format!("loading {}", path.display())));
     let source = Source::open(&path, None)?;
     match &source {
-        Source::Checkpoint(checkpoint) => {
+        Source::Checkpoint(checkpoint) if worker.learns() => {
             let weights_only = plan.config.checkpoint.initial_load_model_only;
             persist::restore(worker, checkpoint, weights_only)?;
-            Ok(if weights_only {
-                fresh
-            } else {
-                TrainState { loader_fingerprint: fresh.loader_fingerprint, ..checkpoint.state().clone() }
-            })
+            Ok((!weights_only).then(|| checkpoint.state().clone()))
         }
+        Source::Checkpoint(checkpoint) => worker.start_from(checkpoint).map(|()| None),
         Source::Pretrained(weights) => {
             let new = check_shapes(plan, weights.spec(), &path)?;
             if !new.is_empty() {
                 let names = new.join(", ");
-                recorder.warn(0, &format!("{}: no {names} there; the head starts from the seed", path.display()));
+                tell(Told::Warning(&format!("{}: no {names} there; the head starts from the seed", path.display())));
             }
-            let (rest, seed, std) = (source.tensors(), plan.config.debug.seed, plan.model.initializer_range);
+            let (rest, std) = (source.tensors(), plan.model.initializer_range);
             worker.start_from(&WithNewHead { rest, new, seed, std })?;
-            Ok(fresh)
+            Ok(None)
         }
     }
 }
@@ -261,7 +283,7 @@ pub fn job_tokenizer(plan: &Plan) -> Result<TokenizerAssets> {
 
 /// Keeps the tokenizer in the run folder, so that a run can be moved and still be used. One that is there already is
 /// this run's only where the run goes on.
-fn keep_tokenizer(plan: &Plan, resumes: bool) -> Result<()> {
+pub fn keep_tokenizer(plan: &Plan, resumes: bool) -> Result<()> {
     let path = plan.config.job.dump_folder.join("tokenizer.json");
     if resumes && path.exists() {
         return Ok(());
