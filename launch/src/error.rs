@@ -57,6 +57,9 @@ pub enum LaunchError {
         /// The report.
         message: String,
     },
+    /// The driver of a reinforcement-learning job failed.
+    #[error(transparent)]
+    Driver(#[from] tangelo_driver::DriverError),
     /// A signal ended the run before its last step.
     #[error("{message}")]
     Interrupted {
@@ -74,14 +77,21 @@ impl LaunchError {
     /// The exit code of `tangelo`: 1 internal, 2 configuration, 3 data, 4 device, 5 peer; 128 plus the signal for a run
     /// that a signal ended early, as shells do.
     pub fn exit_code(&self) -> u8 {
-        let kind = match self {
-            LaunchError::Interrupted { signal, .. } => return 128 + *signal as u8,
+        match self {
+            LaunchError::Interrupted { signal, .. } => 128 + *signal as u8,
+            other => other.kind().exit_code(),
+        }
+    }
+
+    /// Who has to act.
+    pub fn kind(&self) -> FailureKind {
+        match self {
             LaunchError::Config(_) | LaunchError::Usage(_) => FailureKind::Config,
             LaunchError::Data(_) | LaunchError::Input(_) => FailureKind::Data,
             LaunchError::Ranks { kind, .. } => *kind,
+            LaunchError::Driver(error) => error.kind(),
             _ => FailureKind::Internal,
-        };
-        kind.exit_code()
+        }
     }
 
     /// A failure with a file.

@@ -1,10 +1,11 @@
 //! The user's binary: starts at once, links no libtorch, and runs `tangelo-worker` for whatever needs tensors.
 //!
 //! Invariants: a command either does what it was asked or ends with one message on stderr and the exit code of
-//! [`error::LaunchError::exit_code`]. Deliberately absent: an async runtime (one supervisor thread waits for signals
-//! and children; pipes have threads of their own).
+//! [`error::LaunchError::exit_code`]. Deliberately absent: an async runtime outside of `driver`
+//! (one supervisor thread waits for signals and children; pipes have threads of their own).
 
 mod cli;
+mod driver;
 mod error;
 mod progress;
 mod run;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
 fn dispatch(command: &Command) -> Result<ExitCode, LaunchError> {
     match command {
         Command::Run(arguments) => run::run(arguments)?,
+        Command::Driver(arguments) => driver::run(&arguments.config)?,
         Command::Check(arguments) => verbs::check(arguments)?,
         Command::Data(command) => verbs::data(command)?,
         Command::Export(a) => {

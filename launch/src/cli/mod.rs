@@ -34,6 +34,9 @@ Examples:
 pub enum Command {
     /// Train: prepare data, start the ranks, watch over them
     Run(run::RunArgs),
+    /// Command the ranks of a reinforcement-learning job; `run` starts it
+    #[command(hide = true)]
+    Driver(DriverArgs),
     /// Resolve and validate a job without training, and print what it would do and cost
     Check(CheckArgs),
     /// Train a tokenizer, tokenise text, look at what was tokenised
@@ -53,6 +56,13 @@ pub enum Command {
     Schema(SchemaArgs),
     /// Print the completion script of a shell
     Completions(CompletionsArgs),
+}
+
+/// Arguments of `tangelo driver`.
+#[derive(Args, Debug)]
+pub struct DriverArgs {
+    /// The resolved job.
+    pub config: PathBuf,
 }
 
 /// Arguments of `tangelo check`.

@@ -40,8 +40,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use supervise::{Attempt, Outcome};
-use tangelo_configs::job::DeviceChoice;
-use tangelo_configs::{ModelAssets, Plan, Resources, resolve};
+use tangelo_configs::job::{DeviceChoice, JobType};
+use tangelo_configs::{JobPlan, ModelAssets, Plan, Resources, resolve};
 use tangelo_data::DataError;
 use tangelo_formats::Assets;
 use tangelo_observe::records::EventKind;
@@ -87,7 +87,7 @@ fn become_rank(arguments: &RunArgs, added: &[(&'static str, String)]) -> Result<
         let message = format!("{world_size} ranks, started by another launcher");
         EventLog::open(&plan.config.job.dump_folder).append(EventKind::Start, None, message);
     }
-    let error = Command::new(&worker).args(train_arguments(&config)).envs(added.iter().cloned()).exec();
+    let error = Command::new(&worker).args(train_arguments(&config, plan.config.job.kind)).envs(added.iter().cloned()).exec();
     Err(LaunchError::io("start", worker)(error))
 }
 
@@ -104,11 +104,28 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let run_folder = plan.config.job.dump_folder.clone();
     let _lock = folder::lock(&run_folder, topology.node_rank)?;
     folder::check_same_run(&plan)?;
-    prepare_unless_stopped(&plan, &terminal, &signals)?;
+    if plan.config.job.kind == JobType::Rlhf {
+        check_roles(&plan, &topology, &resources)?;
+    } else {
+        prepare_unless_stopped(&plan, &terminal, &signals)?;
+    }
     let config = folder::write_config(&plan)?;
     print_config(&plan, &terminal)?;
-    let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, signals };
+    let kind = plan.config.job.kind;
+    let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, kind, signals };
     job.run_to_the_end()
+}
+
+/// Every role of a reinforcement-learning job fits its ranks; what is not offered yet is refused before anything starts.
+fn check_roles(plan: &Plan, topology: &Topology, resources: &Resources) -> Result<(), LaunchError> {
+    if topology.num_nodes > 1 {
+        return Err(LaunchError::Usage(format!(
+            "--nnodes {}: `job.type` = \"rlhf\" runs on one node yet",
+            topology.num_nodes
+        )));
+    }
+    JobPlan::new(plan.clone(), resources, &Assets)?;
+    Ok(())
 }
 
 fn print_config(plan: &Plan, terminal: &Terminal) -> Result<(), LaunchError> {
@@ -148,6 +165,7 @@ struct Job<'a> {
     config: PathBuf,
     run_folder: PathBuf,
     topology: Topology,
+    kind: JobType,
     signals: Inbox,
 }
 
@@ -200,7 +218,8 @@ impl Job<'_> {
         }
         let attempt = Attempt {
             worker: self.worker.clone(),
-            arguments: train_arguments(&self.config),
+            arguments: train_arguments(&self.config, self.kind),
+            driver: (self.kind == JobType::Rlhf).then(|| vec!["driver".into(), self.config.clone().into()]),
             topology: &self.topology,
             run_id: "tangelo",
             restarts: (restarts, self.arguments.max_restarts),
@@ -275,8 +294,9 @@ fn told(failure: &Failure, outcome: &Outcome, logs: &LogFolder, events: &mut Eve
     report_failure::report(failure, outcome, logs)
 }
 
-fn train_arguments(config: &Path) -> Vec<OsString> {
-    vec!["train".into(), config.into()]
+fn train_arguments(config: &Path, kind: JobType) -> Vec<OsString> {
+    let verb = if kind == JobType::Rlhf { "rlhf" } else { "train" };
+    vec![verb.into(), config.into()]
 }
 
 fn topology(arguments: &RunArgs, ranks_per_node: usize) -> Result<Topology, LaunchError> {

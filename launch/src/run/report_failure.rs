@@ -1,5 +1,6 @@
 //! What the user reads when ranks failed.
 
+use super::terminal::process_name;
 use super::culprit::{Cause, Failure};
 use super::logs::{LogFolder, last_lines};
 use super::standing::last_moment;
@@ -58,5 +59,6 @@ fn headline(failure: &Failure, logs: &LogFolder) -> String {
     };
     let kind = failure.kind;
     let (rank, name, code) = (failure.rank, kind.name(), kind.exit_code());
-    format!("rank {rank} failed first{at}: it {} ({name}, exit code {code})", failure.cause)
+    let who = process_name(rank);
+    format!("{who} failed first{at}: it {} ({name}, exit code {code})", failure.cause)
 }

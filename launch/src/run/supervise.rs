@@ -16,6 +16,7 @@ use super::culprit::{Death, Ending};
 use super::logs::{Forwarder, LogFolder, wait_for};
 use super::standing::{Standing, who_is_behind};
 use super::{Terminal, Topology};
+use crate::driver::DRIVER;
 use crate::error::LaunchError;
 use crate::worker;
 use nix::sys::signal::{Signal, killpg};
@@ -40,6 +41,8 @@ pub struct Attempt<'a> {
     pub worker: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
+    /// The arguments with which this very program is the driver of the ranks, where the job has one.
+    pub driver: Option<Vec<OsString>>,
     /// Who takes part.
     pub topology: &'a Topology,
     /// Name of the run, the same on all nodes.
@@ -169,11 +172,37 @@ impl Drop for Ranks {
 impl Ranks {
     fn start(attempt: &Attempt<'_>, seen: &Arc<Mutex<Seen>>) -> Result<Ranks, LaunchError> {
         let mut ranks = Ranks { ranks: Vec::new(), behind: None };
+        let mut environment = Vec::new();
+        if let Some(arguments) = &attempt.driver {
+            environment = ranks.start_driver(attempt, arguments, seen)?;
+        }
         for local_rank in 0..attempt.topology.ranks_per_node {
-            let rank = start_rank(attempt, local_rank, seen)?;
+            let rank = start_rank(attempt, local_rank, &environment, seen)?;
             ranks.ranks.push(rank);
         }
         Ok(ranks)
+    }
+
+    /// Starts the driver and waits until it listens; what ranks need to find it. A driver that ends before is seen by
+    /// [`Ranks::supervise`] like any rank's end: then there is nothing to find.
+    fn start_driver(
+        &mut self,
+        attempt: &Attempt<'_>,
+        arguments: &[OsString],
+        seen: &Arc<Mutex<Seen>>,
+    ) -> Result<Vec<(&'static str, OsString)>, LaunchError> {
+        let program = std::env::current_exe().map_err(LaunchError::io("find", "the executable of tangelo"))?;
+        let mut command = Command::new(program);
+        command.args(arguments);
+        let (listening, heard) = std::sync::mpsc::channel();
+        self.ranks.push(start_process(attempt, command, DRIVER, 0, Some(listening), seen)?);
+        while let Some(driver) = self.ranks.first_mut().filter(|driver| driver.death.is_none()) {
+            if let Ok((address, secret_file)) = heard.recv_timeout(Duration::from_millis(50)) {
+                return Ok(vec![(env::DRIVER_ADDRESS, address.into()), (env::JOB_SECRET_FILE, secret_file)]);
+            }
+            driver.look(attempt.logs.error_path(DRIVER));
+        }
+        Ok(Vec::new())
     }
 
     /// Watches until every rank has ended; returns the first signal that came from outside.
@@ -261,20 +290,40 @@ impl Ranks {
     }
 }
 
-fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>) -> Result<Rank, LaunchError> {
-    let rank = attempt.topology.rank(local_rank);
+fn start_rank(
+    attempt: &Attempt<'_>,
+    local_rank: usize,
+    environment: &[(&'static str, OsString)],
+    seen: &Arc<Mutex<Seen>>,
+) -> Result<Rank, LaunchError> {
+    let mut command = Command::new(&attempt.worker);
+    command.args(&attempt.arguments).envs(environment.iter().cloned());
+    start_process(attempt, command, attempt.topology.rank(local_rank), local_rank, None, seen)
+}
+
+/// Where a driver says that it listens: its address, and the file with the job's secret.
+type Listening = std::sync::mpsc::Sender<(String, OsString)>;
+
+/// Starts a rank or the driver. Progress comes from the driver where there is one, else from rank 0.
+fn start_process(
+    attempt: &Attempt<'_>,
+    mut command: Command,
+    rank: usize,
+    local_rank: usize,
+    listening: Option<Listening>,
+    seen: &Arc<Mutex<Seen>>,
+) -> Result<Rank, LaunchError> {
     let doing = |action: &'static str| move |source| LaunchError::Start { rank, action, source };
     let (stdout, stdout_end) = std::io::pipe().map_err(doing("make a pipe"))?;
     let (stderr, stderr_end) = std::io::pipe().map_err(doing("make a pipe"))?;
-    let mut command = Command::new(&attempt.worker);
-    command.args(&attempt.arguments).stdin(Stdio::null()).stdout(stdout_end).stderr(stderr_end).process_group(0);
+    command.stdin(Stdio::null()).stdout(stdout_end).stderr(stderr_end).process_group(0);
     let (restarts, max_restarts) = attempt.restarts;
     command.envs(attempt.topology.environment(local_rank, attempt.run_id, restarts, max_restarts));
     command.env(env::ERROR_FILE, attempt.logs.error_path(rank));
     command.env(env::POSITION_FILE, attempt.logs.position_path(rank));
     command.env(env::SUPERVISOR_PID, std::process::id().to_string());
     command.env_remove(env::PROGRESS_FD);
-    let (child, progress) = if rank == 0 {
+    let (child, progress) = if rank == DRIVER || (rank == 0 && attempt.driver.is_none()) {
         let (progress, end) = worker::progress_pipe(&mut command).map_err(doing("pass a pipe to"))?;
         let child = command.spawn().map_err(doing("start"))?;
         drop(end);
@@ -285,7 +334,7 @@ fn start_rank(attempt: &Attempt<'_>, local_rank: usize, seen: &Arc<Mutex<Seen>>)
     // The command holds the pipes' ends: they must close, or the log threads never see the end.
     drop(command);
     let mut rank = Rank { rank, child, forwarder: None, progress: None, sent: Vec::new(), death: None };
-    if let Err(e) = listen(&mut rank, attempt, (stdout, stderr), progress, seen) {
+    if let Err(e) = listen(&mut rank, attempt, (stdout, stderr), (progress, listening), seen) {
         drop(Ranks { ranks: vec![rank], behind: None });
         return Err(doing("take the output of")(e));
     }
@@ -297,23 +346,32 @@ fn listen(
     rank: &mut Rank,
     attempt: &Attempt<'_>,
     (stdout, stderr): (PipeReader, PipeReader),
-    progress: Option<PipeReader>,
+    (progress, listening): (Option<PipeReader>, Option<Listening>),
     seen: &Arc<Mutex<Seen>>,
 ) -> std::io::Result<()> {
-    let watch = |pipe| watch_progress(pipe, attempt.terminal.clone(), seen.clone());
+    let watch = |pipe| watch_progress(pipe, attempt.terminal.clone(), listening, seen.clone());
     rank.progress = progress.map(watch).transpose()?;
     let log = attempt.logs.path(rank.rank);
     rank.forwarder = Some(Forwarder::start(rank.rank, &log, stdout, stderr, attempt.terminal)?);
     Ok(())
 }
 
-fn watch_progress(pipe: PipeReader, terminal: Terminal, seen: Arc<Mutex<Seen>>) -> std::io::Result<JoinHandle<()>> {
+fn watch_progress(
+    pipe: PipeReader,
+    terminal: Terminal,
+    listening: Option<Listening>,
+    seen: Arc<Mutex<Seen>>,
+) -> std::io::Result<JoinHandle<()>> {
     let watch = move || {
         for event in worker::events(pipe) {
             terminal.progress(&event);
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             match event {
-                ProgressEvent::Step { step, .. } => seen.last_step = Some(step),
+                ProgressEvent::Step { step, .. } | ProgressEvent::RlStep { step, .. } => seen.last_step = Some(step),
+                ProgressEvent::Listening { address, secret_file } => {
+                    // Nobody waits for a second one.
+                    let _ = listening.as_ref().map(|l| l.send((address, secret_file.into())));
+                }
                 ProgressEvent::Done { step, steps } => seen.finished = step >= steps,
                 _ => {}
             }

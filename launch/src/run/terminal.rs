@@ -5,11 +5,17 @@
 //! the lines of a rank's stderr that begin with `warning:` or `error:`, which is how a worker begins them.
 
 use super::logs::Stream;
+use crate::driver::DRIVER;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tangelo_observe::{ProgressEvent, stderr_line, stdout_line};
+
+/// `rank 3`, or `driver`.
+pub fn process_name(rank: usize) -> String {
+    if rank == DRIVER { "driver".into() } else { format!("rank {rank}") }
+}
 
 /// How much is shown, and in which form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,16 +103,16 @@ impl Terminal {
         let shown = match (self.mode, stream) {
             (Mode::Quiet, Stream::Stderr) => line.starts_with("warning:") || line.starts_with("error:"),
             (Mode::Quiet, Stream::Stdout) => false,
-            (_, Stream::Stdout) => rank == 0,
+            (_, Stream::Stdout) => rank == 0 || rank == DRIVER,
             (_, Stream::Stderr) => true,
         };
         match stream {
             _ if !shown => {}
             Stream::Stderr => {
-                let prefix = self.paint("36", &format!("[rank {rank}]"));
+                let prefix = self.paint("36", &format!("[{}]", process_name(rank)));
                 self.hand_on(stream, &format!("{prefix} {line}"));
             }
-            Stream::Stdout => self.hand_on(stream, &format!("[rank {rank}] {line}")),
+            Stream::Stdout => self.hand_on(stream, &format!("[{}] {line}", process_name(rank))),
         }
     }
 
@@ -133,6 +139,7 @@ impl Terminal {
                 }
             }
             (_, ProgressEvent::Phase { name }) => self.phase(name),
+            (_, ProgressEvent::Listening { .. }) => {}
             (_, ProgressEvent::Done { .. }) => self.clear(),
             _ => self.say(&line_of(event)),
         }
@@ -239,6 +246,7 @@ pub fn line_of(event: &ProgressEvent) -> String {
         ProgressEvent::Eval { step, loss, perplexity } => {
             format!("evaluation after step {step}: loss {}, perplexity {}", fixed(*loss, 4), fixed(*perplexity, 2))
         }
+        ProgressEvent::Listening { address, .. } => format!("the driver listens at {address}"),
         ProgressEvent::Validation { step, text } => format!("validation after step {step}: {text}"),
         ProgressEvent::Saved { step } => format!("checkpoint of step {step} saved"),
         ProgressEvent::Skipped { step, reason } => format!("step {step} skipped: {reason}"),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use tangelo_configs::ConfigError;
+use tangelo_core::FailureKind;
 use tangelo_data::DataError;
 use thiserror::Error;
 
@@ -66,6 +67,20 @@ pub enum DriverError {
     /// A bug of ours.
     #[error("{0}")]
     Internal(String),
+}
+
+impl DriverError {
+    /// Who has to act.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            DriverError::Config(_) => FailureKind::Config,
+            DriverError::Data(_) | DriverError::Row { .. } | DriverError::Prompts(_) => FailureKind::Data,
+            DriverError::Reward { .. } | DriverError::Algorithm(_) | DriverError::Checkpoint(_) => FailureKind::Data,
+            DriverError::Control(error) => error.kind(),
+            DriverError::Write { .. } | DriverError::Read { .. } => FailureKind::Device,
+            DriverError::Batch(_) | DriverError::Internal(_) => FailureKind::Internal,
+        }
+    }
 }
 
 /// Short for a result with [`DriverError`].

@@ -1,0 +1,82 @@
+//! `tangelo driver`: the process that commands the ranks of a reinforcement-learning job. `tangelo run` starts it.
+
+use crate::error::LaunchError;
+use crate::run::load_plan;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tangelo_configs::{JobPlan, Resources};
+use tangelo_core::env;
+use tangelo_driver::session::Stop;
+use tangelo_driver::start::{self, StartOptions};
+use tangelo_formats::Assets;
+use tangelo_observe::{ErrorRecord, ProgressWriter, stderr_line, unix_millis};
+
+/// What stands for a rank's number where the driver is meant.
+pub const DRIVER: usize = usize::MAX;
+
+/// Runs the job of a resolved configuration to its end; what goes wrong is left where the launcher looks for it.
+pub fn run(config: &Path) -> Result<(), LaunchError> {
+    die_with_launcher();
+    let step = Arc::new(AtomicU64::new(0));
+    let result = drive(config, &step);
+    if let (Err(e), Some(path)) = (&result, std::env::var_os(env::ERROR_FILE)) {
+        let record = ErrorRecord {
+            rank: DRIVER,
+            step: Some(step.load(Ordering::Relaxed)).filter(|&step| step > 0),
+            kind: e.kind(),
+            message: e.to_string(),
+            unix_time_ms: unix_millis(),
+        };
+        if let Err(e) = record.write(Path::new(&path)) {
+            stderr_line(format!("warning: cannot write {}: {e}", Path::new(&path).display()));
+        }
+    }
+    result
+}
+
+fn drive(config: &Path, step: &Arc<AtomicU64>) -> Result<(), LaunchError> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<usize>().ok());
+    let world_size = number(env::WORLD_SIZE).unwrap_or(1);
+    let local = number(env::LOCAL_WORLD_SIZE).unwrap_or(world_size);
+    let resources = Resources::of_this_machine(world_size, local)?;
+    let job = JobPlan::new(load_plan(config, &[], world_size, local, &Assets)?, &resources, &Assets)?;
+    let options = StartOptions {
+        run_id: std::env::var(env::RUN_ID).unwrap_or_else(|_| "tangelo".into()),
+        host: std::env::var(env::HOST).unwrap_or_else(|_| "127.0.0.1".into()),
+        progress: ProgressWriter::from_fd_number(std::env::var(env::PROGRESS_FD).ok().as_deref()),
+        stop: listen_for_signals()?,
+        current_step: step.clone(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|e| LaunchError::Internal(format!("cannot start a runtime: {e}")))?;
+    let outcome = runtime.block_on(start::run(&job, options))?;
+    if outcome.stopped {
+        stderr_line(format!("stopped by a signal after step {}; start the same command again to go on", outcome.step));
+    }
+    Ok(())
+}
+
+/// The first signal lets the step finish and saves; a second one ends the process at once.
+fn listen_for_signals() -> Result<Stop, LaunchError> {
+    let stop = Stop::default();
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.0.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.0.clone()))
+            .map_err(|e| LaunchError::Internal(format!("cannot listen for signal {signal}: {e}")))?;
+    }
+    Ok(stop)
+}
+
+/// Asks the kernel to end this process with its launcher; ends at once where that is gone already.
+fn die_with_launcher() {
+    let Ok(launcher) = std::env::var(env::SUPERVISOR_PID) else { return };
+    if nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).is_err() {
+        stderr_line("warning: cannot ask the kernel to end the driver with its launcher");
+    }
+    if launcher.parse().ok() != Some(nix::unistd::getppid().as_raw()) {
+        stderr_line(format!("the launcher (process {launcher}) is gone; ending"));
+        std::process::exit(tangelo_observe::FailureKind::Peer.exit_code().into());
+    }
+}
