@@ -247,8 +247,7 @@ mod tests {
     fn seats_that_contradict_are_refused() {
         let check = |seats: &[(usize, usize, bool)], expected: expect_test::Expect| {
             let seats = seats.iter().enumerate();
-            let map =
-                seats.map(|(rank, &(index, size, answers))| (rank, Seat { index, size, answers })).collect();
+            let map = seats.map(|(rank, &(index, size, answers))| (rank, Seat { index, size, answers })).collect();
             expected.assert_eq(&MeshMap::new(map).unwrap_err().to_string());
         };
         check(

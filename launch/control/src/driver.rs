@@ -4,7 +4,7 @@ use crate::dispatch::{Args, MeshMap};
 use crate::error::{Cause, ControlError, RankFailure};
 use crate::flight::{Puller, Shelf};
 use crate::group::WorkerGroup;
-use crate::host::{Port, Services, serve};
+use crate::host::{Host, Port, Services, serve};
 use crate::link::{Event, Frames, Link, Node, UpSender};
 use crate::placement::Placement;
 use crate::registry::{Expected, Membership, Registrar, Roll};
@@ -43,11 +43,7 @@ pub struct Deadlines {
 impl Default for Deadlines {
     /// Half an hour for a verb, ten seconds for an admin call.
     fn default() -> Deadlines {
-        Deadlines {
-            verb: Duration::from_secs(1800),
-            admin: Duration::from_secs(10),
-            by_verb: BTreeMap::new(),
-        }
+        Deadlines { verb: Duration::from_secs(1800), admin: Duration::from_secs(10), by_verb: BTreeMap::new() }
     }
 }
 
@@ -80,7 +76,14 @@ pub struct Driver {
     guard: Guard,
     tasks: Arc<Tasks>,
     failure: watch::Receiver<Option<String>>,
-    close: watch::Sender<bool>,
+    _host: Host,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Tasks hold what holds them. With the links the whole tree ends.
+        self.tasks.abort();
+    }
 }
 
 /// The driver takes no calls.
@@ -110,8 +113,8 @@ impl Driver {
         }));
         let shelf = Shelf { store: store.clone(), traffic: traffic.clone() };
         let services = Services::<NoNode> { node: None, shelf: Some(shelf), registrar: Some(registrar.clone()) };
-        let close = serve(port, services, guard.clone(), &tasks);
-        Ok(Driver { options, address, registrar, store, traffic, guard, tasks, failure, close })
+        let host = serve(port, services, guard.clone(), &tasks);
+        Ok(Driver { options, address, registrar, store, traffic, guard, tasks, failure, _host: host })
     }
 
     /// host:port to register with.
@@ -131,13 +134,7 @@ impl Driver {
     /// The membership of a process on this node that the driver's process starts within itself.
     pub fn member(&self, node: usize) -> Membership {
         let DriverOptions { job, secret, host, .. } = &self.options;
-        Membership {
-            job: job.clone(),
-            node,
-            driver: self.address.clone(),
-            host: host.clone(),
-            secret: secret.clone(),
-        }
+        Membership { job: job.clone(), node, driver: self.address.clone(), host: host.clone(), secret: secret.clone() }
     }
 
     /// Waits for every rank and agent, connects, checks that roles fit.
@@ -153,8 +150,9 @@ impl Driver {
         let mut links = Vec::new();
         for (&node, address) in &roll.agents {
             let link = Link::connect(address, bearer.clone(), node as u32, &events, &self.tasks).await;
-            links.push(link.map_err(|failure| {
-                ControlError::Peer { action: format!("connecting to the agent of node {node}"), failure }
+            links.push(link.map_err(|failure| ControlError::Peer {
+                action: format!("connecting to the agent of node {node}"),
+                failure,
             })?);
         }
         introduce(&links, &roll, &mut received, within).await?;
@@ -162,8 +160,7 @@ impl Driver {
         let node_of = roll.ranks.values().map(|(node, _)| *node).collect();
         let tree = Arc::new(Tree::new(links, node_of, seed, self.traffic.clone()));
         self.tasks.spawn("collector", tree.clone().collect(received));
-        let puller =
-            Puller::new(self.store.clone(), self.address.clone(), self.traffic.clone(), &self.options.secret)?;
+        let puller = Puller::new(self.store.clone(), self.address.clone(), self.traffic.clone(), &self.options.secret)?;
         let order = placement.pools.keys().map(|pool| (pool.clone(), tokio::sync::Mutex::new(()))).collect();
         let shared = Shared {
             everyone: MeshMap::everyone(&(0..self.options.world_size).collect::<Vec<_>>())?,
@@ -356,7 +353,7 @@ impl Cluster {
     /// A rank that does not answer.
     pub async fn shutdown(self) -> Result<(), ControlError> {
         self.admin_all(&Admin::Shutdown).await?;
-        self.0.driver.close.send_replace(true);
+        self.0.tree.close();
         self.0.driver.tasks.abort();
         Ok(())
     }

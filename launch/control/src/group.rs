@@ -101,7 +101,8 @@ impl WorkerGroup {
     /// # Errors
     /// Whatever a rank reports, and a rank that did not make them.
     pub async fn forward(&self, batch: &RemoteBatch, outputs: &[Column]) -> Result<RemoteBatch, ControlError> {
-        let input = batch.narrow(&[Column::Tokens], &[&STRUCTURE[..], &[Column::Targets, Column::LossMask]].concat())?;
+        let input =
+            batch.narrow(&[Column::Tokens], &[&STRUCTURE[..], &[Column::Targets, Column::LossMask]].concat())?;
         let request = |batch: RemoteBatch| Request::Forward { batch, outputs: outputs.to_vec() };
         let made = self.over_batch(mesh::TRAIN, &input, request).await?.batch.unwrap_or_default();
         made.narrow(outputs, &[])?;

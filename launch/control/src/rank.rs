@@ -8,7 +8,7 @@
 use crate::agent::{Agent, LocalRanks, json};
 use crate::error::{Cause, ControlError, RankFailure};
 use crate::flight::{Puller, Shelf};
-use crate::host::{Port, Services, serve};
+use crate::host::{Host, Port, Services, serve};
 use crate::link::{Frames, Node, UpSender};
 use crate::registry::{LOCAL, Membership, RankEntry, Registration, Seats, number, register};
 use crate::remote::Row;
@@ -29,8 +29,11 @@ use tangelo_core::{Batch, Column, env};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-/// Answers under way: the job that runs, those in the inbox, and one for each hand in between.
-const FINISHED: usize = INBOX + 4;
+/// Finished jobs that wait to be answered.
+const FINISHED: usize = 4;
+
+/// How long an ending rank waits for its last answers to be taken.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How a rank ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +63,12 @@ impl RankOptions {
     }
 }
 
+/// Where calls go, and their answers. Gone when no more can come.
+struct Intake {
+    jobs: mpsc::Sender<Job>,
+    finished: mpsc::Sender<Finished>,
+}
+
 pub(crate) struct RankNode {
     rank: u32,
     address: String,
@@ -69,8 +78,7 @@ pub(crate) struct RankNode {
     traffic: Arc<Traffic>,
     guard: Guard,
     /// Taken by the one work lane.
-    inbox: Mutex<Option<mpsc::Sender<Job>>>,
-    finished: mpsc::Sender<Finished>,
+    intake: Mutex<Option<Intake>>,
     ended: watch::Sender<Option<Ended>>,
 }
 
@@ -79,8 +87,17 @@ pub struct Rank {
     node: Arc<RankNode>,
     inbox: mpsc::Receiver<Job>,
     tasks: Arc<Tasks>,
-    close: watch::Sender<bool>,
+    /// True once every answer was handed over.
+    drained: watch::Receiver<bool>,
+    host: Option<Host>,
     runtime: Handle,
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        // Tasks hold what holds them.
+        self.tasks.abort();
+    }
 }
 
 impl Rank {
@@ -95,7 +112,7 @@ impl Rank {
         let (store, traffic) = (rank.node.store.clone(), rank.node.traffic.clone());
         let shelf = Some(Shelf { store, traffic });
         let services = Services { node: Some(rank.node.clone()), shelf, registrar: None };
-        rank.close = serve(port, services, guard, &rank.tasks);
+        rank.host = Some(serve(port, services, guard, &rank.tasks));
         let entry = RankEntry { rank: options.rank, address, seats: options.seats };
         let new = Registration { job: member.job.clone(), node: member.node, agent: None, ranks: vec![entry] };
         register(member, &new).await?;
@@ -123,6 +140,7 @@ impl Rank {
         let (jobs, inbox) = mpsc::channel(INBOX);
         let (finished, done) = mpsc::channel(FINISHED);
         let (ended, _) = watch::channel(None);
+        let (drained_sender, drained) = watch::channel(false);
         let guard = Guard::new(member.secret.clone(), &format!("rank {rank}"));
         let on_failure = ended.clone();
         let tasks = Arc::new(Tasks::new(move |what| {
@@ -137,13 +155,11 @@ impl Rank {
             puller,
             traffic,
             guard: guard.clone(),
-            inbox: Mutex::new(Some(jobs)),
-            finished,
+            intake: Mutex::new(Some(Intake { jobs, finished })),
             ended,
         });
-        tasks.spawn("answers", answer(node.clone(), done));
-        let close = watch::channel(false).0;
-        Ok((Rank { node, inbox, tasks, close, runtime: Handle::current() }, guard))
+        tasks.spawn("answers", answer(node.clone(), done, drained_sender));
+        Ok((Rank { node, inbox, tasks, drained, host: None, runtime: Handle::current() }, guard))
     }
 
     /// Runs calls on this thread, which must not be one of the runtime's, until the driver says that the job is over.
@@ -153,8 +169,10 @@ impl Rank {
     pub fn run(mut self, worker: &mut dyn Worker) -> Result<(), ControlError> {
         let mut panic = None;
         while let Some(job) = self.inbox.blocking_recv() {
-            if let Err(message) = execute(job, worker, &self.node.control) {
-                panic = Some(message);
+            let done = execute(job, worker, &self.node.control);
+            panic = done.panic;
+            // Nobody takes answers any more when the rank is ending.
+            if done.to.blocking_send(done.finished).is_err() || panic.is_some() {
                 break;
             }
         }
@@ -169,8 +187,9 @@ impl Rank {
     pub async fn run_as_task(mut self, mut worker: impl Worker + Send) -> Result<(), ControlError> {
         let mut panic = None;
         while let Some(job) = self.inbox.recv().await {
-            if let Err(message) = execute(job, &mut worker, &self.node.control) {
-                panic = Some(message);
+            let done = execute(job, &mut worker, &self.node.control);
+            panic = done.panic;
+            if done.to.send(done.finished).await.is_err() || panic.is_some() {
                 break;
             }
         }
@@ -178,17 +197,21 @@ impl Rank {
     }
 
     /// Lets the last answers out, then ends.
-    async fn finish(self, panic: Option<String>) -> Result<(), ControlError> {
-        // Answers are small; the agent reads them at once unless it is gone.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        self.close.send_replace(true);
-        let ended = self.node.ended.borrow().clone();
+    async fn finish(mut self, panic: Option<String>) -> Result<(), ControlError> {
+        let ended = self.node.end(Ended::Lost("it ended".into()));
+        self.inbox.close();
+        while self.inbox.try_recv().is_ok() {}
+        drop(self.node.take_intake());
+        // If somebody does not take its answer in this time, it is gone.
+        let _ = tokio::time::timeout(LAST_WORDS, self.drained.wait_for(|drained| *drained)).await;
+        if let Some(host) = &mut self.host {
+            host.close(LAST_WORDS).await;
+        }
         let action = format!("rank {}", self.node.rank);
-        self.tasks.abort();
         let failure = match (panic, ended) {
             (Some(panic), _) => RankFailure::new(Cause::Panic, panic),
-            (None, Some(Ended::Lost(how))) => RankFailure::new(Cause::Lost, how),
-            (None, _) => return Ok(()),
+            (None, Ended::Lost(how)) => RankFailure::new(Cause::Lost, how),
+            (None, Ended::Shutdown) => return Ok(()),
         };
         Err(ControlError::Peer { action, failure })
     }
@@ -209,21 +232,33 @@ impl Node for RankNode {
 }
 
 impl RankNode {
+    fn take_intake(&self) -> Option<Intake> {
+        self.intake.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Ends the rank, unless it has ended for another reason: that one is returned.
+    fn end(&self, why: Ended) -> Ended {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(why.clone());
+            first
+        });
+        self.ended.borrow().clone().unwrap_or(why)
+    }
+
     async fn work(self: Arc<Self>, mut frames: Frames, up: UpSender) {
-        let taken = self.inbox.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(jobs) = taken else {
+        let Some(intake) = self.take_intake() else {
             return self.refuse(frames, &up).await;
         };
         let mut ended = self.ended.subscribe();
         loop {
             tokio::select! {
                 frame = frames.next() => match frame {
-                    Some(frame) => self.take_call(frame, &jobs, &up).await,
+                    Some(frame) => self.take_call(frame, &intake, &up).await,
                     None => {
                         let lost = "the connection to the node agent is gone";
                         self.control.abort(RankFailure::new(Cause::Lost, lost));
-                        let lost = Ended::Lost(lost.into());
-                        self.ended.send_if_modified(|ended| ended.is_none() && ended.replace(lost).is_none());
+                        self.end(Ended::Lost(lost.into()));
                         return;
                     }
                 },
@@ -240,15 +275,15 @@ impl RankNode {
     }
 
     /// Makes a job of a frame, batch included, and waits for room in the inbox.
-    async fn take_call(&self, frame: Down, jobs: &mpsc::Sender<Job>, up: &UpSender) {
+    async fn take_call(&self, frame: Down, intake: &Intake, up: &UpSender) {
         let call = frame.call;
         let prepared = match self.control.received(call) {
-            Ok(()) => self.prepare(frame, up).await,
+            Ok(()) => self.prepare(frame, intake, up).await,
             Err(failure) => Err(failure),
         };
         match prepared {
             Ok(job) => {
-                if jobs.send(job).await.is_err() {
+                if intake.jobs.send(job).await.is_err() {
                     let failure = RankFailure::new(Cause::Lost, "its device thread has ended");
                     up.send(self.failed(call, &failure)).await;
                 }
@@ -260,7 +295,7 @@ impl RankNode {
         }
     }
 
-    async fn prepare(&self, frame: Down, up: &UpSender) -> Result<Job, RankFailure> {
+    async fn prepare(&self, frame: Down, intake: &Intake, up: &UpSender) -> Result<Job, RankFailure> {
         let body = frame.payloads.first().map_or(&[][..], |body| body);
         let request: Request = serde_json::from_slice(body)
             .map_err(|e| RankFailure::new(Cause::Protocol, format!("not a request: {e}")))?;
@@ -282,7 +317,7 @@ impl RankNode {
                 Some(batch.map_err(|e| RankFailure::new(Cause::Protocol, format!("its batch: {e}")))?)
             }
         };
-        let reply = Reply { finished: self.finished.clone(), up: up.clone() };
+        let reply = Reply { finished: intake.finished.clone(), up: up.clone() };
         Ok(Job { context, request, batch, call: frame.call, reply })
     }
 
@@ -296,15 +331,20 @@ impl RankNode {
     }
 
     async fn admin(self: Arc<Self>, mut frames: Frames, up: UpSender) {
-        while let Some(frame) = frames.next().await {
+        let mut ended = self.ended.subscribe();
+        loop {
+            let frame = tokio::select! {
+                frame = frames.next() => frame,
+                () = end_of(&mut ended) => None,
+            };
+            let Some(frame) = frame else { return };
             if frame.kind() == Kind::Cancel {
                 self.control.cancel(frame.call);
                 continue;
             }
             let body = frame.payloads.first().map_or(&[][..], |body| body);
-            let answer = serde_json::from_slice(body)
-                .and_then(|admin| self.administrate(admin, frame.step))
-                .map_or_else(
+            let answer =
+                serde_json::from_slice(body).and_then(|admin| self.administrate(admin, frame.step)).map_or_else(
                     |e| self.failed(frame.call, &RankFailure::new(Cause::Protocol, format!("not an admin call: {e}"))),
                     |payload| self.answered(frame.call, payload),
                 );
@@ -321,7 +361,7 @@ impl RankNode {
             Admin::SetVersion { version } => self.control.set_version(version),
             Admin::Abort => self.control.abort(RankFailure::new(Cause::Aborted, "an admin call stopped it")),
             Admin::Shutdown => {
-                self.ended.send_replace(Some(Ended::Shutdown));
+                self.end(Ended::Shutdown);
             }
         }
         Ok(Bytes::new())
@@ -356,12 +396,7 @@ impl RankNode {
         encoded.map_or_else(|failure| self.failed(call, &failure), |payload| self.answered(call, payload))
     }
 
-    fn keep_output(
-        &self,
-        output: Output,
-        context: &Context,
-        request: &Request,
-    ) -> Result<Option<Answer>, RankFailure> {
+    fn keep_output(&self, output: Output, context: &Context, request: &Request) -> Result<Option<Answer>, RankFailure> {
         if !context.answers {
             return Ok(None);
         }
@@ -398,10 +433,15 @@ fn rows_of(new: &NewColumns, sources: &[Row]) -> Result<Vec<Row>, RankFailure> {
     new.origins.iter().enumerate().map(row).collect()
 }
 
-async fn answer(node: Arc<RankNode>, mut finished: mpsc::Receiver<Finished>) -> Result<(), String> {
+async fn answer(
+    node: Arc<RankNode>,
+    mut finished: mpsc::Receiver<Finished>,
+    drained: watch::Sender<bool>,
+) -> Result<(), String> {
     while let Some(job) = finished.recv().await {
         let up = job.up.clone();
         up.send(node.keep(job)).await;
     }
+    drained.send_replace(true);
     Ok(())
 }

@@ -279,10 +279,7 @@ mod tests {
             let missing = roll.missing(&expected).unwrap_or_else(|| "nobody is missing".into());
             result.assert_eq(&outcome.unwrap_or(missing));
         };
-        check(
-            registration("j", 0, &[0]),
-            expect!["2 of 3 ranks missing: 1, 2; 1 of 2 node agents missing: 1"],
-        );
+        check(registration("j", 0, &[0]), expect!["2 of 3 ranks missing: 1, 2; 1 of 2 node agents missing: 1"]);
         check(registration("i", 1, &[1]), expect!["this is the driver of job `j`, not of `i`"]);
         check(registration("j", 2, &[1]), expect!["node 2 does not exist: the job has 2 nodes"]);
         check(registration("j", 0, &[1]), expect!["node 0 has an agent already, at a:0"]);

@@ -288,9 +288,7 @@ pub(crate) mod tests {
         );
         check(
             RemoteBatch::concat(&[batch.clone(), shard(1, &[Column::Value], 0, 1)]),
-            expect_test::expect![[
-                r#"batches of different columns cannot be one batch: [["tokens"]] and [["value"]]"#
-            ]],
+            expect_test::expect![[r#"batches of different columns cannot be one batch: [["tokens"]] and [["value"]]"#]],
         );
     }
 

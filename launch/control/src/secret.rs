@@ -163,9 +163,7 @@ mod tests {
 
     #[test]
     fn a_weak_secret_is_refused() {
-        expect![
-            "the job's secret in here has 5 characters; expected at least 32 of printable ASCII without spaces"
-        ]
-        .assert_eq(&Secret::parse(" hello ", "here").unwrap_err().to_string());
+        expect!["the job's secret in here has 5 characters; expected at least 32 of printable ASCII without spaces"]
+            .assert_eq(&Secret::parse(" hello ", "here").unwrap_err().to_string());
     }
 }

@@ -177,6 +177,9 @@ mod tests {
         let store = Store::new(0, usize::MAX);
         let ids: Vec<ShardId> = (0..REMEMBERED + 1).map(|_| store.put(records(1), 1, "t").unwrap()).collect();
         store.drop_shards(&ids, 1);
-        check(store.get(ids[0]), expect!["batch 0 of rank 0 is not here: it was dropped before the last 4096 that were"]);
+        check(
+            store.get(ids[0]),
+            expect!["batch 0 of rank 0 is not here: it was dropped before the last 4096 that were"],
+        );
     }
 }

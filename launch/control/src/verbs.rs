@@ -343,7 +343,10 @@ mod tests {
         };
         let mut whole = part(6.0, 3.0, 5.0);
         whole.merge(&part(4.0, 1.0, 7.0));
-        assert_eq!(["loss", "longest", "tokens", "none"].map(|n| whole.get(n)), [Some(2.5), Some(7.0), Some(4.0), None]);
+        assert_eq!(
+            ["loss", "longest", "tokens", "none"].map(|n| whole.get(n)),
+            [Some(2.5), Some(7.0), Some(4.0), None]
+        );
         assert_eq!(Reading::Mean { sum: 0.0, weight: 0.0 }.value(), 0.0);
     }
 
