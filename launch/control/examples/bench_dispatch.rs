@@ -38,6 +38,14 @@ fn nothing(_: &Job, _: &Control) -> Result<Output, WorkerError> {
     Ok(Output::default())
 }
 
+/// Milliseconds of CPU that this process has used, all threads; Linux counts hundredths of seconds.
+fn cpu_ms() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let after_name = stat.rsplit_once(')').unwrap().1;
+    let ticks = after_name.split_whitespace().skip(11).take(2).map(|field| field.parse::<f64>().unwrap());
+    ticks.sum::<f64>() * 10.0
+}
+
 /// A job whose ranks do nothing: as tasks of their agent's, or each behind a socket of its own.
 async fn idle_job(agents: usize, sockets: bool) -> Cluster {
     let world_size = agents * RANKS_PER_AGENT;
@@ -68,7 +76,7 @@ async fn time_empty_verb(agents: usize, sockets: bool, calls: usize) {
     for _ in 0..calls / 10 + 1 {
         policy.optim_step(0.0).await.unwrap();
     }
-    let before = cluster.traffic().total_bytes();
+    let (before, cpu_before) = (cluster.traffic().total_bytes(), cpu_ms());
     let mut times_ms = Vec::new();
     for _ in 0..calls {
         let begin = Instant::now();
@@ -77,10 +85,11 @@ async fn time_empty_verb(agents: usize, sockets: bool, calls: usize) {
     }
     times_ms.sort_by(f64::total_cmp);
     let bytes = (cluster.traffic().total_bytes() - before) / calls as u64;
+    let cpu = (cpu_ms() - cpu_before) / calls as f64;
     let ranks = if sockets { "sockets" } else { "tasks" };
     let at = |part: f64| times_ms[((calls - 1) as f64 * part) as usize];
     println!(
-        "| {agents} x {RANKS_PER_AGENT} | {ranks} | {calls} | {:.2} | {:.2} | {:.2} | {bytes} |",
+        "| {agents} x {RANKS_PER_AGENT} | {ranks} | {calls} | {:.2} | {:.2} | {:.2} | {cpu:.2} | {bytes} |",
         times_ms[0],
         at(0.5),
         at(0.9)
@@ -120,6 +129,7 @@ async fn time_pull(rows: usize, tokens: usize, repeats: usize) {
     let wanted = batch.narrow(&[Column::Tokens, Column::RolloutLogprob], &[]).unwrap();
     let request = Request::ForwardBackward { batch: wanted, loss: LossSpec { components: Vec::new() } };
     let (map, before) = (policy.mesh(mesh::TRAIN).unwrap(), cluster.traffic().total_bytes());
+    let cpu_before = cpu_ms();
     let mut seconds = Vec::new();
     for _ in 0..repeats {
         let begin = Instant::now();
@@ -127,12 +137,15 @@ async fn time_pull(rows: usize, tokens: usize, repeats: usize) {
         seconds.push(begin.elapsed().as_secs_f64());
     }
     seconds.sort_by(f64::total_cmp);
-    let (median, bytes) = (seconds[repeats / 2], (rows * tokens * 8) as f64);
+    let (fastest, median) = (seconds[0], seconds[repeats / 2]);
+    let bytes = (rows * tokens * 8) as f64;
+    let (cpu, megabytes) = ((cpu_ms() - cpu_before) / repeats as f64, bytes / 1e6);
     let driver_bytes = (cluster.traffic().total_bytes() - before) / repeats as u64;
     println!(
-        "| {rows} x {tokens} | {:.1} | {:.1} | {:.2} | {driver_bytes} |",
-        bytes / 1e6,
+        "| {rows} x {tokens} | {megabytes:.1} | {:.1} | {:.1} | {cpu:.1} | {:.2} | {:.2} | {driver_bytes} |",
+        fastest * 1e3,
         median * 1e3,
+        bytes / fastest / 1e9,
         bytes / median / 1e9
     );
     cluster.shutdown().await.unwrap();
@@ -142,16 +155,16 @@ async fn time_pull(rows: usize, tokens: usize, repeats: usize) {
 #[tokio::main]
 async fn main() {
     println!("An empty verb: dispatch to every rank and collection of every answer, ms");
-    println!("| agents x ranks | ranks as | calls | fastest | median | 90 % | driver bytes |");
-    println!("|---|---|---|---|---|---|---|");
+    println!("| agents x ranks | ranks as | calls | fastest | median | 90 % | CPU of all | driver bytes |");
+    println!("|---|---|---|---|---|---|---|---|");
     for (agents, sockets, calls) in
         [(1, false, 2000), (1, true, 1000), (16, false, 500), (16, true, 200), (128, false, 200), (128, true, 30)]
     {
         time_empty_verb(agents, sockets, calls).await;
     }
     println!("\nA batch of tokens and log-probabilities pulled by one rank from another");
-    println!("| rows x tokens | MB | ms | GB/s | driver bytes |");
-    println!("|---|---|---|---|---|");
+    println!("| rows x tokens | MB | fastest, ms | median, ms | CPU, ms | GB/s, fastest | GB/s, median | driver bytes |");
+    println!("|---|---|---|---|---|---|---|---|");
     for (rows, tokens, repeats) in [(64, 128, 50), (1024, 1024, 20), (1024, 16384, 7)] {
         time_pull(rows, tokens, repeats).await;
     }

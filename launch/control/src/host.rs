@@ -1,7 +1,7 @@
 //! The server of a process: one free port for calls, batches and (the driver's) registrations, all behind the secret.
 
 use crate::error::ControlError;
-use crate::flight::Shelf;
+use crate::flight::{HTTP_FRAME_BYTES, Shelf, WINDOW_BYTES};
 use crate::link::{CallsService, Node};
 use crate::registry::Registrar;
 use crate::secret::Guard;
@@ -17,8 +17,6 @@ use tokio::sync::watch;
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 use tonic::transport::server::{Router, TcpIncoming};
-
-const WINDOW_BYTES: u32 = 8 << 20;
 
 /// A bound port, before anything is served on it.
 pub(crate) struct Port {
@@ -66,6 +64,7 @@ pub(crate) fn serve<N: Node>(port: Port, services: Services<N>, guard: Guard, ta
         .tcp_nodelay(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES)
+        .max_frame_size(HTTP_FRAME_BYTES)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .layer(InterceptorLayer::new(guard));
     let limit = MAX_FRAME_BYTES;

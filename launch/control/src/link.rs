@@ -50,6 +50,18 @@ impl UpSender {
             }
         }
     }
+
+    /// As [`UpSender::send`], on a thread that may block.
+    pub fn blocking_send(&self, up: Up) {
+        match self {
+            UpSender::Wire(sender) => {
+                let _ = sender.blocking_send(Ok(up));
+            }
+            UpSender::Local { child, events } => {
+                let _ = events.blocking_send((*child, Event::Up(up)));
+            }
+        }
+    }
 }
 
 /// Calls whose cancellation overtook them: admin lanes are faster. The last few are remembered.

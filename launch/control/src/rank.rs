@@ -18,19 +18,18 @@ use crate::tasks::Tasks;
 use crate::traffic::Traffic;
 use crate::verbs::{Admin, Answer, Made, Request, Statistics};
 use crate::wire::{Down, Kind, Lane, RankAnswer, Up};
-use crate::worker::{Context, Control, Finished, INBOX, Job, NewColumns, Output, Reply, Worker, execute};
+use crate::worker::{Context, Control, Finished, INBOX, Job, NewColumns, Output, Worker, execute};
 use arrow::array::AsArray;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tangelo_core::{Batch, Column, env};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-/// Finished jobs that wait to be answered.
-const FINISHED: usize = 4;
 
 /// How long an ending rank waits for its last answers to be taken.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -63,12 +62,6 @@ impl RankOptions {
     }
 }
 
-/// Where calls go, and their answers. Gone when no more can come.
-struct Intake {
-    jobs: mpsc::Sender<Job>,
-    finished: mpsc::Sender<Finished>,
-}
-
 pub(crate) struct RankNode {
     rank: u32,
     address: String,
@@ -78,8 +71,10 @@ pub(crate) struct RankNode {
     traffic: Arc<Traffic>,
     guard: Guard,
     /// Taken by the one work lane.
-    intake: Mutex<Option<Intake>>,
+    intake: Mutex<Option<mpsc::Sender<Job>>>,
     ended: watch::Sender<Option<Ended>>,
+    /// The driver said that the job is over: it may go now.
+    over: AtomicBool,
 }
 
 /// A rank that serves. The thread that owns the device calls [`Rank::run`].
@@ -87,8 +82,6 @@ pub struct Rank {
     node: Arc<RankNode>,
     inbox: mpsc::Receiver<Job>,
     tasks: Arc<Tasks>,
-    /// True once every answer was handed over.
-    drained: watch::Receiver<bool>,
     host: Option<Host>,
     runtime: Handle,
 }
@@ -138,9 +131,7 @@ impl Rank {
         let (rank, traffic) = (options.rank as u32, Arc::new(Traffic::default()));
         let store = Arc::new(Store::new(rank, options.store_limit_bytes));
         let (jobs, inbox) = mpsc::channel(INBOX);
-        let (finished, done) = mpsc::channel(FINISHED);
         let (ended, _) = watch::channel(None);
-        let (drained_sender, drained) = watch::channel(false);
         let guard = Guard::new(member.secret.clone(), &format!("rank {rank}"));
         let on_failure = ended.clone();
         let tasks = Arc::new(Tasks::new(move |what| {
@@ -155,11 +146,11 @@ impl Rank {
             puller,
             traffic,
             guard: guard.clone(),
-            intake: Mutex::new(Some(Intake { jobs, finished })),
+            intake: Mutex::new(Some(jobs)),
             ended,
+            over: AtomicBool::new(false),
         });
-        tasks.spawn("answers", answer(node.clone(), done, drained_sender));
-        Ok((Rank { node, inbox, tasks, drained, host: None, runtime: Handle::current() }, guard))
+        Ok((Rank { node, inbox, tasks, host: None, runtime: Handle::current() }, guard))
     }
 
     /// Runs calls on this thread, which must not be one of the runtime's, until the driver says that the job is over.
@@ -169,10 +160,11 @@ impl Rank {
     pub fn run(mut self, worker: &mut dyn Worker) -> Result<(), ControlError> {
         let mut panic = None;
         while let Some(job) = self.inbox.blocking_recv() {
-            let done = execute(job, worker, &self.node.control);
-            panic = done.panic;
-            // Nobody takes answers any more when the rank is ending.
-            if done.to.blocking_send(done.finished).is_err() || panic.is_some() {
+            let (finished, panicked) = execute(job, worker, &self.node.control);
+            let (up, answer) = self.node.keep(finished);
+            up.blocking_send(answer);
+            panic = panicked;
+            if panic.is_some() {
                 break;
             }
         }
@@ -187,9 +179,11 @@ impl Rank {
     pub async fn run_as_task(mut self, mut worker: impl Worker + Send) -> Result<(), ControlError> {
         let mut panic = None;
         while let Some(job) = self.inbox.recv().await {
-            let done = execute(job, &mut worker, &self.node.control);
-            panic = done.panic;
-            if done.to.send(done.finished).await.is_err() || panic.is_some() {
+            let (finished, panicked) = execute(job, &mut worker, &self.node.control);
+            let (up, answer) = self.node.keep(finished);
+            up.send(answer).await;
+            panic = panicked;
+            if panic.is_some() {
                 break;
             }
         }
@@ -201,9 +195,7 @@ impl Rank {
         let ended = self.node.end(Ended::Lost("it ended".into()));
         self.inbox.close();
         while self.inbox.try_recv().is_ok() {}
-        drop(self.node.take_intake());
-        // If somebody does not take its answer in this time, it is gone.
-        let _ = tokio::time::timeout(LAST_WORDS, self.drained.wait_for(|drained| *drained)).await;
+        // The lanes end with `ended`, once what was said on them is sent.
         if let Some(host) = &mut self.host {
             host.close(LAST_WORDS).await;
         }
@@ -232,7 +224,7 @@ impl Node for RankNode {
 }
 
 impl RankNode {
-    fn take_intake(&self) -> Option<Intake> {
+    fn take_intake(&self) -> Option<mpsc::Sender<Job>> {
         self.intake.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
@@ -247,24 +239,30 @@ impl RankNode {
     }
 
     async fn work(self: Arc<Self>, mut frames: Frames, up: UpSender) {
-        let Some(intake) = self.take_intake() else {
+        let Some(jobs) = self.take_intake() else {
             return self.refuse(frames, &up).await;
         };
         let mut ended = self.ended.subscribe();
         loop {
             tokio::select! {
                 frame = frames.next() => match frame {
-                    Some(frame) => self.take_call(frame, &intake, &up).await,
-                    None => {
-                        let lost = "the connection to the node agent is gone";
-                        self.control.abort(RankFailure::new(Cause::Lost, lost));
-                        self.end(Ended::Lost(lost.into()));
-                        return;
-                    }
+                    Some(frame) => self.take_call(frame, &jobs, &up).await,
+                    None => return self.parent_gone(),
                 },
                 () = end_of(&mut ended) => return,
             }
         }
+    }
+
+    /// The end, as it should be once the driver has said so; what runs then may finish.
+    fn parent_gone(&self) {
+        if self.over.load(Ordering::Acquire) {
+            self.end(Ended::Shutdown);
+            return;
+        }
+        let lost = "the connection to the node agent is gone";
+        self.control.abort(RankFailure::new(Cause::Lost, lost));
+        self.end(Ended::Lost(lost.into()));
     }
 
     async fn refuse(&self, mut frames: Frames, up: &UpSender) {
@@ -275,15 +273,15 @@ impl RankNode {
     }
 
     /// Makes a job of a frame, batch included, and waits for room in the inbox.
-    async fn take_call(&self, frame: Down, intake: &Intake, up: &UpSender) {
+    async fn take_call(&self, frame: Down, jobs: &mpsc::Sender<Job>, up: &UpSender) {
         let call = frame.call;
         let prepared = match self.control.received(call) {
-            Ok(()) => self.prepare(frame, intake, up).await,
+            Ok(()) => self.prepare(frame, up).await,
             Err(failure) => Err(failure),
         };
         match prepared {
             Ok(job) => {
-                if intake.jobs.send(job).await.is_err() {
+                if jobs.send(job).await.is_err() {
                     let failure = RankFailure::new(Cause::Lost, "its device thread has ended");
                     up.send(self.failed(call, &failure)).await;
                 }
@@ -295,7 +293,7 @@ impl RankNode {
         }
     }
 
-    async fn prepare(&self, frame: Down, intake: &Intake, up: &UpSender) -> Result<Job, RankFailure> {
+    async fn prepare(&self, frame: Down, up: &UpSender) -> Result<Job, RankFailure> {
         let body = frame.payloads.first().map_or(&[][..], |body| body);
         let request: Request = serde_json::from_slice(body)
             .map_err(|e| RankFailure::new(Cause::Protocol, format!("not a request: {e}")))?;
@@ -317,8 +315,7 @@ impl RankNode {
                 Some(batch.map_err(|e| RankFailure::new(Cause::Protocol, format!("its batch: {e}")))?)
             }
         };
-        let reply = Reply { finished: intake.finished.clone(), up: up.clone() };
-        Ok(Job { context, request, batch, call: frame.call, reply })
+        Ok(Job { context, request, batch, call: frame.call, up: up.clone() })
     }
 
     fn failed(&self, call: u64, failure: &RankFailure) -> Up {
@@ -360,9 +357,7 @@ impl RankNode {
             Admin::EndStep { step } => self.store.end_step(step),
             Admin::SetVersion { version } => self.control.set_version(version),
             Admin::Abort => self.control.abort(RankFailure::new(Cause::Aborted, "an admin call stopped it")),
-            Admin::Shutdown => {
-                self.end(Ended::Shutdown);
-            }
+            Admin::Shutdown => self.over.store(true, Ordering::Release),
         }
         Ok(Bytes::new())
     }
@@ -383,17 +378,20 @@ impl RankNode {
         numbers
     }
 
-    /// Keeps what a job made, and says so.
-    fn keep(&self, finished: Finished) -> Up {
-        let Finished { call, context, request, result, .. } = finished;
+    /// Keeps what a job made, and says so: what, and where to.
+    fn keep(&self, finished: Finished) -> (UpSender, Up) {
+        let Finished { call, context, request, up, result } = finished;
         let kept = result.and_then(|output| self.keep_output(output, &context, &request));
         let encoded = kept.and_then(|answer| match answer {
+            // Most answers have nothing to say; with a thousand ranks, saying so costs the driver milliseconds.
             None => Ok(Bytes::new()),
+            Some(answer) if answer == Answer::default() => Ok(Bytes::new()),
             Some(answer) => serde_json::to_vec(&answer)
                 .map(Bytes::from)
                 .map_err(|e| RankFailure::new(Cause::Protocol, format!("its answer cannot be written: {e}"))),
         });
-        encoded.map_or_else(|failure| self.failed(call, &failure), |payload| self.answered(call, payload))
+        let answer = encoded.map_or_else(|failure| self.failed(call, &failure), |body| self.answered(call, body));
+        (up, answer)
     }
 
     fn keep_output(&self, output: Output, context: &Context, request: &Request) -> Result<Option<Answer>, RankFailure> {
@@ -431,17 +429,4 @@ fn rows_of(new: &NewColumns, sources: &[Row]) -> Result<Vec<Row>, RankFailure> {
         })
     };
     new.origins.iter().enumerate().map(row).collect()
-}
-
-async fn answer(
-    node: Arc<RankNode>,
-    mut finished: mpsc::Receiver<Finished>,
-    drained: watch::Sender<bool>,
-) -> Result<(), String> {
-    while let Some(job) = finished.recv().await {
-        let up = job.up.clone();
-        up.send(node.keep(job)).await;
-    }
-    drained.send_replace(true);
-    Ok(())
 }

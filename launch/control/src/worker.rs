@@ -10,7 +10,7 @@
 //! ends, because nobody knows in which state the device is.
 
 use crate::error::{Cause, RankFailure};
-use crate::link::Early;
+use crate::link::{Early, UpSender};
 use crate::tasks::panic_message;
 use crate::verbs::{Health, Metrics, Request, Statistics};
 use arrow::array::{Array, ArrayRef, RecordBatch};
@@ -22,7 +22,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tangelo_core::{Batch, Column, FailureKind};
-use tokio::sync::mpsc;
 
 /// Jobs that wait with their batches.
 pub(crate) const INBOX: usize = 2;
@@ -54,7 +53,7 @@ pub struct Job {
     /// The rows of the request's batch, where it has one.
     pub batch: Option<Batch>,
     pub(crate) call: u64,
-    pub(crate) reply: Reply,
+    pub(crate) up: UpSender,
 }
 
 impl Job {
@@ -68,20 +67,13 @@ impl Job {
     }
 }
 
-/// Takes a finished job back to the network side.
-#[derive(Debug)]
-pub(crate) struct Reply {
-    pub finished: mpsc::Sender<Finished>,
-    pub up: crate::link::UpSender,
-}
-
 /// A finished job.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub call: u64,
     pub context: Context,
     pub request: Request,
-    pub up: crate::link::UpSender,
+    pub up: UpSender,
     pub result: Result<Output, RankFailure>,
 }
 
@@ -343,15 +335,8 @@ impl Control {
     }
 }
 
-/// A job that has run, and where to hand it; a panic after which the rank must end.
-pub(crate) struct Executed {
-    pub finished: Finished,
-    pub to: mpsc::Sender<Finished>,
-    pub panic: Option<String>,
-}
-
-/// Runs a job.
-pub(crate) fn execute(job: Job, worker: &mut dyn Worker, control: &Control) -> Executed {
+/// Runs a job. With it the panic after which the rank must end.
+pub(crate) fn execute(job: Job, worker: &mut dyn Worker, control: &Control) -> (Finished, Option<String>) {
     let (result, panic) = if control.begin(&job) {
         // The worker is not used again after a panic.
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| worker.call(&job, control)));
@@ -364,6 +349,6 @@ pub(crate) fn execute(job: Job, worker: &mut dyn Worker, control: &Control) -> E
     } else {
         (Err(RankFailure::new(Cause::Cancelled, "cancelled before it began")), None)
     };
-    let Job { context, request, call, reply, .. } = job;
-    Executed { finished: Finished { call, context, request, up: reply.up, result }, to: reply.finished, panic }
+    let Job { context, request, call, up, .. } = job;
+    (Finished { call, context, request, up, result }, panic)
 }
