@@ -10,8 +10,8 @@
 //! The agent ends with the connection to its driver, and its ranks with the connection to it.
 
 use crate::error::{Cause, ControlError, RankFailure, log};
-use crate::host::{Port, Services, serve};
-use crate::link::{Event, Frames, LINK_QUEUE, Link, Node, UpSender};
+use crate::host::{Host, Port, Services, serve};
+use crate::link::{Early, Event, Frames, LINK_QUEUE, Link, Node, UpSender};
 use crate::rank::RankNode;
 use crate::registry::{LOCAL, Membership, RankEntry, Registration, Seats, register};
 use crate::secret::{Bearer, Guard};
@@ -39,6 +39,7 @@ struct State {
     /// Ranks whose connection is gone, and how.
     lost: HashMap<u32, String>,
     pending: HashMap<u64, Pending>,
+    cancelled: Early,
 }
 
 struct AgentNode {
@@ -56,7 +57,7 @@ pub struct Agent {
     node: Arc<AgentNode>,
     tasks: Arc<Tasks>,
     ended: watch::Receiver<Option<String>>,
-    _close: watch::Sender<bool>,
+    _host: Host,
 }
 
 /// Ranks that live in the agent's process.
@@ -97,10 +98,10 @@ impl Agent {
         tasks.spawn("collector", collect(node.clone(), received));
         let guard = Guard::new(member.secret.clone(), &format!("the agent of node {}", member.node));
         let services = Services { node: Some(node.clone()), shelf: None, registrar: None };
-        let close = serve(port, services, guard, &tasks);
+        let host = serve(port, services, guard, &tasks);
         let new = Registration { job: member.job.clone(), node: member.node, agent: Some(address), ranks };
         register(member, &new).await?;
-        Ok(Agent { node, tasks, ended, _close: close })
+        Ok(Agent { node, tasks, ended, _host: host })
     }
 
     /// Until the driver is done or gone, which is the same to an agent. Its ranks are told by the ends of their lanes.
@@ -113,11 +114,17 @@ impl Agent {
         self.node.lock().links.clear();
         // Ranks read the ends of their lanes while the process still lives.
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        self.tasks.abort();
         if why.is_empty() {
             return Ok(());
         }
         Err(ControlError::Peer { action: "a node agent".into(), failure: RankFailure::new(Cause::Panic, why) })
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Tasks hold what holds them.
+        self.tasks.abort();
     }
 }
 
@@ -151,7 +158,13 @@ impl AgentNode {
     async fn pass_on(&self, lane: Lane, frame: Down, up: &UpSender) {
         let waiting = frame.targets.iter().map(|target| target.rank).collect();
         let pending = Pending { waiting, answers: Vec::with_capacity(frame.targets.len()), up: up.clone() };
-        self.lock().pending.insert(frame.call, pending);
+        {
+            let mut state = self.lock();
+            if state.cancelled.take(frame.call) {
+                return;
+            }
+            state.pending.insert(frame.call, pending);
+        }
         for target in &frame.targets {
             let (link, lost) = {
                 let state = self.lock();
@@ -172,7 +185,10 @@ impl AgentNode {
     async fn cancel(&self, frame: &Down) {
         let links: Vec<(u32, Link)> = {
             let mut state = self.lock();
-            let Some(pending) = state.pending.remove(&frame.call) else { return };
+            let Some(pending) = state.pending.remove(&frame.call) else {
+                state.cancelled.put(frame.call);
+                return;
+            };
             let links = &state.links;
             pending.waiting.iter().filter_map(|rank| Some((*rank, links.get(rank)?.clone()))).collect()
         };

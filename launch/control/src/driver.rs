@@ -4,7 +4,7 @@ use crate::dispatch::{Args, MeshMap};
 use crate::error::{Cause, ControlError, RankFailure};
 use crate::flight::{Puller, Shelf};
 use crate::group::WorkerGroup;
-use crate::host::{Port, Services, serve};
+use crate::host::{Host, Port, Services, serve};
 use crate::link::{Event, Frames, Link, Node, UpSender};
 use crate::placement::Placement;
 use crate::registry::{Expected, Membership, Registrar, Roll};
@@ -76,7 +76,14 @@ pub struct Driver {
     guard: Guard,
     tasks: Arc<Tasks>,
     failure: watch::Receiver<Option<String>>,
-    close: watch::Sender<bool>,
+    _host: Host,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Tasks hold what holds them. With the links the whole tree ends.
+        self.tasks.abort();
+    }
 }
 
 /// The driver takes no calls.
@@ -106,8 +113,8 @@ impl Driver {
         }));
         let shelf = Shelf { store: store.clone(), traffic: traffic.clone() };
         let services = Services::<NoNode> { node: None, shelf: Some(shelf), registrar: Some(registrar.clone()) };
-        let close = serve(port, services, guard.clone(), &tasks);
-        Ok(Driver { options, address, registrar, store, traffic, guard, tasks, failure, close })
+        let host = serve(port, services, guard.clone(), &tasks);
+        Ok(Driver { options, address, registrar, store, traffic, guard, tasks, failure, _host: host })
     }
 
     /// host:port to register with.
@@ -351,7 +358,7 @@ impl Cluster {
     /// A rank that does not answer.
     pub async fn shutdown(self) -> Result<(), ControlError> {
         self.admin_all(&Admin::Shutdown).await?;
-        self.0.driver.close.send_replace(true);
+        self.0.tree.close();
         self.0.driver.tasks.abort();
         Ok(())
     }

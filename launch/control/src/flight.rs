@@ -39,7 +39,9 @@ const PULLS_AT_ONCE: usize = 8;
 /// A holder that has no word for so long is asked whether it lives, and lost after as long again.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// How much a holder may send ahead, bytes.
-const WINDOW_BYTES: u32 = 8 << 20;
+pub(crate) const WINDOW_BYTES: u32 = 8 << 20;
+/// Of HTTP/2; its default of 16 KiB makes a batch many small writes.
+pub(crate) const HTTP_FRAME_BYTES: u32 = 1 << 20;
 /// A single row cannot be cut: the largest message that is accepted.
 const MAX_ROW_BYTES: usize = 1 << 30;
 
@@ -248,6 +250,7 @@ pub(crate) fn endpoint(address: &str) -> Result<Endpoint, RankFailure> {
         .connect_timeout(Duration::from_secs(10))
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES)
+        .max_frame_size(HTTP_FRAME_BYTES)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true))

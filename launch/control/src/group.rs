@@ -196,7 +196,8 @@ impl WorkerGroup {
             }
         };
         let answers = self.cluster.verb(&self.role, verb, map, payloads, self.timeout).await?;
-        answers.iter().map(|(rank, body)| Ok((*rank, parse(body)?))).collect()
+        let answer = |body: &[u8]| if body.is_empty() { Ok(Answer::default()) } else { parse(body) };
+        answers.iter().map(|(rank, body)| Ok((*rank, answer(body)?))).collect()
     }
 
     /// What every rank of the role is doing, by rank.

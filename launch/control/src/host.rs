@@ -1,7 +1,7 @@
 //! The server of a process: one free port for calls, batches and (the driver's) registrations, all behind the secret.
 
 use crate::error::ControlError;
-use crate::flight::Shelf;
+use crate::flight::{HTTP_FRAME_BYTES, Shelf, WINDOW_BYTES};
 use crate::link::{CallsService, Node};
 use crate::registry::Registrar;
 use crate::secret::Guard;
@@ -17,8 +17,6 @@ use tokio::sync::watch;
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 use tonic::transport::server::{Router, TcpIncoming};
-
-const WINDOW_BYTES: u32 = 8 << 20;
 
 /// A bound port, before anything is served on it.
 pub(crate) struct Port {
@@ -44,21 +42,31 @@ pub(crate) struct Services<N> {
     pub registrar: Option<Registrar>,
 }
 
-/// Serves until `close` is told so; then lets open calls end.
-pub(crate) fn serve<N: Node>(
-    port: Port,
-    services: Services<N>,
-    guard: Guard,
-    tasks: &Arc<Tasks>,
-) -> watch::Sender<bool> {
-    let (close, mut closing) = watch::channel(false);
-    let server = Server::builder()
+/// A server that runs.
+pub(crate) struct Host {
+    close: watch::Sender<bool>,
+    closed: watch::Receiver<bool>,
+}
+
+impl Host {
+    /// Takes no more connections, and waits until open calls have ended and what they said is sent.
+    pub async fn close(&mut self, within: Duration) {
+        self.close.send_replace(true);
+        // Whoever still holds a connection then loses it.
+        let _ = tokio::time::timeout(within, self.closed.wait_for(|closed| *closed)).await;
+    }
+}
+
+/// Serves on a port.
+pub(crate) fn serve<N: Node>(port: Port, services: Services<N>, guard: Guard, tasks: &Arc<Tasks>) -> Host {
+    let ((close, mut closing), (closed_sender, closed)) = (watch::channel(false), watch::channel(false));
+    let mut server = Server::builder()
         .tcp_nodelay(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES)
+        .max_frame_size(HTTP_FRAME_BYTES)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .layer(InterceptorLayer::new(guard));
-    let mut server = server;
     let limit = MAX_FRAME_BYTES;
     let router: Router<_> = server
         .add_optional_service(services.node.map(|node| {
@@ -71,11 +79,13 @@ pub(crate) fn serve<N: Node>(
         .add_optional_service(services.registrar.map(RegistryServer::new));
     let incoming = TcpIncoming::from(port.listener).with_nodelay(Some(true));
     tasks.spawn("server", async move {
-        let closed = async move {
+        let told = async move {
             // An error means that whoever could close is gone.
             let _ = closing.wait_for(|closing| *closing).await;
         };
-        router.serve_with_incoming_shutdown(incoming, closed).await.map_err(|e| crate::link::sources(&e))
+        let served = router.serve_with_incoming_shutdown(incoming, told).await;
+        closed_sender.send_replace(true);
+        served.map_err(|e| crate::link::sources(&e))
     });
-    close
+    Host { close, closed }
 }

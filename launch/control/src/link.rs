@@ -12,6 +12,7 @@ use crate::wire::generated::calls::{calls_client::CallsClient, calls_server};
 use crate::wire::{Down, LANE_HEADER, Lane, MAX_FRAME_BYTES, Up};
 use futures::future::BoxFuture;
 use futures::stream::{BoxStream, StreamExt};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -48,6 +49,40 @@ impl UpSender {
                 let _ = events.send((*child, Event::Up(up))).await;
             }
         }
+    }
+
+    /// As [`UpSender::send`], on a thread that may block.
+    pub fn blocking_send(&self, up: Up) {
+        match self {
+            UpSender::Wire(sender) => {
+                let _ = sender.blocking_send(Ok(up));
+            }
+            UpSender::Local { child, events } => {
+                let _ = events.blocking_send((*child, Event::Up(up)));
+            }
+        }
+    }
+}
+
+/// Calls whose cancellation overtook them: admin lanes are faster. The last few are remembered.
+#[derive(Default)]
+pub(crate) struct Early(VecDeque<u64>);
+
+impl Early {
+    const REMEMBERED: usize = 256;
+
+    /// The call is not here (yet).
+    pub fn put(&mut self, call: u64) {
+        if self.0.len() == Early::REMEMBERED {
+            self.0.pop_front();
+        }
+        self.0.push_back(call);
+    }
+
+    /// Whether the call that comes now was cancelled before.
+    pub fn take(&mut self, call: u64) -> bool {
+        let at = self.0.iter().position(|&early| early == call);
+        at.is_some_and(|at| self.0.remove(at).is_some())
     }
 }
 

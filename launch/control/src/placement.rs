@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_names_role_pool_and_sizes() {
         let mut placement = Placement::grouped(&[(&["policy"], 4), (&["critic"], 2)]);
-        check(&placement, 5, expect!["pool `policy` has rank 4, but the job has 5 ranks (0 to 4)"]);
+        check(&placement, 5, expect!["pool `critic` has rank 5, but the job has 5 ranks (0 to 4)"]);
         check(&placement, 7, expect!["rank 6 of 7 is in no pool; put it into one or start fewer ranks"]);
         placement.roles.insert("reward".into(), RolePlace { pool: "spare".into(), ranks: 1 });
         check(

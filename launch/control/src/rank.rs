@@ -8,7 +8,7 @@
 use crate::agent::{Agent, LocalRanks, json};
 use crate::error::{Cause, ControlError, RankFailure};
 use crate::flight::{Puller, Shelf};
-use crate::host::{Port, Services, serve};
+use crate::host::{Host, Port, Services, serve};
 use crate::link::{Frames, Node, UpSender};
 use crate::registry::{LOCAL, Membership, RankEntry, Registration, Seats, number, register};
 use crate::remote::Row;
@@ -18,19 +18,21 @@ use crate::tasks::Tasks;
 use crate::traffic::Traffic;
 use crate::verbs::{Admin, Answer, Made, Request, Statistics};
 use crate::wire::{Down, Kind, Lane, RankAnswer, Up};
-use crate::worker::{Context, Control, Finished, INBOX, Job, NewColumns, Output, Reply, Worker, execute};
+use crate::worker::{Context, Control, Finished, INBOX, Job, NewColumns, Output, Worker, execute};
 use arrow::array::AsArray;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tangelo_core::{Batch, Column, env};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-/// Answers under way: the job that runs, those in the inbox, and one for each hand in between.
-const FINISHED: usize = INBOX + 4;
+
+/// How long an ending rank waits for its last answers to be taken.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How a rank ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,9 +71,10 @@ pub(crate) struct RankNode {
     traffic: Arc<Traffic>,
     guard: Guard,
     /// Taken by the one work lane.
-    inbox: Mutex<Option<mpsc::Sender<Job>>>,
-    finished: mpsc::Sender<Finished>,
+    intake: Mutex<Option<mpsc::Sender<Job>>>,
     ended: watch::Sender<Option<Ended>>,
+    /// The driver said that the job is over: it may go now.
+    over: AtomicBool,
 }
 
 /// A rank that serves. The thread that owns the device calls [`Rank::run`].
@@ -79,8 +82,15 @@ pub struct Rank {
     node: Arc<RankNode>,
     inbox: mpsc::Receiver<Job>,
     tasks: Arc<Tasks>,
-    close: watch::Sender<bool>,
+    host: Option<Host>,
     runtime: Handle,
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        // Tasks hold what holds them.
+        self.tasks.abort();
+    }
 }
 
 impl Rank {
@@ -95,7 +105,7 @@ impl Rank {
         let (store, traffic) = (rank.node.store.clone(), rank.node.traffic.clone());
         let shelf = Some(Shelf { store, traffic });
         let services = Services { node: Some(rank.node.clone()), shelf, registrar: None };
-        rank.close = serve(port, services, guard, &rank.tasks);
+        rank.host = Some(serve(port, services, guard, &rank.tasks));
         let entry = RankEntry { rank: options.rank, address, seats: options.seats };
         let new = Registration { job: member.job.clone(), node: member.node, agent: None, ranks: vec![entry] };
         register(member, &new).await?;
@@ -121,7 +131,6 @@ impl Rank {
         let (rank, traffic) = (options.rank as u32, Arc::new(Traffic::default()));
         let store = Arc::new(Store::new(rank, options.store_limit_bytes));
         let (jobs, inbox) = mpsc::channel(INBOX);
-        let (finished, done) = mpsc::channel(FINISHED);
         let (ended, _) = watch::channel(None);
         let guard = Guard::new(member.secret.clone(), &format!("rank {rank}"));
         let on_failure = ended.clone();
@@ -137,13 +146,11 @@ impl Rank {
             puller,
             traffic,
             guard: guard.clone(),
-            inbox: Mutex::new(Some(jobs)),
-            finished,
+            intake: Mutex::new(Some(jobs)),
             ended,
+            over: AtomicBool::new(false),
         });
-        tasks.spawn("answers", answer(node.clone(), done));
-        let close = watch::channel(false).0;
-        Ok((Rank { node, inbox, tasks, close, runtime: Handle::current() }, guard))
+        Ok((Rank { node, inbox, tasks, host: None, runtime: Handle::current() }, guard))
     }
 
     /// Runs calls on this thread, which must not be one of the runtime's, until the driver says that the job is over.
@@ -153,8 +160,11 @@ impl Rank {
     pub fn run(mut self, worker: &mut dyn Worker) -> Result<(), ControlError> {
         let mut panic = None;
         while let Some(job) = self.inbox.blocking_recv() {
-            if let Err(message) = execute(job, worker, &self.node.control) {
-                panic = Some(message);
+            let (finished, panicked) = execute(job, worker, &self.node.control);
+            let (up, answer) = self.node.keep(finished);
+            up.blocking_send(answer);
+            panic = panicked;
+            if panic.is_some() {
                 break;
             }
         }
@@ -169,8 +179,11 @@ impl Rank {
     pub async fn run_as_task(mut self, mut worker: impl Worker + Send) -> Result<(), ControlError> {
         let mut panic = None;
         while let Some(job) = self.inbox.recv().await {
-            if let Err(message) = execute(job, &mut worker, &self.node.control) {
-                panic = Some(message);
+            let (finished, panicked) = execute(job, &mut worker, &self.node.control);
+            let (up, answer) = self.node.keep(finished);
+            up.send(answer).await;
+            panic = panicked;
+            if panic.is_some() {
                 break;
             }
         }
@@ -178,17 +191,19 @@ impl Rank {
     }
 
     /// Lets the last answers out, then ends.
-    async fn finish(self, panic: Option<String>) -> Result<(), ControlError> {
-        // Answers are small; the agent reads them at once unless it is gone.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        self.close.send_replace(true);
-        let ended = self.node.ended.borrow().clone();
+    async fn finish(mut self, panic: Option<String>) -> Result<(), ControlError> {
+        let ended = self.node.end(Ended::Lost("it ended".into()));
+        self.inbox.close();
+        while self.inbox.try_recv().is_ok() {}
+        // The lanes end with `ended`, once what was said on them is sent.
+        if let Some(host) = &mut self.host {
+            host.close(LAST_WORDS).await;
+        }
         let action = format!("rank {}", self.node.rank);
-        self.tasks.abort();
         let failure = match (panic, ended) {
             (Some(panic), _) => RankFailure::new(Cause::Panic, panic),
-            (None, Some(Ended::Lost(how))) => RankFailure::new(Cause::Lost, how),
-            (None, _) => return Ok(()),
+            (None, Ended::Lost(how)) => RankFailure::new(Cause::Lost, how),
+            (None, Ended::Shutdown) => return Ok(()),
         };
         Err(ControlError::Peer { action, failure })
     }
@@ -209,9 +224,22 @@ impl Node for RankNode {
 }
 
 impl RankNode {
+    fn take_intake(&self) -> Option<mpsc::Sender<Job>> {
+        self.intake.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Ends the rank, unless it has ended for another reason: that one is returned.
+    fn end(&self, why: Ended) -> Ended {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(why.clone());
+            first
+        });
+        self.ended.borrow().clone().unwrap_or(why)
+    }
+
     async fn work(self: Arc<Self>, mut frames: Frames, up: UpSender) {
-        let taken = self.inbox.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(jobs) = taken else {
+        let Some(jobs) = self.take_intake() else {
             return self.refuse(frames, &up).await;
         };
         let mut ended = self.ended.subscribe();
@@ -219,17 +247,22 @@ impl RankNode {
             tokio::select! {
                 frame = frames.next() => match frame {
                     Some(frame) => self.take_call(frame, &jobs, &up).await,
-                    None => {
-                        let lost = "the connection to the node agent is gone";
-                        self.control.abort(RankFailure::new(Cause::Lost, lost));
-                        let lost = Ended::Lost(lost.into());
-                        self.ended.send_if_modified(|ended| ended.is_none() && ended.replace(lost).is_none());
-                        return;
-                    }
+                    None => return self.parent_gone(),
                 },
                 () = end_of(&mut ended) => return,
             }
         }
+    }
+
+    /// The end, as it should be once the driver has said so; what runs then may finish.
+    fn parent_gone(&self) {
+        if self.over.load(Ordering::Acquire) {
+            self.end(Ended::Shutdown);
+            return;
+        }
+        let lost = "the connection to the node agent is gone";
+        self.control.abort(RankFailure::new(Cause::Lost, lost));
+        self.end(Ended::Lost(lost.into()));
     }
 
     async fn refuse(&self, mut frames: Frames, up: &UpSender) {
@@ -282,8 +315,7 @@ impl RankNode {
                 Some(batch.map_err(|e| RankFailure::new(Cause::Protocol, format!("its batch: {e}")))?)
             }
         };
-        let reply = Reply { finished: self.finished.clone(), up: up.clone() };
-        Ok(Job { context, request, batch, call: frame.call, reply })
+        Ok(Job { context, request, batch, call: frame.call, up: up.clone() })
     }
 
     fn failed(&self, call: u64, failure: &RankFailure) -> Up {
@@ -296,7 +328,13 @@ impl RankNode {
     }
 
     async fn admin(self: Arc<Self>, mut frames: Frames, up: UpSender) {
-        while let Some(frame) = frames.next().await {
+        let mut ended = self.ended.subscribe();
+        loop {
+            let frame = tokio::select! {
+                frame = frames.next() => frame,
+                () = end_of(&mut ended) => None,
+            };
+            let Some(frame) = frame else { return };
             if frame.kind() == Kind::Cancel {
                 self.control.cancel(frame.call);
                 continue;
@@ -319,9 +357,7 @@ impl RankNode {
             Admin::EndStep { step } => self.store.end_step(step),
             Admin::SetVersion { version } => self.control.set_version(version),
             Admin::Abort => self.control.abort(RankFailure::new(Cause::Aborted, "an admin call stopped it")),
-            Admin::Shutdown => {
-                self.ended.send_replace(Some(Ended::Shutdown));
-            }
+            Admin::Shutdown => self.over.store(true, Ordering::Release),
         }
         Ok(Bytes::new())
     }
@@ -342,17 +378,20 @@ impl RankNode {
         numbers
     }
 
-    /// Keeps what a job made, and says so.
-    fn keep(&self, finished: Finished) -> Up {
-        let Finished { call, context, request, result, .. } = finished;
+    /// Keeps what a job made, and says so: what, and where to.
+    fn keep(&self, finished: Finished) -> (UpSender, Up) {
+        let Finished { call, context, request, up, result } = finished;
         let kept = result.and_then(|output| self.keep_output(output, &context, &request));
         let encoded = kept.and_then(|answer| match answer {
+            // Most answers have nothing to say; with a thousand ranks, saying so costs the driver milliseconds.
             None => Ok(Bytes::new()),
+            Some(answer) if answer == Answer::default() => Ok(Bytes::new()),
             Some(answer) => serde_json::to_vec(&answer)
                 .map(Bytes::from)
                 .map_err(|e| RankFailure::new(Cause::Protocol, format!("its answer cannot be written: {e}"))),
         });
-        encoded.map_or_else(|failure| self.failed(call, &failure), |payload| self.answered(call, payload))
+        let answer = encoded.map_or_else(|failure| self.failed(call, &failure), |body| self.answered(call, body));
+        (up, answer)
     }
 
     fn keep_output(&self, output: Output, context: &Context, request: &Request) -> Result<Option<Answer>, RankFailure> {
@@ -390,12 +429,4 @@ fn rows_of(new: &NewColumns, sources: &[Row]) -> Result<Vec<Row>, RankFailure> {
         })
     };
     new.origins.iter().enumerate().map(row).collect()
-}
-
-async fn answer(node: Arc<RankNode>, mut finished: mpsc::Receiver<Finished>) -> Result<(), String> {
-    while let Some(job) = finished.recv().await {
-        let up = job.up.clone();
-        up.send(node.keep(job)).await;
-    }
-    Ok(())
 }

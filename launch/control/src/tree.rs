@@ -51,8 +51,9 @@ struct Pending {
     sender: Incoming,
 }
 
-#[derive(Default)]
 struct State {
+    /// By node; empty once the job is over.
+    links: Vec<Link>,
     pending: HashMap<u64, Pending>,
     /// Nodes whose connection is gone, and how.
     lost: HashMap<usize, String>,
@@ -60,7 +61,6 @@ struct State {
 
 /// The agents, and the calls under way.
 pub(crate) struct Tree {
-    links: Vec<Link>,
     node_of: Vec<usize>,
     state: Mutex<State>,
     next_call: AtomicU64,
@@ -70,7 +70,23 @@ pub(crate) struct Tree {
 
 impl Tree {
     pub fn new(links: Vec<Link>, node_of: Vec<usize>, trace_seed: u64, traffic: Arc<Traffic>) -> Tree {
-        Tree { links, node_of, state: Mutex::default(), next_call: AtomicU64::new(1), trace_seed, traffic }
+        let state = Mutex::new(State { links, pending: HashMap::new(), lost: HashMap::new() });
+        Tree { node_of, state, next_call: AtomicU64::new(1), trace_seed, traffic }
+    }
+
+    /// Closes the connections: agents end, and ranks with them.
+    pub fn close(&self) {
+        self.lock().links.clear();
+    }
+
+    /// The queue to a node, unless it is gone; then how.
+    fn lane(&self, node: usize, lane: Lane) -> Result<mpsc::Sender<Down>, String> {
+        let state = self.lock();
+        match (state.lost.get(&node), state.links.get(node)) {
+            (Some(how), _) => Err(how.clone()),
+            (None, Some(link)) => Ok(link.lane(lane).clone()),
+            (None, None) => Err("the job is over".into()),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -171,13 +187,10 @@ impl Tree {
             None => None,
         };
         for (node, frame) in frames {
-            if let Some(how) = self.lock().lost.get(&node) {
-                return Err((node, how.clone()));
-            }
+            let lane = self.lane(node, out.lane).map_err(|how| (node, agent_lost(&how)))?;
             self.traffic.control_sent(frame.encoded_len());
-            let closed = self.links[node].lane(out.lane).send(frame).await.is_err();
-            if closed {
-                return Err((node, "the connection to its agent is closed".into()));
+            if lane.send(frame).await.is_err() {
+                return Err((node, agent_lost("it closed the connection")));
             }
         }
         Ok(())
@@ -187,7 +200,7 @@ impl Tree {
         for &node in nodes {
             let frame = Down { call, kind: kind.into(), ..Down::default() };
             // An agent whose admin lane is full or closed is lost or stopped; it has nothing to be told.
-            let _ = self.links[node].lane(Lane::Admin).try_send(frame);
+            let _ = self.lane(node, Lane::Admin).map(|lane| lane.try_send(frame));
         }
     }
 }

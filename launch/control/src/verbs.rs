@@ -253,7 +253,7 @@ pub enum Admin {
     },
     /// Tells the verb that runs now to stop between two of its steps.
     Abort,
-    /// The job is over: finishes what runs, then ends.
+    /// The job is over: the end of the connection, which follows, is no loss. What runs then is finished.
     Shutdown,
 }
 

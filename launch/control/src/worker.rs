@@ -10,6 +10,7 @@
 //! ends, because nobody knows in which state the device is.
 
 use crate::error::{Cause, RankFailure};
+use crate::link::{Early, UpSender};
 use crate::tasks::panic_message;
 use crate::verbs::{Health, Metrics, Request, Statistics};
 use arrow::array::{Array, ArrayRef, RecordBatch};
@@ -21,7 +22,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tangelo_core::{Batch, Column, FailureKind};
-use tokio::sync::mpsc;
 
 /// Jobs that wait with their batches.
 pub(crate) const INBOX: usize = 2;
@@ -53,7 +53,7 @@ pub struct Job {
     /// The rows of the request's batch, where it has one.
     pub batch: Option<Batch>,
     pub(crate) call: u64,
-    pub(crate) reply: Reply,
+    pub(crate) up: UpSender,
 }
 
 impl Job {
@@ -67,32 +67,14 @@ impl Job {
     }
 }
 
-/// Takes a finished job back to the network side.
-#[derive(Debug)]
-pub(crate) struct Reply {
-    pub finished: mpsc::Sender<Finished>,
-    pub up: crate::link::UpSender,
-}
-
 /// A finished job.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub call: u64,
     pub context: Context,
     pub request: Request,
-    pub up: crate::link::UpSender,
+    pub up: UpSender,
     pub result: Result<Output, RankFailure>,
-}
-
-impl Job {
-    /// Hands the result over. There is room for every job that can be under way, so this never waits.
-    fn finish(self, result: Result<Output, RankFailure>) {
-        let Job { context, request, call, reply, .. } = self;
-        let finished = Finished { call, context, request, up: reply.up, result };
-        if reply.finished.try_send(finished).is_err() {
-            crate::error::log("an answer could not be sent: the connection is gone");
-        }
-    }
 }
 
 /// What a verb makes.
@@ -217,6 +199,7 @@ struct State {
     waiting: HashSet<u64>,
     /// Those of them that nobody waits for any more.
     cancelled: HashSet<u64>,
+    early: Early,
     running: Option<Running>,
     stop: Option<RankFailure>,
     poisoned: Option<String>,
@@ -261,11 +244,14 @@ impl Control {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A call was received; refused once the rank is poisoned.
+    /// A call was received; refused where it was cancelled before, and once the rank is poisoned.
     pub(crate) fn received(&self, call: u64) -> Result<(), RankFailure> {
         let mut state = self.lock();
         if let Some(panic) = &state.poisoned {
             return Err(RankFailure::new(Cause::Panic, format!("it panicked before: {panic}")));
+        }
+        if state.early.take(call) {
+            return Err(RankFailure::new(Cause::Cancelled, "cancelled before it came"));
         }
         state.waiting.insert(call);
         Ok(())
@@ -284,6 +270,8 @@ impl Control {
             state.cancelled.insert(call);
         } else if state.running.as_ref().is_some_and(|running| running.call == call) {
             self.stop_running(&mut state, RankFailure::new(Cause::Cancelled, "nobody waits for it any more"));
+        } else {
+            state.early.put(call);
         }
     }
 
@@ -347,24 +335,20 @@ impl Control {
     }
 }
 
-/// Runs a job and answers it. `Err` is the panic after which the rank must end.
-pub(crate) fn execute(job: Job, worker: &mut dyn Worker, control: &Control) -> Result<(), String> {
-    if !control.begin(&job) {
-        job.finish(Err(RankFailure::new(Cause::Cancelled, "cancelled before it began")));
-        return Ok(());
-    }
-    // The worker is not used again after a panic.
-    match std::panic::catch_unwind(AssertUnwindSafe(|| worker.call(&job, control))) {
-        Ok(result) => {
-            control.end(None);
-            job.finish(result.map_err(|e| e.0));
-            Ok(())
-        }
-        Err(panic) => {
-            let message = panic_message(&*panic);
-            control.end(Some(&message));
-            job.finish(Err(RankFailure::new(Cause::Panic, format!("its handler panicked: {message}"))));
-            Err(message)
-        }
-    }
+/// Runs a job. With it the panic after which the rank must end.
+pub(crate) fn execute(job: Job, worker: &mut dyn Worker, control: &Control) -> (Finished, Option<String>) {
+    let (result, panic) = if control.begin(&job) {
+        // The worker is not used again after a panic.
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| worker.call(&job, control)));
+        let panic = outcome.as_ref().err().map(|panic| panic_message(&**panic));
+        control.end(panic.as_deref());
+        let panicked =
+            |_| RankFailure::new(Cause::Panic, format!("its handler panicked: {}", panic.as_deref().unwrap_or("")));
+        let result = outcome.map_err(panicked).and_then(|result| result.map_err(|error| error.0));
+        (result, panic)
+    } else {
+        (Err(RankFailure::new(Cause::Cancelled, "cancelled before it began")), None)
+    };
+    let Job { context, request, call, up, .. } = job;
+    (Finished { call, context, request, up, result }, panic)
 }
