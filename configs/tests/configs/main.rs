@@ -7,6 +7,7 @@ mod optimizer;
 mod parallel;
 mod presets;
 mod resolve;
+mod rlhf;
 mod schema;
 
 use std::collections::BTreeMap;
