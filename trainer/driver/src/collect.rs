@@ -1,7 +1,7 @@
 //! From prompts to rewarded rollouts.
 //!
 //! ```text
-//!   Loader -> prompts (tokens, group) -> rollout.generate -> rows that stay with the ranks
+//!   PromptLoader -> prompts (tokens, group) -> rollout.generate -> rows that stay with the ranks
 //!          -> their completions are fetched and decoded -> RewardPipeline -> reward column, put beside the rows
 //!          -> dynamic sampling: groups that teach nothing are left out, more prompts where too few are left
 //! ```
@@ -10,7 +10,7 @@
 
 use crate::clock::Clock;
 use crate::error::{DriverError, Result};
-use crate::prompts::{Loader, TokenizedPrompt};
+use crate::prompts::{PromptLoader, TokenizedPrompt};
 use crate::reward::{RewardPipeline, Sample, Scored, ScoredBatch};
 use crate::state::DriverState;
 use crate::team::Team;
@@ -57,7 +57,7 @@ pub struct Rollouts {
 
 /// Makes rollouts.
 pub struct Collector {
-    loader: Loader,
+    loader: PromptLoader,
     rewards: Arc<RewardPipeline>,
     tokenizer: TokenizerAssets,
     sampling: Sampling,
@@ -68,7 +68,7 @@ pub struct Collector {
 /// What a collector is made of.
 pub struct CollectorParts {
     /// The prompts.
-    pub loader: Loader,
+    pub loader: PromptLoader,
     /// What answers are worth.
     pub rewards: RewardPipeline,
     /// The policy's.
@@ -92,7 +92,7 @@ impl Collector {
     }
 
     /// The prompts.
-    pub fn loader(&self) -> &Loader {
+    pub fn loader(&self) -> &PromptLoader {
         &self.loader
     }
 

@@ -4,7 +4,7 @@
 use crate::clock::Clock;
 use crate::collect::{Collector, CollectorParts};
 use crate::error::{DriverError, Result};
-use crate::prompts::{ChatRenderer, Loader, LoaderOptions};
+use crate::prompts::{ChatRenderer, PromptLoader, LoaderOptions};
 use crate::recipe::{self, Outcome};
 use crate::reward::{RewardOptions, RewardPipeline};
 use crate::session::{Checkpoints, Session, Stop};
@@ -43,7 +43,7 @@ pub struct StartOptions {
 /// What is opened before anybody is waited for.
 struct Opened {
     algorithm: Box<dyn Algorithm>,
-    loader: Loader,
+    loader: PromptLoader,
     rewards: RewardPipeline,
     tokenizer: TokenizerAssets,
     fingerprint: String,
@@ -81,14 +81,14 @@ fn open(job: &JobPlan) -> Result<Opened> {
     let rewards = RewardPipeline::start(job.reward(), &RewardOptions { log_folder: Some(logs) })?;
     let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), job.policy.config.data.chat_template.as_deref())?);
     let options = LoaderOptions { need_ground_truth: rewards.needs_ground_truth() };
-    let (loader, report) = Loader::open(job.prompts(), options, renderer)?;
+    let (loader, report) = PromptLoader::open(job.prompts(), options, renderer)?;
     tangelo_observe::stderr_line(&report);
     let fingerprint = fingerprint(job, &loader)?;
     Ok(Opened { algorithm, loader, rewards, tokenizer, fingerprint })
 }
 
 /// What the order of prompts is a function of.
-fn fingerprint(job: &JobPlan, loader: &Loader) -> Result<String> {
+fn fingerprint(job: &JobPlan, loader: &PromptLoader) -> Result<String> {
     let text = serde_json::to_vec(job.prompts()).map_err(|e| DriverError::Internal(e.to_string()))?;
     Ok(format!("{:016x}", hash_bytes(loader.len(), &text)))
 }

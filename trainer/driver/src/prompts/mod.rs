@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! files (verl's columns, or prompt and answer) --+
-//!                                                +--> Loader::at(position) -> TokenizedPrompt
-//! generator (arithmetic, countdown) -------------+         ^ RenderPrompt: the tokenizer's chat template
+//!                                                +--> PromptLoader::at(position) -> TokenizedPrompt
+//! generator (arithmetic, countdown) -------------+               ^ RenderPrompt: the tokenizer's chat template
 //! ```
 //!
 //! Invariants: the prompt at a position is a function of (files or generator, options, seed, position), so that the
@@ -18,7 +18,7 @@ mod loader;
 mod render;
 
 pub(crate) use columns::brief;
-pub use loader::{LoadReport, Loader, LoaderOptions};
+pub use loader::{LoadReport, LoaderOptions, PromptLoader};
 pub use render::ChatRenderer;
 
 use serde::{Deserialize, Serialize};

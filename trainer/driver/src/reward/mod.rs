@@ -21,6 +21,8 @@ pub(crate) mod number;
 mod pipeline;
 mod process;
 mod summary;
+#[cfg(test)]
+mod testing;
 
 pub use alarm::{Alarm, AlarmKind};
 pub use pipeline::{Pending, RewardOptions, RewardPipeline, Scored, ScoredBatch};

@@ -36,7 +36,7 @@ const MAX_TAIL_LINE: usize = 400;
 /// How long the last words of a dead process are waited for.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 /// Ends the group $0 when the pipe on its stdin has no writer any more.
-const GUARD: &str = "read -r _; kill -KILL -- \"-$0\"";
+const GUARD: &str = "read -r _; kill -s KILL -- \"-$0\"";
 
 /// What is run.
 #[derive(Clone, Debug)]
@@ -130,6 +130,12 @@ impl Process {
             Ok(status) if by_itself => format!("the process ended ({}){tail}", describe(status)),
             _ => format!("the process was ended{tail}"),
         }
+    }
+
+    /// Closes the guard's pipe, as the kernel does when this process dies.
+    #[cfg(test)]
+    pub fn lose_guard_pipe(&mut self) {
+        drop(self.guard.stdin.take());
     }
 
     fn group(&self) -> Pid {

@@ -131,8 +131,9 @@ impl Dispatch {
         match before {
             Slot::Up(up) if up.in_flight.is_empty() && up.answered => {}
             Slot::Up(up) => {
-                if let ([id], _) = up.in_flight.as_slices() {
-                    actions.push(Action::Fail(*id, Failure::Died(reason.to_owned())));
+                if up.in_flight.len() == 1 {
+                    let guilty = up.in_flight.into_iter();
+                    actions.extend(guilty.map(|id| Action::Fail(id, Failure::Died(reason.to_owned()))));
                 } else {
                     self.suspects.extend(up.in_flight);
                 }

@@ -189,6 +189,8 @@ struct Manager {
     next_id: u64,
     restarts: Arc<AtomicU64>,
     awaiting: Vec<Sender<Result<(), String>>>,
+    /// Why a process ended before all were ready.
+    start_failure: Option<String>,
     began: Instant,
     /// The first line of output that was no answer.
     noise: Option<String>,
@@ -214,6 +216,7 @@ impl Manager {
             next_id: 0,
             restarts,
             awaiting: Vec::new(),
+            start_failure: None,
             began: Instant::now(),
             noise: None,
         }
@@ -299,10 +302,9 @@ impl Manager {
     fn stop(&mut self, slot: usize) -> String {
         let Some(process) = self.processes[slot].take() else { return String::new() };
         let words = process.end(Duration::ZERO);
-        for waiting in self.awaiting.drain(..) {
-            let seconds = self.limits.startup.as_secs_f64();
-            let _ = waiting.send(Err(format!("not ready within `startup_timeout_seconds` = {seconds}; {words}")));
-        }
+        let seconds = self.limits.startup.as_secs_f64();
+        let late = format!("not ready within `startup_timeout_seconds` = {seconds}; {words}");
+        self.start_failure.get_or_insert(late);
         words
     }
 
@@ -376,19 +378,21 @@ impl Manager {
 
     fn report_end(&mut self, slot: usize, reason: &str) {
         self.generations[slot] += 1;
-        for waiting in self.awaiting.drain(..) {
-            let _ = waiting.send(Err(reason.to_owned()));
-        }
+        self.start_failure.get_or_insert_with(|| reason.to_owned());
         let actions = self.dispatch.ended(slot, reason, Instant::now());
         self.act(actions);
     }
 
+    /// Answers who waits for the start; failures after that are those of calls.
     fn tell_ready(&mut self) {
         let settled = self.launch.says_ready || self.began.elapsed() >= SETTLE;
-        if self.dispatch.all_ready() && settled {
-            for waiting in self.awaiting.drain(..) {
-                let _ = waiting.send(Ok(()));
-            }
+        let result = match &self.start_failure {
+            Some(reason) => Err(reason.clone()),
+            None if self.dispatch.all_ready() && settled => Ok(()),
+            None => return,
+        };
+        for waiting in self.awaiting.drain(..) {
+            let _ = waiting.send(result.clone());
         }
     }
 }
