@@ -3,7 +3,7 @@
 //! Each function collects everything that is wrong before it fails, so that a user sees it all at once.
 
 use crate::architecture::family_name;
-use crate::job::{DataSource, JobConfig, Model, Optimizer, OptimizerName, Parallelism, RecomputeMode};
+use crate::job::{DataSource, JobConfig, JobType, Model, Optimizer, OptimizerName, Parallelism, RecomputeMode};
 use crate::model::Family;
 use crate::{ConfigError, MixerSpec, ModelSpec, RopeScaling};
 
@@ -31,6 +31,7 @@ pub(crate) fn check_values(c: &JobConfig) -> Result<(), ConfigError> {
     optimizer(&mut found, c);
     parallelism(&mut found, &c.parallelism);
     data(&mut found, c);
+    chat(&mut found, c);
     recompute(&mut found, c);
     saving(&mut found, c);
     validation(&mut found, c);
@@ -167,28 +168,18 @@ fn parallelism(found: &mut Found, p: &Parallelism) {
 
 fn data(found: &mut Found, c: &JobConfig) {
     let d = &c.data;
-    found.require(!d.sources.is_empty(), || {
+    found.require(!d.sources.is_empty() || c.job.kind == JobType::Rlhf, || {
         "`data.sources` is empty: nothing to train on; add [[data.sources]] with paths = [\"corpus/*.txt\"]".into()
     });
-    for (index, source) in d.sources.iter().enumerate() {
-        let key = format!("data.sources.{index}");
-        found.require(!source.paths.is_empty(), || format!("`{key}.paths` is empty: name files, folders or globs"));
-        if let Some(weight) = source.weight {
-            found.require(weight.is_finite() && weight > 0.0, || {
-                format!("`{key}.weight` = {weight}; it must be above 0 (or remove the source)")
-            });
-        }
-    }
-    let name = |s: &DataSource| s.name.clone().unwrap_or_default();
-    for (index, source) in d.sources.iter().enumerate().filter(|(_, s)| s.name.is_some()) {
-        found.require(!d.sources[..index].iter().any(|other| name(other) == name(source)), || {
-            format!("`data.sources.{index}.name`: two sources are named \"{}\"; give each its own", name(source))
+    sources(found, "data.sources", &d.sources);
+    sources(found, "validation.sources", &c.validation.sources);
+    let name = |s: &DataSource| s.name.clone();
+    for (index, source) in c.validation.sources.iter().enumerate().filter(|(_, s)| s.name.is_some()) {
+        found.require(!d.sources.iter().any(|other| name(other) == name(source)), || {
+            let name = source.name.as_deref().unwrap_or_default();
+            format!("`validation.sources.{index}.name`: a source of `data.sources` is named \"{name}\" too")
         });
     }
-    let weighted = d.sources.iter().filter(|s| s.weight.is_some()).count();
-    found.require(weighted == 0 || weighted == d.sources.len(), || {
-        format!("`data.sources`: {weighted} of {} have a `weight`; give one to all or to none", d.sources.len())
-    });
     found.require((0.0..1.0).contains(&d.validation_fraction), || {
         format!("`data.validation_fraction` = {}; it must be in [0, 1)", d.validation_fraction)
     });
@@ -200,6 +191,66 @@ fn data(found: &mut Found, c: &JobConfig) {
              document: at least 257, or 0 to train none",
             d.train_tokenizer_vocab
         )
+    });
+}
+
+/// Rules of each source of a list, and between them.
+fn sources(found: &mut Found, list: &str, sources: &[DataSource]) {
+    for (index, source) in sources.iter().enumerate() {
+        let key = format!("{list}.{index}");
+        found.require(!source.paths.is_empty(), || format!("`{key}.paths` is empty: name files, folders or globs"));
+        if let Some(weight) = source.weight {
+            found.require(weight.is_finite() && weight > 0.0, || {
+                format!("`{key}.weight` = {weight}; it must be above 0 (or remove the source)")
+            });
+        }
+    }
+    let name = |s: &DataSource| s.name.clone().unwrap_or_default();
+    for (index, source) in sources.iter().enumerate().filter(|(_, s)| s.name.is_some()) {
+        found.require(!sources[..index].iter().any(|other| name(other) == name(source)), || {
+            format!("`{list}.{index}.name`: two sources are named \"{}\"; give each its own", name(source))
+        });
+    }
+    let weighted = sources.iter().filter(|s| s.weight.is_some()).count();
+    found.require(weighted == 0 || weighted == sources.len(), || {
+        format!("`{list}`: {weighted} of {} have a `weight`; give one to all or to none", sources.len())
+    });
+}
+
+/// Keys of the other kind of job would be read by nobody.
+fn chat(found: &mut Found, c: &JobConfig) {
+    let lists = [("data.sources", &c.data.sources), ("validation.sources", &c.validation.sources)];
+    let all =
+        || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
+    if c.job.kind != JobType::Sft {
+        let data = c.data.chat_keys().map(|(key, is_set)| (format!("data.{key}"), is_set));
+        let each = all().flat_map(|(at, s)| s.chat_keys().map(|(key, is_set)| (format!("{at}.{key}"), is_set)));
+        for (key, _) in data.into_iter().chain(each).filter(|(_, is_set)| *is_set) {
+            let message = format!(
+                "`{key}` is set, but `job.type` = \"pretrain\" reads text, not conversations; set `job.type` = \"sft\" or \
+                 remove the key"
+            );
+            found.require(false, || message);
+        }
+        return;
+    }
+    for (at, _) in all().filter(|(_, source)| source.text_column.is_some()) {
+        found.require(false, || {
+            format!(
+                "`{at}.text_column` is set, but `job.type` = \"sft\" reads conversations: name their columns with \
+                 `messages_column`, or `prompt_column` and `completion_column`"
+            )
+        });
+    }
+    found.require(c.data.document_mask, || {
+        "`data.document_mask` = false would let a conversation attend to the one before it in a sequence; `job.type` = \
+         \"sft\" needs it true"
+            .into()
+    });
+    found.require(c.data.train_tokenizer_vocab == 0, || {
+        "`data.train_tokenizer_vocab` is set, but `job.type` = \"sft\" needs the tokenizer of the model that is tuned; \
+         remove the key"
+            .into()
     });
 }
 
@@ -253,8 +304,19 @@ fn validation(found: &mut Found, c: &JobConfig) {
     found.require(v.steps == -1 || v.steps >= 1, || {
         format!("`validation.steps` = {}; it is a number of batches, or -1 for all of the held-out data", v.steps)
     });
-    found.require(!v.enable || c.data.validation_fraction > 0.0, || {
+    let own = !v.sources.is_empty();
+    found.require(!v.enable || own || c.data.validation_fraction > 0.0, || {
         "`validation.enable` is set, but `data.validation_fraction` = 0 holds nothing out".into()
+    });
+    found.require(!own || c.data.validation_fraction == 0.0, || {
+        format!(
+            "`data.validation_fraction` = {} and `validation.sources` exclude each other: hold documents out, or name \
+             files of their own",
+            c.data.validation_fraction
+        )
+    });
+    found.require(!own || v.enable, || {
+        "`validation.sources` is set, but `validation.enable` = false: nothing is evaluated; set it to true".into()
     });
     found.require(v.sample_tokens == 0 || !v.prompts.is_empty(), || {
         format!("`validation.sample_tokens` = {}, but `validation.prompts` is empty", v.sample_tokens)
@@ -388,27 +450,41 @@ impl Found {
         }
     }
 
-    fn at_least(&mut self, key: &str, value: usize, least: usize) {
+    pub(crate) fn at_least(&mut self, key: &str, value: usize, least: usize) {
         self.require(value >= least, || format!("`{key}` = {value}; it must be at least {least}"));
     }
 
-    fn within(&mut self, key: &str, value: usize, least: usize, most: usize) {
+    pub(crate) fn within(&mut self, key: &str, value: usize, least: usize, most: usize) {
         self.require((least..=most).contains(&value), || {
             format!("`{key}` = {value}; it must be from {least} to {most}")
         });
     }
 
-    fn not_negative(&mut self, key: &str, value: f64) {
+    pub(crate) fn not_negative(&mut self, key: &str, value: f64) {
         self.require(value.is_finite() && value >= 0.0, || {
             format!("`{key}` = {value}; it must be a number of at least 0")
         });
     }
 
-    fn positive(&mut self, key: &str, value: f64) {
+    pub(crate) fn finite(&mut self, key: &str, value: f64) {
+        self.require(value.is_finite(), || format!("`{key}` = {value}; it must be a finite number"));
+    }
+
+    pub(crate) fn seconds(&mut self, key: &str, value: f64, most: f64) {
+        self.require(value > 0.0 && value <= most, || {
+            format!("`{key}` = {value}; it is a time above 0 and at most {most}, in seconds")
+        });
+    }
+
+    pub(crate) fn not_empty(&mut self, key: &str, value: &str, hint: &str) {
+        self.require(!value.is_empty(), || format!("`{key}` is empty; set it, {hint}"));
+    }
+
+    pub(crate) fn positive(&mut self, key: &str, value: f64) {
         self.require(value.is_finite() && value > 0.0, || format!("`{key}` = {value}; it must be a number above 0"));
     }
 
-    fn unit(&mut self, key: &str, value: f64) {
+    pub(crate) fn unit(&mut self, key: &str, value: f64) {
         self.require((0.0..=1.0).contains(&value), || format!("`{key}` = {value}; it must be in [0, 1]"));
     }
 
@@ -418,6 +494,10 @@ impl Found {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    pub(crate) fn into_messages(self) -> Vec<String> {
+        self.0
     }
 
     pub(crate) fn result(self) -> Result<(), ConfigError> {

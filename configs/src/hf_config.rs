@@ -7,7 +7,9 @@
 
 use crate::check::MAX_LAYERS;
 use crate::model::Family;
-use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
+use crate::{
+    AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec,
+};
 use serde_json::{Map, Value, json};
 use tangelo_core::DType;
 

@@ -3,19 +3,20 @@
 //! Section and key names are torchtitan v0.2's where the meaning is the same; a key of our own says so. Every struct
 //! denies unknown keys and has a default for every key, so that the resolved file shows them all.
 
+mod data;
 mod parallelism;
 
+pub use data::{DEFAULT_TEXT_COLUMN, Data, DataFormat, DataSource, Overlong, Packing};
 pub use parallelism::{Parallelism, PipelineSchedule, ReshardAfterForward, RotateMethod};
 
 use crate::model::{Family, HeadSpec, RopeScaling};
 use crate::places::Places;
+use crate::rlhf::{PlacementConfig, Rlhf, Roles, Rollout};
+use crate::{Algorithm, Prompts, Reward};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
-
-/// The column with the text, unless told otherwise.
-pub const DEFAULT_TEXT_COLUMN: &str = "text";
 
 /// A whole job.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -50,6 +51,27 @@ pub struct JobConfig {
     pub comm: Comm,
     /// Reproducibility.
     pub debug: Debug,
+    /// The loop of an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rlhf: Option<Rlhf>,
+    /// How rewards become advantages, and the loss that reads them, of an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub algorithm: Option<Algorithm>,
+    /// Generation in an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+    /// What is asked in an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<Prompts>,
+    /// What answers are worth in an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward: Option<Reward>,
+    /// Models beside the policy of an `rlhf` job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roles: Option<Roles>,
+    /// Which ranks the roles of an `rlhf` job live on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<PlacementConfig>,
     /// Where the values come from, for errors; empty in a resolved job.
     #[serde(skip)]
     pub(crate) places: Places,
@@ -77,6 +99,10 @@ pub enum JobType {
     /// Next-token prediction on packed text.
     #[default]
     Pretrain,
+    /// Supervised fine-tuning: next-token prediction on packed conversations, of what the assistant says.
+    Sft,
+    /// Reinforcement learning: prompts are answered, answers rewarded, and the policy learns from that.
+    Rlhf,
 }
 
 /// `[model]`: a flavor, or the folder whose config.json says it, or every key by hand; keys given here win.
@@ -123,56 +149,6 @@ pub struct Model {
     pub head: Option<HeadSpec>,
     /// Standard deviation of initial weights.
     pub initializer_range: Option<f64>,
-}
-
-/// `[data]` (our own section): where tokens come from and how they are packed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Data {
-    /// What to read; each is prepared (tokenised) once and mixed by weight.
-    pub sources: Vec<DataSource>,
-    /// tokenizer.json, a folder that holds one, or a GGUF file. Default: in `model.hf_assets_path`.
-    pub tokenizer: Option<PathBuf>,
-    /// Train a byte-level BPE of this many tokens on the sources first, and use it (our own key); 0: off. It is kept
-    /// as tokenizer.json in `prepared_folder`.
-    pub train_tokenizer_vocab: usize,
-    /// Where token shards are kept. Default: `prepared` in the run folder.
-    pub prepared_folder: Option<PathBuf>,
-    /// How documents are laid into sequences.
-    pub packing: Packing,
-    /// Positions restart at each document and attention never crosses it.
-    pub document_mask: bool,
-    /// Part of each source's documents held out for validation, chosen by hash of the document's index whatever the
-    /// seed; of a corpus of one document, its tail.
-    pub validation_fraction: f64,
-    /// Tokens per shard file.
-    pub shard_tokens: usize,
-}
-
-/// One source of text or of prepared tokens.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct DataSource {
-    /// Names it in metrics and its folder of shards; the path's last part where absent. Characters other than letters,
-    /// digits, `-`, `_` and `.` become `-`.
-    pub name: Option<String>,
-    /// Globs of text files, .jsonl(.gz|.zst), .parquet or .arrow; or one folder made by `tangelo data prepare`.
-    pub paths: Vec<String>,
-    /// The column with the text; `text` where absent.
-    pub text_column: Option<String>,
-    /// Share of the sequences that come from here, relative to the other sources'. Default: by its number of sequences.
-    pub weight: Option<f64>,
-}
-
-/// How documents are laid into sequences.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Packing {
-    /// Documents end to end, cut every `seq_len` tokens.
-    #[default]
-    Concat,
-    /// Best-fit decreasing; documents longer than a sequence are split, nothing is dropped (arXiv 2404.10830).
-    BestFit,
 }
 
 /// `[optimizer]`
@@ -439,6 +415,9 @@ pub enum AsyncMode {
 pub struct Validation {
     /// Evaluate on the held-out documents.
     pub enable: bool,
+    /// Evaluate on these instead (our own key), with keys as in `data.sources`; then `data.validation_fraction` is 0.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<DataSource>,
     /// Steps between evaluations.
     pub freq: usize,
     /// Global batches per evaluation; -1: all of the held-out data.
@@ -489,31 +468,6 @@ impl Default for Job {
             description: String::new(),
             print_config: false,
         }
-    }
-}
-
-impl Default for Data {
-    fn default() -> Data {
-        Data {
-            sources: Vec::new(),
-            tokenizer: None,
-            train_tokenizer_vocab: 0,
-            prepared_folder: None,
-            packing: Packing::Concat,
-            document_mask: true,
-            validation_fraction: 0.005,
-            shard_tokens: 1 << 26,
-        }
-    }
-}
-
-impl Data {
-    /// Where the tokenizer lies: in `prepared_folder` where one is trained, else what `tokenizer` names.
-    pub fn tokenizer_path(&self) -> Option<PathBuf> {
-        if self.train_tokenizer_vocab == 0 {
-            return self.tokenizer.clone();
-        }
-        self.prepared_folder.as_ref().map(|folder| folder.join("tokenizer.json"))
     }
 }
 
@@ -591,7 +545,7 @@ impl Default for Checkpoint {
 
 impl Default for Validation {
     fn default() -> Validation {
-        Validation { enable: false, freq: 100, steps: 10, sample_tokens: 0, prompts: Vec::new() }
+        Validation { enable: false, sources: Vec::new(), freq: 100, steps: 10, sample_tokens: 0, prompts: Vec::new() }
     }
 }
 

@@ -9,6 +9,7 @@
 //! Invariant: only `load`, [`num_gpus`] and
 //! [`Resources::of_this_machine`](resolve::Resources::of_this_machine) touch the system.
 
+pub mod algorithm;
 mod architecture;
 mod check;
 mod error;
@@ -23,16 +24,26 @@ mod parallel;
 mod places;
 pub mod plan;
 pub mod preset;
+pub mod prompts;
 pub mod requests;
 pub mod resolve;
+pub mod reward;
+pub mod rlhf;
+pub mod sampling;
 pub mod schema;
 pub mod sharding;
 
+pub use algorithm::Algorithm;
 pub use error::{ConfigError, Origin, Place, TextError};
 pub use flavor::flavors;
 pub use job::JobConfig;
 pub use model::{AttentionSpec, BlockSpec, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeScaling, RopeSpec};
+pub use nearest::nearest;
 pub use plan::Plan;
+pub use prompts::Prompts;
 pub use resolve::{ModelAssets, Resources, SpecialTokens, num_gpus};
+pub use reward::Reward;
+pub use rlhf::{JobPlan, Role};
+pub use sampling::{EngineConfig, SamplingParams};
 pub use schema::schema;
 pub use sharding::Sharding;

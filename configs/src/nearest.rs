@@ -3,7 +3,7 @@
 /// The candidate nearest to `typed`, where one is near enough to be meant.
 ///
 /// Near means a Damerau-Levenshtein distance of at most a third of the length, or one being the start of the other.
-pub(crate) fn nearest<'a>(typed: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(typed: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let scored = candidates.into_iter().filter_map(|known| {
         let distance = strsim::damerau_levenshtein(&typed.to_lowercase(), &known.to_lowercase());
         let part = typed.len() >= 3 && (known.starts_with(typed) || typed.starts_with(known));

@@ -10,20 +10,22 @@ pub struct Preset {
 }
 
 macro_rules! presets {
-    ($($name:literal),* $(,)?) => {
-        /// Every preset.
-        pub const PRESETS: &[Preset] =
-            &[$(Preset { name: $name, toml: include_str!(concat!("../presets/", $name, ".toml")) }),*];
+    ($(#[$doc:meta])* $of:ident in $folder:literal: $($name:literal),* $(,)?) => {
+        $(#[$doc])*
+        pub const $of: &[Preset] =
+            &[$(Preset { name: $name, toml: include_str!(concat!("../presets/", $folder, $name, ".toml")) }),*];
     };
 }
 
 presets![
-    "quickstart",
+    /// Every preset.
+    PRESETS in "": "quickstart",
     "debugmodel",
     "tiny-10m",
     "smollm2-135m",
     "smollm2-135m-continue",
     "smollm2-135m-long",
+    "smollm2-135m-sft",
     "llama-3.2-1b",
     "llama-3.1-8b",
     "llama-3.1-70b",
@@ -32,4 +34,15 @@ presets![
     "qwen2.5-7b",
     "qwen3-0.6b",
     "qwen3-8b",
+];
+
+presets![
+    /// `[algorithm]` as published, to include in a job.
+    ALGORITHMS in "algorithm/": "grpo",
+    "dr-grpo",
+    "dapo",
+    "ppo",
+    "rloo",
+    "reinforce-plus-plus",
+    "reinforce-plus-plus-baseline",
 ];

@@ -7,8 +7,8 @@
 //! (the newest), `validation.steps = -1` (all of the held-out data), and absent `data.sources.weight`s (by size).
 
 use crate::check::{check_values, check_with_model};
-use crate::job::{ComputeType, DEFAULT_TEXT_COLUMN, Data, DataSource, DeviceChoice, JobConfig};
-use crate::{ConfigError, ModelSpec, Plan, architecture, parallel};
+use crate::job::{ComputeType, DEFAULT_TEXT_COLUMN, Data, DataSource, DeviceChoice, JobConfig, JobType, Packing};
+use crate::{ConfigError, ModelSpec, Plan, Role, architecture, parallel};
 use std::path::{Path, PathBuf};
 use tangelo_core::{Group, env};
 
@@ -64,7 +64,7 @@ impl Resources {
     }
 
     /// The same for a glob: characters of the folder put in front stand for themselves.
-    fn absolute_pattern(&self, pattern: &str) -> String {
+    pub(crate) fn absolute_pattern(&self, pattern: &str) -> String {
         let (base, rest) = self.split_base(Path::new(pattern));
         let is_glob = pattern.contains(GLOB_CHARACTERS) && !rest.is_absolute();
         let base = base.to_string_lossy();
@@ -159,17 +159,20 @@ pub fn resolve(config: JobConfig, resources: &Resources, assets: &dyn ModelAsset
     let mut config = config;
     let places = std::mem::take(&mut config.places);
     config.include.clear();
-    resolve_unplaced(config, resources, assets).map_err(|error| places.locate(error))
+    resolve_role(config, Role::Policy, resources, assets).map_err(|error| places.locate(error))
 }
 
-fn resolve_unplaced(
+/// The plan of a job, or of a role of an `rlhf` job.
+pub(crate) fn resolve_role(
     mut config: JobConfig,
+    role: Role,
     resources: &Resources,
     assets: &dyn ModelAssets,
 ) -> Result<Plan, ConfigError> {
     resolve_paths(&mut config, resources)?;
     check_values(&config)?;
-    let mesh = parallel::resolve_mesh(&mut config, resources.world_size)?;
+    let world_size = crate::rlhf::resolve_sections(&mut config, role, resources)?;
+    let mesh = parallel::resolve_mesh(&mut config, world_size)?;
     parallel::resolve_reshard(&mut config.parallelism);
     resolve_device(&mut config, resources);
     resolve_schedule(&mut config);
@@ -197,6 +200,14 @@ fn resolve_paths(config: &mut JobConfig, resources: &Resources) -> Result<(), Co
     config.model.hf_assets_path.iter_mut().for_each(absolute);
     config.checkpoint.initial_load_path.iter_mut().for_each(absolute);
     resolve_data(&mut config.data, &config.job.dump_folder, config.model.hf_assets_path.as_deref(), resources)?;
+    resolve_chat(config, resources);
+    let (kind, held_out) = (config.job.kind, &mut config.validation.sources);
+    resolve_sources(&mut config.data.sources, kind, &[], resources);
+    let taken: Vec<String> = config.data.sources.iter().filter_map(|source| source.name.clone()).collect();
+    resolve_sources(held_out, kind, &taken, resources);
+    if !held_out.is_empty() && config.data.validation_fraction == Data::default().validation_fraction {
+        config.data.validation_fraction = 0.0;
+    }
     let load = &mut config.checkpoint;
     if load.initial_load_in_hf && load.initial_load_path.is_none() {
         load.initial_load_path.clone_from(&config.model.hf_assets_path);
@@ -228,8 +239,25 @@ fn resolve_data(
         given => given,
     };
     data.prepared_folder = Some(prepared);
-    let mut names: Vec<String> = Vec::new();
-    for source in &mut data.sources {
+    Ok(())
+}
+
+/// Fills in what only conversations have.
+fn resolve_chat(config: &mut JobConfig, resources: &Resources) {
+    let (data, is_chat) = (&mut config.data, config.job.kind == JobType::Sft);
+    data.packing.get_or_insert(if is_chat { Packing::BestFit } else { Packing::Concat });
+    data.chat_template.iter_mut().for_each(|path| *path = resources.absolute(path));
+    if is_chat {
+        data.assistant_only_loss.get_or_insert(true);
+        data.completion_only_loss.get_or_insert(true);
+        data.overlong.get_or_insert_default();
+    }
+}
+
+/// Gives every source its absolute paths, a name that is not in `taken`, and its columns.
+fn resolve_sources(sources: &mut [DataSource], kind: JobType, taken: &[String], resources: &Resources) {
+    let mut names = taken.to_vec();
+    for source in sources {
         for path in &mut source.paths {
             *path = resources.absolute_pattern(path);
         }
@@ -239,9 +267,16 @@ fn resolve_data(
         };
         names.push(name.clone());
         source.name = Some(name);
-        source.text_column.get_or_insert_with(|| DEFAULT_TEXT_COLUMN.into());
+        match kind {
+            JobType::Pretrain | JobType::Rlhf => {
+                _ = source.text_column.get_or_insert_with(|| DEFAULT_TEXT_COLUMN.into())
+            }
+            JobType::Sft => {
+                source.format.get_or_insert_default();
+                source.as_messages.get_or_insert(false);
+            }
+        }
     }
-    Ok(())
 }
 
 /// The last part of the first path that is no pattern, without its extensions.

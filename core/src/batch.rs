@@ -248,7 +248,8 @@ impl Batch {
         }
         let array = ragged(Arc::new(Float32Array::from(values)), lengths.into_iter(), DataType::Float32);
         let schema = self.records.schema();
-        let kept = schema.fields().iter().zip(self.records.columns()).filter(|(field, _)| field.name() != column.name());
+        let kept =
+            schema.fields().iter().zip(self.records.columns()).filter(|(field, _)| field.name() != column.name());
         let (mut fields, mut arrays): (Vec<Field>, Vec<ArrayRef>) =
             kept.map(|(field, array)| (field.as_ref().clone(), array.clone())).unzip();
         fields.push(Field::new(column.name(), column.data_type(), false));

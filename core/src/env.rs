@@ -49,6 +49,10 @@ env_vars! {
     SUPERVISOR_PID = "TANGELO_SUPERVISOR_PID", "tangelo run, eval, export", "Process id of the launcher: a worker that finds another parent exits.";
     POSITION_FILE = "TANGELO_POSITION_FILE", "tangelo run", "File into which a rank writes, before and after each of its collectives, where it is: read by the launcher when ranks hang.";
     FAULT = "TANGELO_FAULT", "tests", "A planted fault, `kind@step[:rank][/phase]`: kill, stop, error, panic, hang at the start of the step or of a phase in it (`tangelo_core::Phase`, such as ring); nan, kill_in_save in the step.";
+    DRIVER_ADDRESS = "TANGELO_DRIVER_ADDRESS", "tangelo run, the driver", "host:port of the driver, with which node agents and workers of an RL job register.";
+    HOST = "TANGELO_HOST", "user, tangelo run", "Name or address of this node by which the other nodes of the job reach it; agents and workers bind a free port on it. 127.0.0.1 where it is not set.";
+    JOB_SECRET_FILE = "TANGELO_JOB_SECRET_FILE", "tangelo run, the driver", "File, readable by its owner alone, with the secret that every call between processes of the job carries.";
+    JOB_SECRET = "TANGELO_JOB_SECRET", "user", "The secret itself, at least 32 characters, where no file can be shared between nodes.";
     COUNT_ALLOCATIONS = "TANGELO_COUNT_ALLOCATIONS", "user", "Not empty: on a CPU, count the tensors that forward and backward allocate (metric pass_allocation_bytes).";
     CPU_KERNELS = "TANGELO_CPU_KERNELS", "user", "generic, avx2 or avx512: kernels for a lesser CPU than this one; anything else is the best it has.";
     TEST_BINARIES = "TANGELO_TEST_BINARIES", "cargo xtask test", "Folder of the `tangelo` and `tangelo-worker` that tests start; they build them where it is not set.";

@@ -177,9 +177,11 @@ impl LossSpec {
             0 => Err("the loss has no components; name at least one".into()),
             n if values == n => Ok(Reads::Value),
             _ if values == 0 => Ok(Reads::Distribution),
-            _ => Err("the loss mixes `value`, which reads a critic, with components that read a policy; give each its \
+            _ => {
+                Err("the loss mixes `value`, which reads a critic, with components that read a policy; give each its \
                       own loss"
-                .into()),
+                    .into())
+            }
         }
     }
 }
@@ -262,7 +264,9 @@ mod tests {
         check(
             vec![value, entropy],
             1.0,
-            expect!["the loss mixes `value`, which reads a critic, with components that read a policy; give each its own loss"],
+            expect![
+                "the loss mixes `value`, which reads a critic, with components that read a policy; give each its own loss"
+            ],
         );
         check(vec![clipped(-0.1, None)], 1.0, expect!["clip_low is -0.1; it must be at least 0"]);
         check(vec![clipped(0.1, Some(1.0))], 1.0, expect!["clip_dual is 1; it must be above 1, or absent"]);

@@ -65,8 +65,18 @@ pub enum Ranks {
 impl ReshardPlan {
     /// The copies from `from` (one box per source) to `to` (one box per destination).
     pub fn plan(from: &[IndexBox], to: &[IndexBox], ranks: Ranks) -> Result<ReshardPlan, ReshardError> {
+        ReshardPlan::plan_onto(from, to, ranks, &mut vec![0; from.len()])
+    }
+
+    /// As [`ReshardPlan::plan`] for one tensor after others: `sent` holds the elements that each source sends so far, so
+    /// that replicas share the sending over all of them.
+    pub fn plan_onto(
+        from: &[IndexBox],
+        to: &[IndexBox],
+        ranks: Ranks,
+        sent: &mut [usize],
+    ) -> Result<ReshardPlan, ReshardError> {
         let holders = holders(from)?;
-        let mut sent = vec![0usize; from.len()];
         let mut copies = Vec::new();
         for (dst, need) in to.iter().enumerate().filter(|(_, need)| !need.is_empty()) {
             let mut covered = 0;
@@ -74,7 +84,7 @@ impl ReshardPlan {
                 let Some(indices) = held.intersect(need) else { continue };
                 covered += indices.volume();
                 let local = ranks == Ranks::Same && who.contains(&dst);
-                let src = if local { dst } else { least_loaded(who, &sent) };
+                let src = if local { dst } else { least_loaded(who, sent) };
                 if !local {
                     sent[src] += indices.volume();
                 }

@@ -1,5 +1,6 @@
 //! What can go wrong with data, by what the user does about it.
 
+use crate::source::{FileKind, SourceFile};
 use std::io;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -117,6 +118,12 @@ impl DataError {
     /// A source file that cannot be read as what it is.
     pub(crate) fn file(path: &Path, reason: impl std::fmt::Display) -> DataError {
         DataError::File { path: path.to_path_buf(), reason: reason.to_string() }
+    }
+
+    /// A line or row of a source file that cannot be used.
+    pub(crate) fn row(file: &SourceFile, place: u64, reason: impl std::fmt::Display) -> DataError {
+        let unit = if file.kind == FileKind::JsonLines { "line" } else { "row" };
+        DataError::file(&file.path, format!("{unit} {place}: {reason}"))
     }
 
     /// A damaged prepared folder.

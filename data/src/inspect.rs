@@ -1,9 +1,10 @@
 //! A look into a prepared folder, for people.
 
+use crate::chat::marked;
 use crate::encode::TextTokenizer;
 use crate::error::Result;
 use crate::manifest::{Manifest, TOKENIZER_NAME};
-use crate::shard::TokenType;
+use crate::shard::{ChatCounts, TokenType};
 use crate::source::ScannedFile;
 use crate::store::TokenStore;
 use serde::Serialize;
@@ -27,6 +28,8 @@ pub struct Inspection {
     pub files: (usize, usize),
     /// The files that were left out, and why (the first few).
     pub skipped: Vec<(PathBuf, String)>,
+    /// Of conversations: what is trained of them.
+    pub chat: Option<ChatCounts>,
     /// Shard files.
     pub shards: usize,
     /// Bytes of all shards.
@@ -53,6 +56,8 @@ pub struct Inspection {
 
 /// Tokens of a document that are shown.
 const SHOWN_TOKENS: u64 = 64;
+/// Tokens of a conversation that are shown: what is trained of it comes late.
+const SHOWN_CHAT_TOKENS: u64 = 512;
 /// Left-out files that are listed.
 const SHOWN_FILES: usize = 10;
 
@@ -73,8 +78,17 @@ pub fn inspect(folder: &Path, num_samples: u64) -> Result<Inspection> {
     let mut samples = Vec::new();
     for document in 0..num_samples.min(store.num_documents()) {
         let mut tokens = Vec::new();
-        store.copy(document, 0..store.document_len(document).min(SHOWN_TOKENS), &mut tokens);
-        samples.push(tokenizer.decode(&tokens)?);
+        let shown = if store.is_masked() { SHOWN_CHAT_TOKENS } else { SHOWN_TOKENS };
+        store.copy(document, 0..store.document_len(document).min(shown), &mut tokens);
+        let mut trained = Vec::new();
+        if store.is_masked() {
+            store.copy_trained(document, 0..tokens.len() as u64, &mut trained);
+        }
+        samples.push(if trained.is_empty() {
+            tokenizer.decode(&tokens)?
+        } else {
+            marked(&tokenizer, &tokens, &trained)?
+        });
     }
     Ok(report(folder, &store.manifest, histogram, longest, samples))
 }
@@ -90,6 +104,7 @@ fn report(folder: &Path, manifest: &Manifest, histogram: Vec<u64>, longest: u64,
         empty_documents: manifest.empty_documents,
         files: (origin.files.len(), manifest.skipped_files),
         skipped: origin.files.iter().filter_map(skipped).take(SHOWN_FILES).collect(),
+        chat: manifest.chat,
         shards: manifest.shards.len(),
         size_bytes: manifest.shards.iter().map(|s| s.size_bytes).sum(),
         length_histogram: histogram,
@@ -110,6 +125,14 @@ impl fmt::Display for Inspection {
         writeln!(f, "{}", self.folder.display())?;
         writeln!(f, "  documents    {} ({} empty ones passed over)", self.documents, self.empty_documents)?;
         writeln!(f, "  tokens       {} ({per_token:.2} bytes of text per token)", self.tokens)?;
+        if let Some(ChatCounts { trained_tokens, truncated, dropped }) = self.chat {
+            let share = 100.0 * trained_tokens as f64 / self.tokens.max(1) as f64;
+            writeln!(
+                f,
+                "  trained      {trained_tokens} tokens ({share:.1} %), in samples between \u{27e6} and \u{27e7}"
+            )?;
+            writeln!(f, "  too long     {truncated} conversations cut, {dropped} left out")?;
+        }
         writeln!(f, "  files        {} ({} left out)", self.files.0, self.files.1)?;
         for (path, reason) in &self.skipped {
             writeln!(f, "    left out   {}: {reason}", path.display())?;

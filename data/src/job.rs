@@ -4,22 +4,23 @@
 //! configuration and finds the same folders. The configuration is a resolved one: names, columns and folders are taken
 //! from it as they stand.
 
+use crate::chat::ChatOptions;
 use crate::encode::TextTokenizer;
 use crate::error::{DataError, Result};
 use crate::files;
-use crate::loader::{LoaderOptions, LoaderSource};
+use crate::loader::{Loader, LoaderOptions, LoaderSource};
 use crate::lock::{FolderLock, POLL};
 use crate::manifest::{Manifest, TOKENIZER_NAME, check_one_tokenizer, is_prepared, read_json};
 use crate::prepare::{PrepareOptions, prepare};
 use crate::progress::Progress;
-use crate::source::{ScannedFile, discover, scan};
+use crate::source::{Content, ScannedFile, discover, scan};
 use crate::split::Split;
 use crate::tokenizer::{TrainOptions, train_on};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tangelo_configs::JobConfig;
-use tangelo_configs::job::DataSource;
+use tangelo_configs::job::{DataSource, JobType};
 
 /// What was learnt for the tokenizer of a job, beside it in the prepared folder.
 const TRAINING_NAME: &str = "tokenizer-training.json";
@@ -38,12 +39,19 @@ pub struct PreparedSource {
 pub struct PreparedJob {
     /// The sources, in the order of the configuration.
     pub sources: Vec<PreparedSource>,
+    /// The sources that are only evaluated on.
+    pub held_out: Vec<PreparedSource>,
 }
 
 impl PreparedJob {
-    /// Tokens of all sources.
+    /// Tokens of all sources that are trained on.
     pub fn tokens(&self) -> u64 {
         self.sources.iter().map(|s| s.manifest.tokens).sum()
+    }
+
+    /// Tokens of conversations that are to be learnt; nothing where the sources are text.
+    pub fn trained_tokens(&self) -> Option<u64> {
+        self.sources.iter().filter_map(|s| s.manifest.chat).map(|chat| chat.trained_tokens).reduce(|a, b| a + b)
     }
 }
 
@@ -66,13 +74,38 @@ pub fn loader_sources(config: &JobConfig) -> Result<Vec<LoaderSource>> {
     if config.data.sources.is_empty() {
         return Err(DataError::Options("the job reads nothing: add [[data.sources]] with paths = [\"...\"]".into()));
     }
-    let root = prepared_folder(config)?;
+    sources_in(prepared_folder(config)?, &config.data.sources)
+}
+
+/// The sources that the job only evaluates on.
+fn validation_sources(config: &JobConfig) -> Result<Vec<LoaderSource>> {
+    sources_in(prepared_folder(config)?, &config.validation.sources)
+}
+
+fn sources_in(root: &Path, sources: &[DataSource]) -> Result<Vec<LoaderSource>> {
     let loaded = |source: &DataSource| {
         let name = resolved(source.name.clone(), "data.sources.name")?;
         let folder = already_prepared(source).unwrap_or_else(|| root.join(&name));
         Ok(LoaderSource { name, folder, weight: source.weight })
     };
-    config.data.sources.iter().map(loaded).collect()
+    sources.iter().map(loaded).collect()
+}
+
+/// The loader that evaluation reads, where the job evaluates: `validation.sources` whole, or else the documents that
+/// `training` holds out.
+///
+/// # Errors
+/// Nothing is held out; as [`Loader::open`].
+pub fn open_validation(config: &JobConfig, training: &Loader) -> Result<Option<Loader>> {
+    if !config.validation.enable {
+        return Ok(None);
+    }
+    let sources = validation_sources(config)?;
+    if sources.is_empty() {
+        return training.validation().map(Some);
+    }
+    let options = training.options().clone();
+    Loader::open(LoaderOptions { sources, split: Split::Validation, validation_fraction: 1.0, ..options }).map(Some)
 }
 
 /// What a rank loads of a job.
@@ -91,7 +124,7 @@ pub fn loader_options(
         split,
         validation_fraction: config.data.validation_fraction,
         seq_len: config.training.seq_len,
-        packing: config.data.packing,
+        packing: resolved(config.data.packing, "data.packing")?,
         document_mask: config.data.document_mask,
         seed: config.debug.seed,
         global_batch_size,
@@ -113,22 +146,70 @@ pub fn prepare_job(config: &JobConfig, progress: &dyn Progress) -> Result<Prepar
     let _lock = FolderLock::acquire(root, progress)?;
     let train = config.data.train_tokenizer_vocab > 0;
     let tokenizer = if train { train_once(config, root, progress)? } else { given(config)? };
-    let mut sources = Vec::new();
-    for (asked, source) in config.data.sources.iter().zip(loaded) {
-        let manifest = match already_prepared(asked) {
-            Some(folder) => check_tokenizer(Manifest::read(&folder)?, &folder, &tokenizer)?,
-            None => {
-                let mut options = PrepareOptions::new(asked.paths.clone(), &tokenizer, &source.folder);
-                options.text_column = text_column(asked)?;
-                options.shard_tokens = config.data.shard_tokens;
-                progress.phase(&format!("preparing {}", source.name));
-                prepare(&options, progress)?
+    let prepared =
+        |(asked, source): (&DataSource, LoaderSource)| prepare_source(config, asked, source, &tokenizer, progress);
+    let sources = config.data.sources.iter().zip(loaded).map(prepared).collect::<Result<Vec<_>>>()?;
+    let held_out = config.validation.sources.iter().zip(validation_sources(config)?).map(prepared);
+    let held_out = held_out.collect::<Result<Vec<_>>>()?;
+    check_one_tokenizer(sources.iter().chain(&held_out).map(|s| (s.source.name.as_str(), &s.manifest)))?;
+    Ok(PreparedJob { sources, held_out })
+}
+
+fn prepare_source(
+    config: &JobConfig,
+    asked: &DataSource,
+    source: LoaderSource,
+    tokenizer: &Path,
+    progress: &dyn Progress,
+) -> Result<PreparedSource> {
+    let is_chat = config.job.kind == JobType::Sft;
+    let manifest = match already_prepared(asked) {
+        Some(folder) => {
+            let manifest = check_tokenizer(Manifest::read(&folder)?, &folder, tokenizer)?;
+            if is_chat { check_chat(manifest, &folder, config)? } else { manifest }
+        }
+        None => {
+            let mut options = PrepareOptions::new(asked.paths.clone(), tokenizer, &source.folder);
+            match config.job.kind {
+                JobType::Pretrain => options.text_column = text_column(asked)?,
+                JobType::Sft => options.chat = Some(chat_options(config, asked)?),
             }
-        };
-        sources.push(PreparedSource { source, manifest });
-    }
-    check_one_tokenizer(sources.iter().map(|s| (s.source.name.as_str(), &s.manifest)))?;
-    Ok(PreparedJob { sources })
+            options.chat_template.clone_from(&config.data.chat_template);
+            options.shard_tokens = config.data.shard_tokens;
+            progress.phase(&format!("preparing {}", source.name));
+            prepare(&options, progress)?
+        }
+    };
+    Ok(PreparedSource { source, manifest })
+}
+
+/// How the conversations of a source become tokens.
+pub(crate) fn chat_options(config: &JobConfig, source: &DataSource) -> Result<ChatOptions> {
+    let (data, defaults) = (&config.data, ChatOptions::new(config.training.seq_len));
+    Ok(ChatOptions {
+        format: resolved(source.format, "data.sources.format")?,
+        messages_column: source.messages_column.clone(),
+        prompt_column: source.prompt_column.clone().unwrap_or(defaults.prompt_column),
+        completion_column: source.completion_column.clone().unwrap_or(defaults.completion_column),
+        as_messages: resolved(source.as_messages, "data.sources.as_messages")?,
+        assistant_only_loss: resolved(data.assistant_only_loss, "data.assistant_only_loss")?,
+        completion_only_loss: resolved(data.completion_only_loss, "data.completion_only_loss")?,
+        max_tokens: config.training.seq_len,
+        overlong: resolved(data.overlong, "data.overlong")?,
+    })
+}
+
+/// A folder that was prepared before must hold conversations that fit a sequence.
+fn check_chat(manifest: Manifest, folder: &Path, config: &JobConfig) -> Result<Manifest> {
+    let reason = match &manifest.origin.options.chat {
+        None => "holds text, of which nothing says what is trained; name the files of conversations themselves".into(),
+        Some(chat) if chat.options.max_tokens > config.training.seq_len => format!(
+            "holds conversations of up to {} tokens, above training.seq_len = {}; raise that, or name the files themselves",
+            chat.options.max_tokens, config.training.seq_len
+        ),
+        Some(_) => return Ok(manifest),
+    };
+    Err(DataError::prepared(folder, reason))
 }
 
 /// Waits until another process has prepared the job, without taking part.
@@ -137,6 +218,7 @@ pub fn prepare_job(config: &JobConfig, progress: &dyn Progress) -> Result<Prepar
 /// Where nothing is there after `patience` and nobody is at work on it; [`DataError::Interrupted`].
 pub fn wait_for_job(config: &JobConfig, patience: Duration, progress: &dyn Progress) -> Result<()> {
     let (sources, root) = (loader_sources(config)?, prepared_folder(config)?);
+    let sources = [sources, validation_sources(config)?].concat();
     let is_ready = |source: &LoaderSource| Manifest::read(&source.folder).is_ok_and(|m| m.is_complete(&source.folder));
     let mut begun = Instant::now();
     while !sources.iter().all(is_ready) {
@@ -171,12 +253,12 @@ fn text_column(source: &DataSource) -> Result<String> {
 }
 
 /// The tokenizer the configuration names.
-fn given(config: &JobConfig) -> Result<PathBuf> {
+pub(crate) fn given(config: &JobConfig) -> Result<PathBuf> {
     resolved(config.data.tokenizer_path(), "data.tokenizer")
 }
 
 /// A source whose one path is a prepared folder.
-fn already_prepared(source: &DataSource) -> Option<PathBuf> {
+pub(crate) fn already_prepared(source: &DataSource) -> Option<PathBuf> {
     let [path] = source.paths.as_slice() else { return None };
     is_prepared(Path::new(path)).then(|| PathBuf::from(path))
 }
@@ -207,7 +289,7 @@ fn train_once(config: &JobConfig, root: &Path, progress: &dyn Progress) -> Resul
     progress.phase("looking at source files");
     let mut now = TrainingRecord { vocab_size: data.train_tokenizer_vocab, sources: Vec::new() };
     for source in &data.sources {
-        now.sources.extend(scan(discover(&source.paths)?, &text_column(source)?, known, progress)?);
+        now.sources.extend(scan(discover(&source.paths)?, Content::Column(&text_column(source)?), known, progress)?);
     }
     if let (Some(before), true) = (&before, path.exists()) {
         check_training(before, &now, root)?;

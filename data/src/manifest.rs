@@ -3,9 +3,10 @@
 //! `sources.json` is written first and holds what the shards are being made from; `manifest.json` is written last and
 //! says that all is there. Both carry the fingerprints that decide whether a folder may be continued or reused.
 
+use crate::chat::StoredChat;
 use crate::error::{DataError, IoContext, Result};
 use crate::files;
-use crate::shard::{ShardRecord, TokenType};
+use crate::shard::{ChatCounts, ShardRecord, TokenType};
 use crate::source::ScannedFile;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,24 @@ pub struct StoredOptions {
     pub shard_tokens: usize,
     /// Longer documents are cut at line borders.
     pub max_document_bytes: usize,
+    /// Of conversations: how they become tokens, and which of them are trained.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub chat: Option<StoredChat>,
+}
+
+impl StoredOptions {
+    /// What the fingerprint is made from: for text as before there were conversations.
+    fn fingerprint(&self) -> String {
+        let StoredOptions { text_column, shard_tokens, max_document_bytes, chat } = self;
+        let mut text = format!(
+            "StoredOptions {{ text_column: {text_column:?}, shard_tokens: {shard_tokens:?}, max_document_bytes: \
+             {max_document_bytes:?} }}"
+        );
+        if let Some(chat) = chat {
+            text += &format!("{chat:?}");
+        }
+        files::hex(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+    }
 }
 
 /// The tokenizer, as far as shards depend on it.
@@ -80,7 +99,7 @@ impl Origin {
         let fingerprints = Fingerprints {
             sources: sources_fingerprint(&files),
             tokenizer: tokenizer_hash,
-            options: files::hex(xxhash_rust::xxh3::xxh3_64(format!("{options:?}").as_bytes())),
+            options: options.fingerprint(),
         };
         Origin { format_version: FORMAT_VERSION, fingerprints, options, tokenizer, files }
     }
@@ -156,6 +175,9 @@ pub struct Manifest {
     pub empty_documents: u64,
     /// Files left out because they are not text.
     pub skipped_files: usize,
+    /// Of conversations: what is trained of them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub chat: Option<ChatCounts>,
     /// The shards, in order.
     pub shards: Vec<ShardRecord>,
 }
@@ -168,6 +190,7 @@ impl Manifest {
             tokens: sum(|s| s.tokens),
             text_bytes: sum(|s| s.text_bytes),
             empty_documents: sum(|s| s.empty_documents),
+            chat: shards.iter().filter_map(|s| s.chat).reduce(ChatCounts::plus),
             skipped_files: origin.files.iter().filter(|f| f.skipped.is_some()).count(),
             origin,
             shards,

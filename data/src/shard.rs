@@ -2,15 +2,18 @@
 //!
 //! A shard is an Arrow file of record batches with one row per document: `tokens` (LargeList of u16 where the
 //! vocabulary fits, else u32; the list offsets are the document offsets), `source_file` (index into the manifest's
-//! files), `source_document` (which document of it) and `text_bytes`. Beside it lies `shard-00000.json`, written after
+//! files), `source_document` (which document of it) and `text_bytes`; of conversations also `trained` (LargeList of
+//! Boolean with the same offsets: whether each token is to be learnt). Beside it lies `shard-00000.json`, written after
 //! the shard itself: a shard without a matching record does not count.
 //!
 //! Invariants: a document lies in one shard; shards are never changed once published.
 
 use crate::error::{DataError, IoContext, Result};
 use crate::files;
-use arrow::array::{Array, ArrayRef, AsArray, GenericListArray, RecordBatch, UInt16Array, UInt32Array, UInt64Array};
-use arrow::buffer::{Buffer, OffsetBuffer, ScalarBuffer};
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, GenericListArray, RecordBatch, UInt16Array, UInt32Array, UInt64Array,
+};
+use arrow::buffer::{BooleanBuffer, Buffer, OffsetBuffer, ScalarBuffer};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt16Type, UInt32Type};
 use arrow::error::ArrowError;
 use arrow::ipc::convert::try_fb_to_schema;
@@ -57,6 +60,31 @@ pub struct ShardRecord {
     pub xxh3: String,
     /// Where tokenisation goes on after it.
     pub end: Cursor,
+    /// Of conversations: what is trained of them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub chat: Option<ChatCounts>,
+}
+
+/// What became of conversations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatCounts {
+    /// Tokens that are to be learnt: targets of the loss.
+    pub trained_tokens: u64,
+    /// Conversations that were cut to the length of a sequence.
+    pub truncated: u64,
+    /// Conversations that were too long and were left out.
+    pub dropped: u64,
+}
+
+impl ChatCounts {
+    /// The sum.
+    pub(crate) fn plus(self, other: ChatCounts) -> ChatCounts {
+        ChatCounts {
+            trained_tokens: self.trained_tokens + other.trained_tokens,
+            truncated: self.truncated + other.truncated,
+            dropped: self.dropped + other.dropped,
+        }
+    }
 }
 
 impl ShardRecord {
@@ -118,14 +146,16 @@ impl TokenType {
     }
 }
 
-fn schema(token_type: TokenType) -> SchemaRef {
-    let item = Arc::new(Field::new("item", token_type.data_type(), false));
-    Arc::new(Schema::new(vec![
-        Field::new("tokens", DataType::LargeList(item), false),
+fn schema(token_type: TokenType, masked: bool) -> SchemaRef {
+    let list = |name, kind| Field::new(name, DataType::LargeList(Arc::new(Field::new("item", kind, false))), false);
+    let mut fields = vec![
+        list("tokens", token_type.data_type()),
         Field::new("source_file", DataType::UInt32, false),
         Field::new("source_document", DataType::UInt64, false),
         Field::new("text_bytes", DataType::UInt32, false),
-    ]))
+    ];
+    fields.extend(masked.then(|| list("trained", DataType::Boolean)));
+    Arc::new(Schema::new(fields))
 }
 
 /// A file that hashes what is written to it.
@@ -154,6 +184,7 @@ pub(crate) struct ShardWriter {
     index: usize,
     partial: PathBuf,
     token_type: TokenType,
+    masked: bool,
     writer: FileWriter<HashedFile>,
     pending: Pending,
     record: ShardRecord,
@@ -163,6 +194,7 @@ pub(crate) struct ShardWriter {
 #[derive(Default)]
 struct Pending {
     tokens: Vec<u32>,
+    trained: Vec<bool>,
     offsets: Vec<i64>,
     source_file: Vec<u32>,
     source_document: Vec<u64>,
@@ -170,12 +202,12 @@ struct Pending {
 }
 
 impl ShardWriter {
-    /// Starts the `index`-th shard of `folder`.
-    pub(crate) fn create(folder: &Path, index: usize, token_type: TokenType) -> Result<ShardWriter> {
+    /// Starts the `index`-th shard of `folder`; `masked` where it says which tokens are trained.
+    pub(crate) fn create(folder: &Path, index: usize, token_type: TokenType, masked: bool) -> Result<ShardWriter> {
         let partial = folder.join(format!("{}.partial", shard_name(index)));
         let file = BufWriter::with_capacity(1 << 20, File::create(&partial).at("create", &partial)?);
         let file = HashedFile { file, hasher: Xxh3Default::new(), size_bytes: 0 };
-        let writer = FileWriter::try_new(file, &schema(token_type)).map_err(|e| write_error(e, &partial))?;
+        let writer = FileWriter::try_new(file, &schema(token_type, masked)).map_err(|e| write_error(e, &partial))?;
         let record = ShardRecord {
             file: shard_name(index),
             documents: 0,
@@ -185,9 +217,10 @@ impl ShardWriter {
             size_bytes: 0,
             xxh3: String::new(),
             end: Cursor::default(),
+            chat: masked.then(ChatCounts::default),
         };
         let pending = Pending { offsets: vec![0], ..Pending::default() };
-        Ok(ShardWriter { folder: folder.into(), index, partial, token_type, writer, pending, record })
+        Ok(ShardWriter { folder: folder.into(), index, partial, token_type, masked, writer, pending, record })
     }
 
     /// Tokens so far.
@@ -195,9 +228,12 @@ impl ShardWriter {
         self.record.tokens
     }
 
-    /// Appends a document that was the `at.document`-th (counted from 0) of file `at.file`.
-    pub(crate) fn push(&mut self, tokens: &[u32], text_bytes: usize, at: Cursor) -> Result<()> {
+    /// Appends a document that was the `at.document`-th (counted from 0) of file `at.file`. `trained` has an entry for
+    /// each token of a masked shard, and none otherwise.
+    pub(crate) fn push(&mut self, tokens: &[u32], trained: &[bool], text_bytes: usize, at: Cursor) -> Result<()> {
+        assert_eq!(trained.len(), if self.masked { tokens.len() } else { 0 }, "one entry per token");
         self.pending.tokens.extend_from_slice(tokens);
+        self.pending.trained.extend_from_slice(trained);
         self.pending.offsets.push(self.pending.tokens.len() as i64);
         self.pending.source_file.push(at.file as u32);
         self.pending.source_document.push(at.document);
@@ -209,9 +245,10 @@ impl ShardWriter {
         if self.pending.tokens.len() >= BATCH_TOKENS { self.flush_batch() } else { Ok(()) }
     }
 
-    /// Counts empty documents that were passed over.
-    pub(crate) fn count_empty(&mut self, count: u64) {
-        self.record.empty_documents += count;
+    /// Counts empty documents that were passed over, and what became of conversations.
+    pub(crate) fn count(&mut self, empty: u64, chat: ChatCounts) {
+        self.record.empty_documents += empty;
+        self.record.chat = self.record.chat.map(|before| before.plus(chat));
     }
 
     fn flush_batch(&mut self) -> Result<()> {
@@ -219,7 +256,7 @@ impl ShardWriter {
             return Ok(());
         }
         let pending = std::mem::replace(&mut self.pending, Pending { offsets: vec![0], ..Pending::default() });
-        let batch = record_batch(pending, self.token_type);
+        let batch = record_batch(pending, self.token_type, self.masked);
         batch.and_then(|batch| self.writer.write(&batch)).map_err(|e| write_error(e, &self.partial))
     }
 
@@ -252,21 +289,26 @@ impl ShardWriter {
     }
 }
 
-fn record_batch(pending: Pending, token_type: TokenType) -> std::result::Result<RecordBatch, ArrowError> {
+fn record_batch(pending: Pending, token_type: TokenType, masked: bool) -> std::result::Result<RecordBatch, ArrowError> {
     let values: ArrayRef = match token_type {
         TokenType::U16 => Arc::new(UInt16Array::from_iter_values(pending.tokens.iter().map(|&t| t as u16))),
         TokenType::U32 => Arc::new(UInt32Array::from(pending.tokens)),
     };
-    let item = Arc::new(Field::new("item", token_type.data_type(), false));
     let offsets = OffsetBuffer::new(ScalarBuffer::from(pending.offsets));
-    let tokens = GenericListArray::<i64>::try_new(item, offsets, values, None)?;
-    let columns: Vec<ArrayRef> = vec![
-        Arc::new(tokens),
+    let list = |values: ArrayRef| {
+        let item = Arc::new(Field::new("item", values.data_type().clone(), false));
+        GenericListArray::<i64>::try_new(item, offsets.clone(), values, None).map(|list| Arc::new(list) as ArrayRef)
+    };
+    let mut columns: Vec<ArrayRef> = vec![
+        list(values)?,
         Arc::new(UInt32Array::from(pending.source_file)),
         Arc::new(UInt64Array::from(pending.source_document)),
         Arc::new(UInt32Array::from(pending.text_bytes)),
     ];
-    RecordBatch::try_new(schema(token_type), columns)
+    if masked {
+        columns.push(list(Arc::new(BooleanArray::from(pending.trained)))?);
+    }
+    RecordBatch::try_new(schema(token_type, masked), columns)
 }
 
 fn write_error(error: ArrowError, path: &Path) -> DataError {
@@ -313,6 +355,14 @@ fn decode(buffer: &Buffer) -> std::result::Result<Vec<RecordBatch>, String> {
         batches.push(batch.ok_or("a block is no record batch")?);
     }
     Ok(batches)
+}
+
+/// Which tokens of a record batch are trained, flat as the tokens; none where the shard does not say.
+pub(crate) fn trained_of_batch(batch: &RecordBatch) -> std::result::Result<Option<BooleanBuffer>, String> {
+    let Some(column) = batch.column_by_name("trained") else { return Ok(None) };
+    let list = column.as_list_opt::<i64>().ok_or("`trained` is no LargeList")?;
+    let flat = list.values().as_boolean_opt().ok_or("`trained` is not of Booleans")?;
+    Ok(Some(flat.values().clone()))
 }
 
 /// Tokens of mapped documents, in either width.

@@ -37,10 +37,18 @@ fn hash(document: u64) -> u64 {
 }
 
 impl HeldOut {
-    /// Holds out `fraction` of the documents of `store`.
+    /// Holds out `fraction` of the documents of `store`. Of a few conversations one is held out whole: the tail of one
+    /// would be an answer to nothing.
     pub(crate) fn new(store: &TokenStore, fraction: f64) -> HeldOut {
         let lengths = (0..store.num_documents()).map(|d| store.document_len(d));
-        HeldOut::from_lengths(lengths, fraction)
+        let held = HeldOut::from_lengths(lengths, fraction);
+        match held.cut {
+            Some((document, _)) if store.is_masked() => {
+                let start = if store.num_documents() > 1 { 0 } else { store.document_len(document) };
+                HeldOut { cut: Some((document, start)), ..held }
+            }
+            _ => held,
+        }
     }
 
     fn from_lengths(lengths: impl Iterator<Item = u64>, fraction: f64) -> HeldOut {

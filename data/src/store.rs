@@ -2,10 +2,10 @@
 
 use crate::error::{DataError, Result};
 use crate::manifest::Manifest;
-use crate::shard::{Cursor, Tokens, open_shard};
+use crate::shard::{Cursor, Tokens, open_shard, trained_of_batch};
 use arrow::array::AsArray;
 use arrow::array::RecordBatch;
-use arrow::buffer::OffsetBuffer;
+use arrow::buffer::{BooleanBuffer, OffsetBuffer};
 use arrow::datatypes::{UInt32Type, UInt64Type};
 use std::ops::Range;
 use std::path::Path;
@@ -24,6 +24,8 @@ pub(crate) struct TokenStore {
 struct Block {
     tokens: Tokens,
     offsets: OffsetBuffer<i64>,
+    /// Whether each token is trained; all are where the shard does not say.
+    trained: Option<BooleanBuffer>,
     records: RecordBatch,
 }
 
@@ -38,11 +40,15 @@ impl TokenStore {
                 shard.verify(folder, true)?;
             }
             for records in open_shard(folder, shard)? {
-                let (tokens, offsets) =
-                    Tokens::of_batch(&records).map_err(|e| DataError::prepared(&folder.join(&shard.file), e))?;
+                let damaged = |e: String| DataError::prepared(&folder.join(&shard.file), e);
+                let (tokens, offsets) = Tokens::of_batch(&records).map_err(damaged)?;
+                let trained = trained_of_batch(&records).map_err(damaged)?;
+                if trained.as_ref().is_some_and(|t| t.len() as i64 != offsets[offsets.len() - 1]) {
+                    return Err(damaged("`trained` has not one entry per token".into()));
+                }
                 num_documents += records.num_rows() as u64;
                 starts.push(num_documents);
-                blocks.push(Block { tokens, offsets, records });
+                blocks.push(Block { tokens, offsets, trained, records });
             }
         }
         Ok(TokenStore { manifest, blocks, starts })
@@ -69,6 +75,21 @@ impl TokenStore {
         let (block, row) = self.find(document);
         let start = block.offsets[row] as u64;
         block.tokens.copy((start + range.start) as usize, (start + range.end) as usize, out);
+    }
+
+    /// Whether the folder says which tokens are trained: it holds conversations.
+    pub(crate) fn is_masked(&self) -> bool {
+        self.manifest.origin.options.chat.is_some()
+    }
+
+    /// Appends for each token in `range` of a document whether it is trained.
+    pub(crate) fn copy_trained(&self, document: u64, range: Range<u64>, out: &mut Vec<bool>) {
+        let (block, row) = self.find(document);
+        let start = block.offsets[row] as u64;
+        match &block.trained {
+            Some(trained) => out.extend(range.map(|at| trained.value((start + at) as usize))),
+            None => out.resize(out.len() + (range.end - range.start) as usize, true),
+        }
     }
 
     /// Where in the sources a document was: file and number of the document in it.

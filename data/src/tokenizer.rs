@@ -8,7 +8,7 @@
 use crate::encode::{byte_alphabet, cl100k_expression, for_each_word};
 use crate::error::{DataError, IoContext, Result};
 use crate::progress::{PrepareProgress, Progress, abandonable};
-use crate::source::{MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, discover, scan};
+use crate::source::{Content, MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, discover, scan};
 use ahash::AHashMap;
 use compact_str::CompactString;
 use std::path::{Path, PathBuf};
@@ -102,7 +102,7 @@ pub(crate) fn train_on(
     progress.phase("looking at source files");
     let mut files = Vec::new();
     for (paths, column) in sources {
-        let found = scan(discover(paths)?, column, &[], progress)?;
+        let found = scan(discover(paths)?, Content::Column(column), &[], progress)?;
         files.extend(found.into_iter().filter(|f| f.skipped.is_none()).map(|file| (file, column.as_str())));
     }
     let counts = count_words(&files, options, progress)?;
@@ -137,7 +137,7 @@ fn count_words(files: &[(ScannedFile, &str)], options: &TrainOptions, progress: 
     let (mut counts, alphabet, mut mapped) = (Counts::default(), byte_alphabet(), String::new());
     let (mut number, mut before) = (0u64, 0u64);
     for (file, column) in files {
-        let mut open = OpenFile::open(&file.file, column, MAX_DOCUMENT_BYTES)?;
+        let mut open = OpenFile::open(&file.file, Content::Column(column), MAX_DOCUMENT_BYTES)?;
         while let Some(text) = open.next_document()? {
             if progress.cancelled() {
                 return Err(DataError::Interrupted);

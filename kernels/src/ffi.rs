@@ -108,6 +108,36 @@ unsafe extern "C" {
         dk: TensorRef,
         dv: TensorRef,
     ) -> Message;
+    pub(crate) fn tangelo_page_floats(type_of: TensorRef, head_dim: i64, out: *mut i64) -> Message;
+    pub(crate) fn tangelo_mapped_floats(floats: i64, out: *mut TensorOut) -> Message;
+    pub(crate) fn tangelo_paged_attention(
+        q: TensorRef,
+        k: TensorRef,
+        v: TensorRef,
+        pages: TensorRef,
+        sequences: *const PagedSequence,
+        num_sequences: usize,
+        tables: *const i32,
+        num_entries: usize,
+        scale: f64,
+        window: i64,
+        out: *mut TensorOut,
+    ) -> Message;
+    pub(crate) fn tangelo_sample(
+        hidden: TensorRef,
+        head: TensorRef,
+        asked: *const SampleRow,
+        count: usize,
+        out: *mut SampledToken,
+    ) -> Message;
+    pub(crate) fn tangelo_token_logprobs(
+        hidden: TensorRef,
+        head: TensorRef,
+        targets: TensorRef,
+        temperature: f64,
+        chunk: i64,
+        out: *mut TensorOut,
+    ) -> Message;
     pub(crate) fn tangelo_cross_entropy(
         hidden: TensorRef,
         head: TensorRef,
@@ -125,13 +155,6 @@ unsafe extern "C" {
         weights: TensorRef,
         chunk: i64,
         loss_sum: *mut f64,
-    ) -> Message;
-    pub(crate) fn tangelo_token_logprobs(
-        hidden: TensorRef,
-        head: TensorRef,
-        targets: TensorRef,
-        chunk: i64,
-        out: *mut TensorOut,
     ) -> Message;
     pub(crate) fn tangelo_local_logits(
         hidden: TensorRef,
@@ -211,6 +234,37 @@ pub(crate) struct AttentionSpan {
     pub first_key: i64,
     pub num_keys: i64,
     pub offset: i64,
+}
+
+/// New tokens of a sequence as the shim reads them; the same layout as its `PagedSequence`.
+#[repr(C)]
+pub(crate) struct PagedSequence {
+    pub first_row: i64,
+    pub num_rows: i64,
+    pub offset: i64,
+    pub first_page: i64,
+}
+
+/// A draw as the shim reads it; the same layout as its `SampleRow`.
+#[repr(C)]
+pub(crate) struct SampleRow {
+    pub row: i64,
+    pub top_k: i64,
+    pub temperature: f64,
+    pub top_p: f64,
+    pub min_p: f64,
+    pub key: [u32; 2],
+    pub banned: *const i64,
+    pub num_banned: i64,
+}
+
+/// What was drawn; the same layout as the shim's `SampledToken`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct SampledToken {
+    pub token: i64,
+    pub logprob: f64,
+    pub sampling_logprob: f64,
 }
 
 /// The instruction set the CPU kernels use here: `avx512`, `avx2` or `generic`. The environment variable

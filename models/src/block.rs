@@ -1,7 +1,7 @@
 //! One block: norm, mixer, norm, feed-forward, each half added to the residual stream.
 
 use crate::context::{PackContext, RopeTable};
-use crate::decode::LayerCache;
+use crate::decode::LayerPast;
 use crate::weights::{UnitWeights, Weight};
 use tangelo_configs::{BlockSpec, MixerSpec};
 use tangelo_core::{Part, Parts};
@@ -121,17 +121,17 @@ impl Block {
         self.rope == other.rope
     }
 
-    /// `x` `[T, D]` to `[T, D]`. With a `cache`, the tokens continue the one document it holds.
+    /// `x` `[T, D]` to `[T, D]`. With a `past`, the tokens continue the sequences that it holds.
     pub fn forward(
         &self,
         w: &BlockWeights,
         x: &Tensor,
         pack: &PackContext,
         angles: &Angles,
-        cache: Option<&mut LayerCache>,
+        past: Option<LayerPast<'_>>,
     ) -> Tensor {
         let flow = Flow { x: x.shallow_clone(), work: Vec::new() };
-        self.run(Parts::BLOCK, w, flow, pack, angles, cache).x
+        self.run(Parts::BLOCK, w, flow, pack, angles, past).x
     }
 
     /// Some parts of the block. Norms and residuals take this rank's tokens, products and attention those that it was
@@ -143,14 +143,14 @@ impl Block {
         flow: Flow,
         pack: &PackContext,
         angles: &Angles,
-        mut cache: Option<&mut LayerCache>,
+        mut past: Option<LayerPast<'_>>,
     ) -> Flow {
         let Flow { mut x, mut work } = flow;
         for part in Part::ALL.into_iter().filter(|&part| parts.contains(part)) {
             match part {
                 Part::InputNorm => work = vec![self.norm(&x, &w.input_norm)],
                 Part::Qkv => work = self.heads(w, &w.qkv.forward(&work[0]), angles),
-                Part::Attend => work = vec![self.attend(&work, pack, cache.as_deref_mut())],
+                Part::Attend => work = vec![self.attend(&work, pack, past.as_mut())],
                 Part::Output => work = vec![w.output.forward(&work[0].flatten(1, 2))],
                 // Both at once where nothing lies between them.
                 Part::AttentionResidual if parts.contains(Part::PostNorm) => {
@@ -180,15 +180,12 @@ impl Block {
         ((a.head_dim as f64).powf(-0.5), a.sliding_window.map(|n| n as i64))
     }
 
-    fn attend(&self, qkv: &[Tensor], pack: &PackContext, cache: Option<&mut LayerCache>) -> Tensor {
+    fn attend(&self, qkv: &[Tensor], pack: &PackContext, past: Option<&mut LayerPast<'_>>) -> Tensor {
         let [q, k, v] = qkv else { unreachable!("attention reads queries, keys and values") };
         let (scale, window) = self.attention_scale();
-        match cache {
+        match past {
             None => op::attention(q, k, v, &pack.cu_seqlens, scale, window),
-            Some(cache) => {
-                let (k, v) = cache.append(k, v);
-                op::attention_with_past(q, &k, &v, scale, window)
-            }
+            Some(past) => past.attend([q, k, v], scale, window),
         }
     }
 

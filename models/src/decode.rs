@@ -1,6 +1,29 @@
-//! What generation keeps of the tokens it has seen: keys and values of one sequence, layer by layer.
+//! What generation keeps of the tokens it has seen: keys and values, layer by layer.
 
+use tangelo_kernels::op;
 use tch::{Device, Kind, Tensor};
+
+/// Keys and values of earlier tokens, which those at hand are added to and attend to.
+pub trait Past {
+    /// Attention of layer `layer` (counted from the part's first) of the tokens at hand, `q [T, H, hd]`, `k` and `v`
+    /// `[T, K, hd]` with positions applied, over their sequences so far: `[T, H, hd]`.
+    fn attend(&mut self, layer: usize, qkv: [&Tensor; 3], scale: f64, window: Option<i64>) -> Tensor;
+}
+
+/// The past as one block sees it.
+pub struct LayerPast<'a> {
+    /// Of all layers.
+    pub past: &'a mut dyn Past,
+    /// Which.
+    pub layer: usize,
+}
+
+impl LayerPast<'_> {
+    /// See [`Past::attend`].
+    pub fn attend(&mut self, qkv: [&Tensor; 3], scale: f64, window: Option<i64>) -> Tensor {
+        self.past.attend(self.layer, qkv, scale, window)
+    }
+}
 
 /// Keys and values of one layer, grown by doubling.
 #[derive(Debug)]
@@ -53,6 +76,13 @@ pub struct DecodeState {
     pub(crate) num_tokens: usize,
     /// One per block.
     pub(crate) layers: Vec<LayerCache>,
+}
+
+impl Past for DecodeState {
+    fn attend(&mut self, layer: usize, [q, k, v]: [&Tensor; 3], scale: f64, window: Option<i64>) -> Tensor {
+        let (keys, values) = self.layers[layer].append(k, v);
+        op::attention_with_past(q, &keys, &values, scale, window)
+    }
 }
 
 impl DecodeState {

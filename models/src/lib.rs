@@ -16,6 +16,6 @@ pub mod weights;
 
 pub use block::Flow;
 pub use context::{PackContext, RopeTable};
-pub use decode::DecodeState;
+pub use decode::{DecodeState, Past};
 pub use model::{Head, Model};
 pub use weights::{UnitWeights, Weight};

@@ -2,12 +2,12 @@
 
 use crate::block::{Angles, Block, BlockWeights, Flow};
 use crate::context::PackContext;
-use crate::decode::{DecodeState, LayerCache};
+use crate::decode::{DecodeState, LayerCache, LayerPast, Past};
 use crate::weights::{UnitWeights, Weight};
 use std::ops::Range;
 use tangelo_configs::model::{EMBEDDING, FINAL_NORM, HeadSpec, LM_HEAD, SCORE, SCORE_BIAS};
 use tangelo_configs::{BlockSpec, MixerSpec, ModelSpec, Sharding};
-use tangelo_core::{DType, Group, ParamMeta, Parts, Placement, Unit};
+use tangelo_core::{DType, Group, IndexBox, ParamMeta, Parts, Placement, Unit};
 use tangelo_kernels::op;
 use tch::{Device, Kind, Tensor};
 
@@ -99,6 +99,26 @@ impl Model {
         device: Device,
         trained: bool,
     ) -> Model {
+        let scopes = sharding.topology().scopes;
+        let zeros = |_, parts| UnitWeights::zeros(parts, kind, device, trained);
+        // Views need the memory that they are made of; afterwards what is cut is there only while it is used.
+        let release = |unit: &UnitWeights| {
+            unit.hold_weights(scopes.parameters == 1);
+            unit.hold_gradients(scopes.gradients == 1);
+        };
+        Model::assemble(spec, sharding, rank, kind, device, (zeros, release))
+    }
+
+    /// As [`Model::part`], with each unit's weights made of its parameters and the parts of them that are held by the first
+    /// function. The second is called with each unit whose views are made.
+    pub fn assemble(
+        spec: &ModelSpec,
+        sharding: &Sharding,
+        rank: usize,
+        kind: Kind,
+        device: Device,
+        (mut unit, ready): (impl FnMut(Unit, Vec<(ParamMeta, IndexBox)>) -> UnitWeights, impl Fn(&UnitWeights)),
+    ) -> Model {
         let dtype = if kind == Kind::BFloat16 { DType::BF16 } else { DType::F32 };
         let (stage, tensor_rank) = (sharding.topology().stage(rank), sharding.topology().index(Group::Tensor, rank));
         let (layers, unit_names) = (sharding.layers(stage), sharding.units(stage));
@@ -111,7 +131,7 @@ impl Model {
         let blocks = layers.clone().map(|layer| Block::new(local(layer), spec.rms_norm_eps)).collect();
         let (mut units, mut block_weights, mut embedding, mut head) = (Vec::new(), Vec::new(), None, None);
         for &name in &unit_names {
-            let unit = UnitWeights::zeros(parts(&name), kind, device, trained);
+            let unit = unit(name, parts(&name));
             match name {
                 Unit::Embedding => embedding = Some(unit.weight(EMBEDDING)),
                 Unit::Block(layer) => {
@@ -119,10 +139,7 @@ impl Model {
                 }
                 Unit::Head => head = Some(Head::new(spec, &unit, embedding.as_ref())),
             }
-            // Views need the memory that they are made of; afterwards what is cut is there only while it is used.
-            let scopes = sharding.topology().scopes;
-            unit.hold_weights(scopes.parameters == 1);
-            unit.hold_gradients(scopes.gradients == 1);
+            ready(&unit);
             units.push(unit);
         }
         let ids = spec.embedding_parameters(dtype).first().map_or(0..0, |meta| {
@@ -304,6 +321,20 @@ impl Model {
         DecodeState { num_tokens: 0, layers: self.blocks.iter().map(cache).collect() }
     }
 
+    /// Hidden states `[R, D]` after the final norm of the tokens `rows` of `pack`, all of which continue the sequences that
+    /// `past` holds; no gradients.
+    pub fn hidden_after(&self, pack: &PackContext, past: &mut dyn Past, rows: &[i64]) -> Tensor {
+        tch::no_grad(|| {
+            let angles = self.angles(&pack.positions);
+            let mut x = self.embed(&pack.tokens);
+            for (layer, block) in self.blocks.iter().enumerate() {
+                let past = LayerPast { past: &mut *past, layer };
+                x = block.forward(&self.block_weights[layer], &x, pack, angles.of(layer), Some(past));
+            }
+            self.final_norm(&x.index_select(0, &Tensor::from_slice(rows).to_device(self.device)))
+        })
+    }
+
     /// Feeds `tokens` that follow what `state` has seen; the logits `[V]` of the last, in fp32 (fp64 of an fp64 model).
     pub fn decode(&self, state: &mut DecodeState, tokens: &[u32]) -> Tensor {
         assert!(!tokens.is_empty(), "nothing to decode");
@@ -311,13 +342,8 @@ impl Model {
             let start = state.num_tokens as u32;
             let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
             let pack = PackContext::new(tokens, &positions, vec![0, tokens.len() as i64], self.device);
-            let angles = self.angles(&pack.positions);
-            let mut x = self.embed(&pack.tokens);
-            for (layer, cache) in state.layers.iter_mut().enumerate() {
-                x = self.blocks[layer].forward(&self.block_weights[layer], &x, &pack, angles.of(layer), Some(cache));
-            }
+            let last = self.hidden_after(&pack, state, &[tokens.len() as i64 - 1]);
             state.num_tokens += tokens.len();
-            let last = self.final_norm(&x.narrow(0, tokens.len() as i64 - 1, 1));
             let logits = op::linear(&last, &self.head().weight.value, None, None, None).squeeze_dim(0);
             if self.kind == Kind::Double { logits } else { logits.to_kind(Kind::Float) }
         })

@@ -97,6 +97,15 @@ impl UnitWeights {
         UnitWeights { spans, by_name, flat, main_grad }
     }
 
+    /// Weights that lie in `flat`, `[n]`, which somebody else owns and updates; nothing is trained.
+    pub fn over(parts: Vec<(ParamMeta, IndexBox)>, flat: Tensor) -> UnitWeights {
+        let spans = ParamSpan::lay_out(parts);
+        let n: usize = spans.iter().map(|s| s.len).sum();
+        assert_eq!(flat.size(), [n as i64], "a buffer of another size than the parameters");
+        let by_name = spans.iter().enumerate().map(|(i, s)| (s.meta.name.clone(), i)).collect();
+        UnitWeights { spans, by_name, flat, main_grad: None }
+    }
+
     /// The parameters in order.
     pub fn spans(&self) -> &[ParamSpan] {
         &self.spans

@@ -76,7 +76,8 @@ impl TrainWorker {
         self.groups().enter(Phase::Loss)?;
         let own: Vec<f32> = own.iter().flat_map(|p| [first_number(p), p.entropy as f32]).collect();
         let layouts: Vec<_> = (0..rows.len()).map(|m| rows.layout(rows.places(m).len())).collect();
-        let (ring, heads) = (self.sharding().topology().size(Group::Ring), self.sharding().topology().size(Group::Heads));
+        let (ring, heads) =
+            (self.sharding().topology().size(Group::Ring), self.sharding().topology().size(Group::Heads));
         let of_heads = |r: usize, h: usize| layouts.iter().map(|l| l.head_counts(r)[h] * WIDTH).sum::<usize>();
         let mut values = Tensor::from_slice(&own).to_device(self.model().device());
         if let Some(comm) = self.groups().get(Group::Heads) {

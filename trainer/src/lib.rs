@@ -22,6 +22,7 @@ pub mod open_model;
 pub mod optim;
 pub mod persist;
 pub mod process;
+pub mod publish;
 pub mod recipe;
 pub mod sample;
 pub mod shards;

@@ -16,8 +16,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tangelo_configs::job::{ComputeType, RotateMethod};
-use tangelo_configs::{Plan, Sharding};
 use tangelo_configs::model::HeadSpec;
+use tangelo_configs::{Plan, Sharding};
 use tangelo_core::loss::Reads;
 use tangelo_core::{Batch, Group, Instruction, LossSpec, Phase, Program, env};
 use tangelo_kernels::comm::Communicator;
@@ -128,6 +128,11 @@ impl TrainWorker {
     /// How the model lies over ranks.
     pub fn sharding(&self) -> &Sharding {
         &self.sharding
+    }
+
+    /// Where this rank keeps weights and gradients.
+    pub fn store(&self) -> &WeightStore {
+        &self.store
     }
 
     /// The gradients that this rank keeps of a unit, by its place in the model: a view.

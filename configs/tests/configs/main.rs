@@ -1,6 +1,7 @@
 //! Loading, resolving, presets and Hugging Face configurations.
 #![allow(clippy::unwrap_used)] // a failure outside of the test functions is a test's too
 
+mod algorithm;
 mod hf_config;
 mod load;
 mod optimizer;
@@ -8,6 +9,7 @@ mod parallel;
 mod presets;
 mod resolve;
 mod schema;
+mod sft;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

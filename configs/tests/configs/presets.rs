@@ -3,20 +3,21 @@
 use crate::{FakeAssets, machine};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use tangelo_configs::preset::PRESETS;
+use tangelo_configs::preset::{ALGORITHMS, PRESETS};
 use tangelo_configs::resolve::{load, load_str, resolve};
 use tangelo_configs::{ModelSpec, flavor, flavors};
 
 fn files(folder: &str) -> BTreeSet<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
-    entries.map(|name| name.to_str().unwrap().trim_end_matches(".toml").to_owned()).collect()
+    entries.filter_map(|name| name.to_str().unwrap().strip_suffix(".toml").map(str::to_owned)).collect()
 }
 
 #[test]
 fn the_lists_name_every_file() {
     assert_eq!(files("flavors"), flavor::names().into_iter().map(str::to_owned).collect());
     assert_eq!(files("presets"), PRESETS.iter().map(|p| p.name.to_owned()).collect());
+    assert_eq!(files("presets/algorithm"), ALGORITHMS.iter().map(|p| p.name.to_owned()).collect());
 }
 
 #[test]

@@ -57,6 +57,11 @@ impl TextTokenizer {
         self.vocab_size
     }
 
+    /// Where it was loaded from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The id appended to each document.
     pub fn eos(&self) -> u32 {
         self.eos

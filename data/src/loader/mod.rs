@@ -44,7 +44,7 @@ pub struct LoaderOptions {
     pub sources: Vec<LoaderSource>,
     /// Training or held-out documents.
     pub split: Split,
-    /// Part of each source's documents that is held out.
+    /// Part of each source's documents that is held out; 1 only for [`Split::Validation`]: everything.
     pub validation_fraction: f64,
     /// Tokens per row (S).
     pub seq_len: usize,
@@ -113,6 +113,12 @@ impl Loader {
         let mut opened = Vec::new();
         for source in &options.sources {
             let store = Arc::new(TokenStore::open(&source.folder, options.verify)?);
+            if store.is_masked() && !options.document_mask {
+                return Err(DataError::Options(format!(
+                    "source `{}` holds conversations, of which not every token is trained: set data.document_mask = true",
+                    source.name
+                )));
+            }
             let held_out = HeldOut::new(&store, options.validation_fraction);
             opened.push((store, held_out));
         }
@@ -238,7 +244,8 @@ fn check(options: &LoaderOptions) -> Result<()> {
     if o.data_rank >= o.data_size {
         return fail(format!("data rank {} of {} does not exist", o.data_rank, o.data_size));
     }
-    if !(0.0..1.0).contains(&o.validation_fraction) {
+    let all_held_out = o.split == Split::Validation && o.validation_fraction == 1.0;
+    if !(0.0..1.0).contains(&o.validation_fraction) && !all_held_out {
         return fail(format!("validation_fraction = {} must be at least 0 and below 1", o.validation_fraction));
     }
     Ok(())

@@ -9,8 +9,9 @@ use tangelo_core::{Batch, Column};
 /// Rows under construction.
 ///
 /// With a document mask, `positions` restart at each piece (so that they stay below `seq_len` however long the
-/// document), `seq_id` counts the pieces of the row, and a position has weight 0 where its document ends. Without one
-/// a row is a single sequence, trained through. Padding at the end of a row has weight 0 and a `seq_id` of its own.
+/// document), `seq_id` counts the pieces of the row, and a position has weight 0 where its document ends or its target
+/// is not to be learnt. Without one a row is a single sequence, trained through. Padding at the end of a row has weight
+/// 0 and a `seq_id` of its own.
 pub(super) struct Rows {
     seq_len: usize,
     document_mask: bool,
@@ -107,7 +108,10 @@ impl Row {
         let first = self.tokens.len();
         let end = piece.range.end + u64::from(piece.has_next());
         store.copy(piece.document, piece.range.start..end, &mut self.tokens);
-        self.targets.extend(self.tokens[first + 1..].iter().map(|&token| Some(token)));
+        let mut trained = Vec::new();
+        store.copy_trained(piece.document, piece.range.start..end, &mut trained);
+        let next = self.tokens[first + 1..].iter().zip(&trained[1..]);
+        self.targets.extend(next.map(|(&token, &trained)| trained.then_some(token)));
         if !piece.has_next() {
             self.targets.push(None);
         }

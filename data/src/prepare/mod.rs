@@ -5,6 +5,7 @@
 
 mod pipeline;
 
+use crate::chat::{ChatEncoder, ChatOptions};
 use crate::encode::TextTokenizer;
 use crate::error::{DataError, IoContext, Result};
 use crate::files;
@@ -13,7 +14,7 @@ use crate::manifest::read_json;
 use crate::manifest::{MANIFEST_NAME, Manifest, ORIGIN_NAME, Origin, StoredOptions, StoredTokenizer, TOKENIZER_NAME};
 use crate::progress::Progress;
 use crate::shard::{ShardRecord, record_name, shard_name};
-use crate::source::{MAX_DOCUMENT_BYTES, describe_skipped, discover, scan};
+use crate::source::{Content, MAX_DOCUMENT_BYTES, describe_skipped, discover, scan};
 use std::fs;
 use std::path::{Path, PathBuf};
 use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
@@ -42,6 +43,10 @@ pub struct PrepareOptions {
     pub max_document_bytes: usize,
     /// Start over where the folder was made from something else.
     pub overwrite: bool,
+    /// Rows are conversations, read and masked so; else documents of text.
+    pub chat: Option<ChatOptions>,
+    /// A file with the chat template to use instead of the tokenizer's.
+    pub chat_template: Option<PathBuf>,
 }
 
 impl PrepareOptions {
@@ -57,8 +62,28 @@ impl PrepareOptions {
             buffer_bytes: 64 << 20,
             max_document_bytes: MAX_DOCUMENT_BYTES,
             overwrite: false,
+            chat: None,
+            chat_template: None,
         }
     }
+
+    /// What a document is.
+    pub(crate) fn content(&self) -> Content<'_> {
+        if self.chat.is_some() { Content::Record } else { Content::Column(&self.text_column) }
+    }
+
+    fn chat_encoder<'a>(&self, tokenizer: &'a TextTokenizer) -> Result<Option<ChatEncoder<'a>>> {
+        let encoder = |options: ChatOptions| ChatEncoder::new(tokenizer, self.chat_template.as_deref(), options);
+        self.chat.clone().map(encoder).transpose()
+    }
+}
+
+/// What turns documents into tokens.
+pub(crate) enum Encoder<'a> {
+    /// Text.
+    Text(&'a TextTokenizer),
+    /// Conversations.
+    Chat(ChatEncoder<'a>),
 }
 
 /// Tokenises everything that `options` names into `options.folder`, or finds it done.
@@ -71,9 +96,10 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
         return Err(DataError::Options("shard_tokens is 0: a shard needs at least one token".into()));
     }
     let tokenizer = TextTokenizer::open(&options.tokenizer)?;
+    let encoder = options.chat_encoder(&tokenizer)?.map_or(Encoder::Text(&tokenizer), Encoder::Chat);
     let folder = &options.folder;
     let _lock = FolderLock::acquire(folder, progress)?;
-    let origin = scan_origin(options, &tokenizer, progress)?;
+    let origin = scan_origin(options, &tokenizer, &encoder, progress)?;
     if let Some(before) = read_origin(folder)? {
         match before.check_same(&origin, folder) {
             Ok(()) => {}
@@ -82,27 +108,60 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
         }
     }
     if let Some(manifest) = finished(folder)? {
+        warn_of_lost(&manifest, options, progress);
         return Ok(manifest);
     }
     files::write_json(&folder.join(ORIGIN_NAME), &origin)?;
-    save_tokenizer(&tokenizer, folder)?;
+    save_tokenizer(&tokenizer, &encoder, folder)?;
     let shards = keep_good_shards(folder, progress)?;
-    let shards = pipeline::tokenise(options, &tokenizer, &origin, shards, progress)?;
+    let shards = pipeline::tokenise(options, &tokenizer, &encoder, &origin, shards, progress)?;
     let manifest = Manifest::new(origin, shards);
     if manifest.documents == 0 {
-        return Err(DataError::Options(format!("{}: the files hold no text at all", options.paths.join(", "))));
+        return Err(DataError::Options(format!("{}: {}", options.paths.join(", "), nothing_there(&manifest))));
     }
     files::write_json(&folder.join(MANIFEST_NAME), &manifest)?;
+    warn_of_lost(&manifest, options, progress);
     Ok(manifest)
 }
 
+fn nothing_there(manifest: &Manifest) -> String {
+    match manifest.chat {
+        Some(chat) => format!("no conversation is left ({} were too long); raise training.seq_len", chat.dropped),
+        None => "the files hold no text at all".into(),
+    }
+}
+
+/// Says how many conversations were too long.
+fn warn_of_lost(manifest: &Manifest, options: &PrepareOptions, progress: &dyn Progress) {
+    let (Some(counts), Some(chat)) = (manifest.chat, &options.chat) else { return };
+    if counts.truncated + counts.dropped > 0 {
+        progress.warn(&format!(
+            "{} of {} conversations have more than {} tokens: {} are cut, {} are left out (data.overlong, \
+             training.seq_len)",
+            counts.truncated + counts.dropped,
+            manifest.documents + counts.dropped,
+            chat.max_tokens,
+            counts.truncated,
+            counts.dropped
+        ));
+    }
+}
+
 /// Looks at every file; the results of an earlier look spare reading unchanged ones again.
-fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &dyn Progress) -> Result<Origin> {
+fn scan_origin(
+    options: &PrepareOptions,
+    tokenizer: &TextTokenizer,
+    encoder: &Encoder,
+    progress: &dyn Progress,
+) -> Result<Origin> {
     progress.phase("looking at source files");
     let found = discover(&options.paths)?;
-    let before = read_origin(&options.folder).ok().flatten().filter(|o| o.options.text_column == options.text_column);
+    let before = read_origin(&options.folder).ok().flatten().filter(|before| {
+        let same = before.options.chat.is_some() == options.chat.is_some();
+        same && before.options.text_column == options.text_column
+    });
     let known = before.map(|o| o.files).unwrap_or_default();
-    let files = scan(found, &options.text_column, &known, progress)?;
+    let files = scan(found, options.content(), &known, progress)?;
     if let Some(skipped) = describe_skipped(&files) {
         if files.iter().all(|f| f.skipped.is_some()) {
             return Err(DataError::Source { pattern: options.paths.join(", "), reason: skipped });
@@ -113,6 +172,10 @@ fn scan_origin(options: &PrepareOptions, tokenizer: &TextTokenizer, progress: &d
         text_column: options.text_column.clone(),
         shard_tokens: options.shard_tokens,
         max_document_bytes: options.max_document_bytes,
+        chat: match encoder {
+            Encoder::Text(_) => None,
+            Encoder::Chat(chat) => Some(chat.stored()),
+        },
     };
     let about = StoredTokenizer {
         vocab_size: tokenizer.vocab_size(),
@@ -185,10 +248,15 @@ fn clear(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Keeps the tokenizer with the tokens: a prepared folder can be decoded without anything else.
-fn save_tokenizer(tokenizer: &TextTokenizer, folder: &Path) -> Result<()> {
+/// Keeps the tokenizer with the tokens, with the template they were made with: a prepared folder can be decoded without
+/// anything else.
+fn save_tokenizer(tokenizer: &TextTokenizer, encoder: &Encoder, folder: &Path) -> Result<()> {
     let path = folder.join(TOKENIZER_NAME);
-    tokenizer.assets().save(folder).map_err(|e| DataError::Tokenizer { path, reason: e.to_string() })
+    let mut assets = tokenizer.assets().clone();
+    if let Encoder::Chat(chat) = encoder {
+        assets.chat_template = chat.template_text().map(str::to_owned);
+    }
+    assets.save(folder).map_err(|e| DataError::Tokenizer { path, reason: e.to_string() })
 }
 
 #[cfg(test)]
@@ -207,10 +275,11 @@ mod tests {
         let options = PrepareOptions::new(paths, root.path(), root.path().join("out"));
         fs::create_dir_all(&options.folder).unwrap();
         let tokenizer = TextTokenizer::open(&options.tokenizer).unwrap();
-        let origin = scan_origin(&options, &tokenizer, &()).unwrap();
+        let encoder = Encoder::Text(&tokenizer);
+        let origin = scan_origin(&options, &tokenizer, &encoder, &()).unwrap();
         // Every write to this device fails as a full disk does.
         symlink("/dev/full", options.folder.join(format!("{}.partial", shard_name(0)))).unwrap();
-        let error = pipeline::tokenise(&options, &tokenizer, &origin, Vec::new(), &()).unwrap_err();
+        let error = pipeline::tokenise(&options, &tokenizer, &encoder, &origin, Vec::new(), &()).unwrap_err();
         let DataError::DiskFull { folder, needed_bytes } = &error else { panic!("{error}") };
         assert_eq!(folder, &options.folder);
         assert!(*needed_bytes > 0, "{error}");

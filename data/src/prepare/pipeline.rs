@@ -15,12 +15,12 @@
 //! The writer takes the reply of the oldest chunk first, so that the output is in the order of the text whatever
 //! thread was faster. Whoever fails or ends drops its channel ends, and the others end at their next send or receive.
 
-use super::PrepareOptions;
+use super::{Encoder, PrepareOptions};
 use crate::encode::{Scratch, TextTokenizer};
 use crate::error::{DataError, Result};
 use crate::manifest::Origin;
 use crate::progress::{PrepareProgress, Progress};
-use crate::shard::{Cursor, ShardRecord, ShardWriter};
+use crate::shard::{ChatCounts, Cursor, ShardRecord, ShardWriter};
 use crate::source::{OpenFile, ScannedFile};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -44,14 +44,27 @@ struct Chunk {
 struct Document {
     text: String,
     at: Cursor,
+    /// The line or row it stands in.
+    place: u64,
 }
 
 /// The tokens of a chunk.
 struct Tokenised {
     tokens: Vec<u32>,
-    /// End of each document in `tokens`.
-    ends: Vec<usize>,
+    /// Of conversations: whether each token is trained.
+    trained: Vec<bool>,
+    /// End of each document in `tokens`, and what became of it.
+    ends: Vec<(usize, Fate)>,
     chunk: Chunk,
+}
+
+/// What became of a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Whole,
+    Truncated,
+    /// It is left out.
+    Dropped,
 }
 
 type Reply = Receiver<Result<Tokenised>>;
@@ -95,6 +108,7 @@ impl Budget {
 pub(super) fn tokenise(
     options: &PrepareOptions,
     tokenizer: &TextTokenizer,
+    encoder: &Encoder,
     origin: &Origin,
     shards: Vec<ShardRecord>,
     progress: &dyn Progress,
@@ -114,7 +128,8 @@ pub(super) fn tokenise(
                 let _ = reader.replies.send(Err(error));
             }
         });
-        let workers: Vec<_> = (0..num_threads).map(|_| scope.spawn(|| work(tokenizer, &chunk_receiver))).collect();
+        let workers: Vec<_> =
+            (0..num_threads).map(|_| scope.spawn(|| work(encoder, origin, &chunk_receiver))).collect();
         let written = Writer::new(options, origin, tokenizer, shards, progress).run(replies, &budget);
         budget.close();
         let ended = reader.join().is_ok() & workers.into_iter().fold(true, |ok, worker| worker.join().is_ok() & ok);
@@ -126,24 +141,39 @@ pub(super) fn tokenise(
 }
 
 /// A worker: tokenises chunks until there are none.
-fn work(tokenizer: &TextTokenizer, chunks: &Mutex<Receiver<Task>>) {
+fn work(encoder: &Encoder, origin: &Origin, chunks: &Mutex<Receiver<Task>>) {
     let mut scratch = Scratch::default();
     loop {
         let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((chunk, reply)) = next else { return };
         // The writer may have failed meanwhile and be gone.
-        let _ = reply.send(tokenise_chunk(tokenizer, chunk, &mut scratch));
+        let _ = reply.send(tokenise_chunk(encoder, origin, chunk, &mut scratch));
     }
 }
 
-fn tokenise_chunk(tokenizer: &TextTokenizer, mut chunk: Chunk, scratch: &mut Scratch) -> Result<Tokenised> {
+fn tokenise_chunk(encoder: &Encoder, origin: &Origin, chunk: Chunk, scratch: &mut Scratch) -> Result<Tokenised> {
     let mut tokens = Vec::with_capacity(chunk.text_bytes / 3);
-    let mut ends = Vec::with_capacity(chunk.documents.len());
-    for document in &mut chunk.documents {
-        tokenizer.encode(&document.text, scratch, &mut tokens)?;
-        ends.push(tokens.len());
+    let (mut trained, mut ends) = (Vec::new(), Vec::with_capacity(chunk.documents.len()));
+    for document in &chunk.documents {
+        let fate = match encoder {
+            Encoder::Text(tokenizer) => {
+                tokenizer.encode(&document.text, scratch, &mut tokens)?;
+                Fate::Whole
+            }
+            Encoder::Chat(chat) => {
+                let file = &origin.files[document.at.file].file;
+                let encoded = chat.encode(&document.text, scratch);
+                let encoded = encoded.map_err(|reason| DataError::row(file, document.place, reason))?;
+                let truncated = encoded.as_ref().map(|e| e.truncated);
+                let encoded = encoded.unwrap_or_default();
+                tokens.extend(encoded.tokens);
+                trained.extend(encoded.trained);
+                truncated.map_or(Fate::Dropped, |cut| if cut { Fate::Truncated } else { Fate::Whole })
+            }
+        };
+        ends.push((tokens.len(), fate));
     }
-    Ok(Tokenised { tokens, ends, chunk })
+    Ok(Tokenised { tokens, trained, ends, chunk })
 }
 
 struct Reader<'a> {
@@ -175,7 +205,7 @@ impl Reader<'_> {
     /// Reads one file, passing over its first `skip` documents. False when nobody listens any more.
     fn read_file(&mut self, index: usize, file: &ScannedFile, skip: u64, chunk: &mut Chunk) -> Result<bool> {
         let base = chunk.bytes_done;
-        let mut open = OpenFile::open(&file.file, &self.options.text_column, self.options.max_document_bytes)?;
+        let mut open = OpenFile::open(&file.file, self.options.content(), self.options.max_document_bytes)?;
         let mut document = 0;
         while let Some(text) = open.next_document()? {
             let at = Cursor { file: index, document };
@@ -188,7 +218,7 @@ impl Reader<'_> {
                 continue;
             }
             chunk.text_bytes += text.len();
-            chunk.documents.push(Document { text, at });
+            chunk.documents.push(Document { text, at, place: open.place() });
             chunk.bytes_done = base + open.bytes_read();
             if chunk.text_bytes >= CHUNK_BYTES {
                 let bytes_done = chunk.bytes_done;
@@ -218,8 +248,9 @@ struct Writer<'a> {
     current: Option<ShardWriter>,
     progress: &'a dyn Progress,
     state: PrepareProgress,
-    /// Empty documents not yet counted in a shard.
+    /// Empty documents not yet counted in a shard, and what became of conversations.
     empty: u64,
+    chat: ChatCounts,
 }
 
 impl<'a> Writer<'a> {
@@ -237,7 +268,7 @@ impl<'a> Writer<'a> {
             tokens: shards.iter().map(|s| s.tokens).sum(),
         };
         progress.phase("tokenising");
-        Writer { options, tokenizer, shards, current: None, progress, state, empty: 0 }
+        Writer { options, tokenizer, shards, current: None, progress, state, empty: 0, chat: ChatCounts::default() }
     }
 
     /// Writes everything; a shard that is not finished in the end is removed.
@@ -261,8 +292,9 @@ impl<'a> Writer<'a> {
             }
         }
         self.finish_shard().map_err(|error| self.explain(error))?;
-        if let (Some(last), true) = (self.shards.last_mut(), self.empty > 0) {
+        if let Some(last) = self.shards.last_mut() {
             last.empty_documents += self.empty;
+            last.chat = last.chat.map(|counts| counts.plus(self.chat));
         }
         Ok(())
     }
@@ -270,21 +302,30 @@ impl<'a> Writer<'a> {
     fn write(&mut self, tokenised: &Tokenised) -> Result<()> {
         self.empty += tokenised.chunk.empty;
         let mut start = 0;
-        for (document, &end) in tokenised.chunk.documents.iter().zip(&tokenised.ends) {
-            self.push(&tokenised.tokens[start..end], document)?;
+        for (document, &(end, fate)) in tokenised.chunk.documents.iter().zip(&tokenised.ends) {
+            let trained = tokenised.trained.get(start..end).unwrap_or_default();
+            self.chat.truncated += u64::from(fate == Fate::Truncated);
+            self.chat.dropped += u64::from(fate == Fate::Dropped);
+            self.chat.trained_tokens += trained.iter().skip(1).filter(|trained| **trained).count() as u64;
+            if fate != Fate::Dropped {
+                self.push(&tokenised.tokens[start..end], trained, document)?;
+            }
             start = end;
         }
         self.state.bytes_done = tokenised.chunk.bytes_done;
         Ok(())
     }
 
-    fn push(&mut self, tokens: &[u32], document: &Document) -> Result<()> {
+    fn push(&mut self, tokens: &[u32], trained: &[bool], document: &Document) -> Result<()> {
         let mut writer = match self.current.take() {
             Some(writer) => writer,
-            None => ShardWriter::create(&self.options.folder, self.shards.len(), self.tokenizer.token_type())?,
+            None => {
+                let masked = self.options.chat.is_some();
+                ShardWriter::create(&self.options.folder, self.shards.len(), self.tokenizer.token_type(), masked)?
+            }
         };
-        writer.count_empty(std::mem::take(&mut self.empty));
-        let pushed = writer.push(tokens, document.text.len(), document.at);
+        writer.count(std::mem::take(&mut self.empty), std::mem::take(&mut self.chat));
+        let pushed = writer.push(tokens, trained, document.text.len(), document.at);
         let full = writer.num_tokens() >= self.options.shard_tokens as u64;
         self.current = Some(writer);
         pushed?;

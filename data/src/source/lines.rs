@@ -1,6 +1,6 @@
-//! JSON lines: one object per line, the text under one of its keys.
+//! JSON lines: one object per line; a document is the text under one of its keys, or the line.
 
-use super::{Documents, MAX_DOCUMENT_BYTES};
+use super::{Content, Documents, MAX_DOCUMENT_BYTES};
 use crate::error::{DataError, IoContext, Result};
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
@@ -14,17 +14,21 @@ const MAX_LINE_BYTES: usize = 16 * MAX_DOCUMENT_BYTES;
 pub(super) struct JsonLines {
     path: PathBuf,
     input: BufReader<Box<dyn Read + Send>>,
-    column: String,
+    /// `None`: the whole line.
+    column: Option<String>,
     line: Vec<u8>,
     line_number: u64,
     limit: usize,
 }
 
 impl JsonLines {
-    pub(super) fn new(path: &Path, input: Box<dyn Read + Send>, column: &str) -> JsonLines {
+    pub(super) fn new(path: &Path, input: Box<dyn Read + Send>, content: Content) -> JsonLines {
         let input = BufReader::with_capacity(1 << 18, input);
-        let (path, column) = (path.into(), column.into());
-        JsonLines { path, input, column, line: Vec::new(), line_number: 0, limit: MAX_LINE_BYTES }
+        let column = match content {
+            Content::Column(name) => Some(name.to_owned()),
+            Content::Record => None,
+        };
+        JsonLines { path: path.into(), input, column, line: Vec::new(), line_number: 0, limit: MAX_LINE_BYTES }
     }
 
     /// Reads the next line into `line`; false at the end.
@@ -46,16 +50,26 @@ impl JsonLines {
     }
 
     fn parse(&self) -> Result<String> {
+        let Some(column) = &self.column else { return self.whole_line() };
         let mut deserializer = serde_json::Deserializer::from_slice(&self.line);
-        let found = Field(&self.column).deserialize(&mut deserializer).and_then(|f| deserializer.end().map(|()| f));
+        let found = Field(column).deserialize(&mut deserializer).and_then(|f| deserializer.end().map(|()| f));
         match found {
             Ok(Found::Text(text)) => Ok(text),
             Ok(Found::Null) => Ok(String::new()),
             Ok(Found::Missing(keys)) => {
-                Err(DataError::Column { path: self.path.clone(), column: self.column.clone(), found: keys.join(", ") })
+                Err(DataError::Column { path: self.path.clone(), column: column.clone(), found: keys.join(", ") })
             }
             Err(error) => Err(self.wrong(error.to_string())),
         }
+    }
+}
+
+impl JsonLines {
+    /// The line, which must hold one JSON object.
+    fn whole_line(&self) -> Result<String> {
+        let line = std::str::from_utf8(&self.line).map_err(|e| self.wrong(format!("not UTF-8: {e}")))?.trim();
+        serde_json::from_str::<IgnoredAny>(line).map_err(|e| self.wrong(e.to_string()))?;
+        if line.starts_with('{') { Ok(line.into()) } else { Err(self.wrong("no JSON object".into())) }
     }
 }
 
@@ -67,6 +81,10 @@ impl Documents for JsonLines {
             }
         }
         Ok(None)
+    }
+
+    fn place(&self) -> u64 {
+        self.line_number
     }
 }
 
@@ -120,7 +138,7 @@ mod tests {
 
     fn read(text: &str) -> Result<Vec<String>> {
         let input = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
-        let mut lines = JsonLines::new(Path::new("a.jsonl"), input, "text");
+        let mut lines = JsonLines::new(Path::new("a.jsonl"), input, Content::Column("text"));
         std::iter::from_fn(|| lines.next_document().transpose()).collect()
     }
 
@@ -134,7 +152,8 @@ mod tests {
     fn lines_are_bounded() {
         let read = |text: &str| {
             let input = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
-            let mut lines = JsonLines { limit: 16, ..JsonLines::new(Path::new("a.jsonl"), input, "text") };
+            let mut lines =
+                JsonLines { limit: 16, ..JsonLines::new(Path::new("a.jsonl"), input, Content::Column("text")) };
             lines.next_document().map_err(|e| e.to_string())
         };
         assert_eq!(read("{\"text\": \"1234\"}"), Ok(Some("1234".into())));

@@ -8,13 +8,14 @@
 mod columnar;
 mod discover;
 mod lines;
+mod record;
 mod scan;
 mod text;
 
 pub use discover::{Compression, FileKind, SourceFile, discover};
 pub use scan::{ScannedFile, describe_skipped, scan};
 
-use crate::error::{IoContext, Result};
+use crate::error::{DataError, IoContext, Result};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -25,10 +26,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// A document longer than this is cut at line borders (or, without one, at a character) into several.
 pub const MAX_DOCUMENT_BYTES: usize = 16 << 20;
 
+/// What a document of a file with columns or keys is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content<'a> {
+    /// The text of one column.
+    Column(&'a str),
+    /// The whole row, as one JSON object.
+    Record,
+}
+
 /// The documents of one file, in order.
 pub trait Documents: Send {
     /// The next document, or nothing at the end. Empty documents are handed out too: the caller counts and skips them.
     fn next_document(&mut self) -> Result<Option<String>>;
+
+    /// The line or row of the last document, from 1; 0 in files without any.
+    fn place(&self) -> u64 {
+        0
+    }
 }
 
 /// A file being read, and how far.
@@ -41,20 +56,28 @@ pub struct OpenFile {
 }
 
 impl OpenFile {
-    /// Opens `file`; its text is in `column` where it has columns.
-    pub fn open(file: &SourceFile, column: &str, max_document_bytes: usize) -> Result<OpenFile> {
+    /// Opens `file`; `content` says what of its columns is a document. A [`Content::Record`] is never cut.
+    ///
+    /// # Errors
+    /// A file that cannot be read as what its name says, or that has no rows where rows are asked for.
+    pub fn open(file: &SourceFile, content: Content, max_document_bytes: usize) -> Result<OpenFile> {
+        let max_document_bytes = if content == Content::Record { usize::MAX } else { max_document_bytes };
         let progress = Arc::new(AtomicU64::new(0));
         let documents: Box<dyn Documents> = match file.kind {
+            FileKind::Text if content == Content::Record => {
+                let reason = "is plain text; conversations are read from .jsonl(.gz|.zst), .parquet and .arrow files";
+                return Err(DataError::file(&file.path, reason));
+            }
             FileKind::Text => {
                 let input = open_decoded(&file.path, file.compression, &progress)?;
                 Box::new(text::TextDocuments::new(&file.path, input, max_document_bytes))
             }
             FileKind::JsonLines => {
                 let input = open_decoded(&file.path, file.compression, &progress)?;
-                Box::new(lines::JsonLines::new(&file.path, input, column))
+                Box::new(lines::JsonLines::new(&file.path, input, content))
             }
-            FileKind::Parquet => Box::new(columnar::parquet(&file.path, column, &progress)?),
-            FileKind::Arrow => Box::new(columnar::arrow(&file.path, column, &progress)?),
+            FileKind::Parquet => Box::new(columnar::parquet(&file.path, content, &progress)?),
+            FileKind::Arrow => Box::new(columnar::arrow(&file.path, content, &progress)?),
         };
         Ok(OpenFile { documents, pieces: VecDeque::new(), progress, max_document_bytes })
     }
@@ -70,6 +93,11 @@ impl OpenFile {
         }
         self.pieces.extend(text::cut(&document, self.max_document_bytes).map(str::to_string));
         Ok(self.pieces.pop_front())
+    }
+
+    /// The line or row of the last document, from 1; 0 in files of plain text.
+    pub fn place(&self) -> u64 {
+        self.documents.place()
     }
 
     /// Bytes of the file (as it lies on disk) that were read so far.

@@ -4,7 +4,7 @@
 //! The hash is what tells a restart that a source changed. Files whose size and modification time are as recorded
 //! are taken as unchanged without reading them.
 
-use super::{Compression, FileKind, MAX_DOCUMENT_BYTES, OpenFile, SourceFile, open_decoded};
+use super::{Compression, Content, FileKind, MAX_DOCUMENT_BYTES, OpenFile, SourceFile, open_decoded};
 use crate::error::{DataError, IoContext, Result};
 use crate::progress::{Progress, stoppable};
 use rayon::prelude::*;
@@ -35,19 +35,19 @@ pub struct ScannedFile {
     pub skipped: Option<String>,
 }
 
-/// Scans files in parallel, keeping their order; their text is in `column` where they have columns. `known` are the
-/// results of an earlier scan for the same column.
+/// Scans files in parallel, keeping their order; `content` is what of their columns is a document. `known` are the
+/// results of an earlier scan for the same content.
 ///
 /// # Errors
 /// A file that cannot be read, or one the user named that is not text; [`DataError::Interrupted`].
 pub fn scan(
     files: Vec<SourceFile>,
-    column: &str,
+    content: Content,
     known: &[ScannedFile],
     progress: &dyn Progress,
 ) -> Result<Vec<ScannedFile>> {
     let known: HashMap<&Path, &ScannedFile> = known.iter().map(|k| (k.file.path.as_path(), k)).collect();
-    stoppable(progress, |stop| files.into_par_iter().map(|file| scan_file(file, column, &known, stop)).collect())
+    stoppable(progress, |stop| files.into_par_iter().map(|file| scan_file(file, content, &known, stop)).collect())
 }
 
 /// How many files were left out and why the first of them was, if any was.
@@ -61,7 +61,7 @@ pub fn describe_skipped(files: &[ScannedFile]) -> Option<String> {
 
 fn scan_file(
     file: SourceFile,
-    column: &str,
+    content: Content,
     known: &HashMap<&Path, &ScannedFile>,
     stop: &AtomicBool,
 ) -> Result<ScannedFile> {
@@ -77,13 +77,16 @@ fn scan_file(
         return Ok(before.clone());
     }
     let (hash, mut text) = hash_and_check(&file, stop)?;
-    if file.kind == FileKind::Text && file.compression != Compression::None {
+    if content == Content::Record && file.kind == FileKind::Text {
+        text = Some("plain text holds no conversations, which are read from .jsonl, .parquet and .arrow files".into());
+    } else if file.kind == FileKind::Text && file.compression != Compression::None {
         text = check_compressed(&file, stop)?;
     } else if file.may_be_other_json() {
-        text = check_lines(&file, column)?;
+        text = check_lines(&file, content)?;
     }
     if let (Some(reason), true) = (&text, file.explicit) {
-        return Err(DataError::file(&path, format!("{reason}; a text source must be UTF-8")));
+        let hint = if content == Content::Record { "" } else { "; a text source must be UTF-8" };
+        return Err(DataError::file(&path, format!("{reason}{hint}")));
     }
     Ok(ScannedFile { file, size_bytes, modified_ns, xxh3: crate::files::hex(hash), skipped: text })
 }
@@ -125,8 +128,8 @@ fn check_compressed(file: &SourceFile, stop: &AtomicBool) -> Result<Option<Strin
 }
 
 /// Why the first line of a `.json` file is no document, where it is none.
-fn check_lines(file: &SourceFile, column: &str) -> Result<Option<String>> {
-    match OpenFile::open(file, column, MAX_DOCUMENT_BYTES)?.next_document() {
+fn check_lines(file: &SourceFile, content: Content) -> Result<Option<String>> {
+    match OpenFile::open(file, content, MAX_DOCUMENT_BYTES)?.next_document() {
         Err(DataError::File { reason, .. }) => Ok(Some(format!("no JSON lines: {reason}"))),
         Err(DataError::Column { column, .. }) => Ok(Some(format!("no JSON lines with a `{column}`"))),
         Err(other) => Err(other),

@@ -3,6 +3,7 @@
 // Tests may panic; the lint knows test functions but not what they call.
 #![allow(clippy::unwrap_used)]
 
+mod chat;
 mod loading;
 mod preparing;
 mod support;

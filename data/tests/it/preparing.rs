@@ -268,7 +268,7 @@ fn a_corpus_may_have_a_manifest_of_its_own() {
         name: Some("c".into()),
         paths: vec![folder.text("c")],
         text_column: Some("text".into()),
-        weight: None,
+        ..DataSource::default()
     }];
     config.data.tokenizer = Some(folder.path("tokenizer"));
     config.data.prepared_folder = Some(folder.path("prepared"));
@@ -316,7 +316,7 @@ fn a_job_is_prepared_once_by_whoever_comes_first() {
         paths: vec![folder.text(path)],
         name: Some(name.into()),
         text_column: Some("text".into()),
-        weight: None,
+        ..DataSource::default()
     };
     let mut config = JobConfig::default();
     config.data.sources = vec![source("a.jsonl", "stories"), source("notes", "notes")];
@@ -414,7 +414,7 @@ fn real_text_is_prepared() {
         name: Some(name.into()),
         paths: vec![path.display().to_string()],
         text_column: Some(column.into()),
-        weight: None,
+        ..DataSource::default()
     };
     let lines = fs::read_to_string(real_text("docs/LOG.md")).unwrap();
     let lines: Vec<String> =

@@ -76,6 +76,10 @@ inline Tensor rows_of(const Tensor& tensor) { return tensor.reshape({-1, tensor.
 // out = a b, or out += a b when `add`; through whichever library is fastest for the type (see products.cc).
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool add);
 
+// out [rows, O] = x [rows, I] weight [O, I]^T + bias, all contiguous, `bias` undefined where there is none. On the CPU, in
+// fp32 and bf16, an output's bits depend on its row of x and its row of the weight alone.
+void linear_rows(Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias);
+
 // main_grad += dy^T x for dy [T, O], x [T, I]; main_grad in fp32, or in their type.
 void add_weight_grad(Tensor& main_grad, const Tensor& dy, const Tensor& x);
 

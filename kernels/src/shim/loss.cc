@@ -9,7 +9,7 @@ namespace {
 // Logits of rows [start, start + count) of `hidden`, into the first rows of `buffer`.
 Tensor logits_of(const Tensor& hidden, const Tensor& head, int64_t start, int64_t count, Tensor& buffer) {
   auto logits = buffer.narrow(0, 0, count);
-  product(logits, hidden.narrow(0, start, count), head.t(), false);
+  linear_rows(logits, hidden.narrow(0, start, count), head, Tensor());
   return logits;
 }
 
@@ -136,19 +136,6 @@ char* tangelo_cross_entropy_loss(const at::Tensor* hidden, const at::Tensor* hea
     const float* weight = tokens.weights.const_data_ptr<float>();
     *loss_sum = 0;
     for (size_t i = 0; i < losses.size(); i++) *loss_sum += weight[i] * losses[i];
-  });
-}
-
-char* tangelo_token_logprobs(const at::Tensor* hidden, const at::Tensor* head, const at::Tensor* targets,
-                             int64_t chunk, at::Tensor** out) {
-  return tangelo::guarded([&] {
-    at::NoGradGuard no_grad;
-    tangelo::check(*hidden, *head, *targets, chunk);
-    auto losses = tangelo::losses_of(hidden->contiguous(), *head, targets->contiguous(), chunk);
-    auto logprobs = at::empty({hidden->size(0)}, at::kFloat);
-    float* to = logprobs.data_ptr<float>();
-    for (size_t i = 0; i < losses.size(); i++) to[i] = static_cast<float>(-losses[i]);
-    *out = tangelo::give(logprobs);
   });
 }
 

@@ -52,7 +52,7 @@ char* tangelo_local_logits(const at::Tensor* hidden, const at::Tensor* head, con
   return tangelo::guarded([&] {
     at::NoGradGuard no_grad;
     auto logits = at::empty({hidden->size(0), head->size(0)}, hidden->options());
-    if (tangelo::has_logits(logits)) tangelo::product(logits, hidden->contiguous(), head->t(), false);
+    if (tangelo::has_logits(logits)) tangelo::linear_rows(logits, hidden->contiguous(), *head, at::Tensor());
     auto stats = tangelo::stats_of(logits, targets->contiguous(), start);
     out[0] = tangelo::give(logits);
     out[1] = tangelo::give(stats);

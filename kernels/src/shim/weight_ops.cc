@@ -7,34 +7,13 @@ namespace tangelo {
 // ---- linear --------------------------------------------------------------------------------------------------
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (x.scalar_type() != at::kFloat || !x.is_cpu()) return at::linear(x, weight, bias);
+  if (!has_kernels(x)) return at::linear(x, weight, bias);
   auto rows = rows_of(x).contiguous();
-  // A copy in any case: of one row, expand().contiguous() would be the bias itself, and the product is added to it.
-  auto out = bias ? bias->expand({rows.size(0), weight.size(0)}).clone(at::MemoryFormat::Contiguous)
-                  : at::empty({rows.size(0), weight.size(0)}, x.options());
-  product(out, rows, weight.t(), bias.has_value());
+  auto out = at::empty({rows.size(0), weight.size(0)}, x.options());
+  linear_rows(out, rows, weight, bias ? bias->contiguous() : Tensor());
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
   return out.view(shape);
-}
-
-// The forward pass without a graph and without a main gradient: in fp32 a row has the same bits alone as among others,
-// so that generation with a cache repeats what it does without one. (In bf16 libtorch's own products are so.)
-Tensor linear_inference(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (x.scalar_type() != at::kFloat || !x.is_cpu()) return at::linear(x, weight, bias);
-  auto in = x.contiguous();
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  auto out = at::empty(shape, x.options());
-  const int64_t inputs = weight.size(1), outputs = weight.size(0);
-  const int64_t rows = outputs == 0 ? 0 : out.numel() / outputs;
-  auto offsets = bias ? bias->contiguous() : Tensor();
-  const float* bias_data = bias ? offsets.const_data_ptr<float>() : nullptr;
-  at::parallel_for(0, outputs, grain_rows(inputs * rows), [&](int64_t begin, int64_t end) {
-    cpu::kernels().dot_products(in.const_data_ptr<float>(), weight.const_data_ptr<float>(), bias_data,
-                                out.data_ptr<float>(), rows, inputs, outputs, begin, end);
-  });
-  return out;
 }
 
 void add_bias_grad(Tensor& main_grad, const Tensor& dy) {
@@ -89,8 +68,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
   TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "linear: input of type ", x.scalar_type(),
               ", weight of type ", weight.scalar_type());
-  const bool trains = weight_grad || bias_grad;
-  if (!wants_node(x, trains)) return trains ? linear_forward(x, weight, bias) : linear_inference(x, weight, bias);
+  if (!wants_node(x, weight_grad || bias_grad)) return linear_forward(x, weight, bias);
   return Linear::apply(anchor_for(x), x, weight, bias, weight_grad, bias_grad);
 }
 

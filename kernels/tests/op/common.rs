@@ -66,3 +66,11 @@ pub fn with_one_and_two_threads<R>(mut work: impl FnMut() -> R) -> (R, R) {
     tch::set_num_threads(before);
     (one, two)
 }
+
+/// The message of the panic with which an operator refuses its arguments.
+pub fn refusal<R>(call: impl FnOnce() -> R) -> String {
+    let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) else {
+        panic!("the call must be refused");
+    };
+    panic.downcast_ref::<String>().cloned().unwrap_or_default()
+}

@@ -51,7 +51,7 @@ fn check(tokens: i64, width: i64, vocabulary: i64, chunk: i64, kind: Kind, toler
 
     let loss = op::cross_entropy_loss(&i.hidden, &i.head, &i.targets, &i.weights, chunk);
     assert_close("loss alone", &loss, &expected, tolerance);
-    let logprobs = op::token_logprobs(&i.hidden, &i.head, &i.targets, chunk);
+    let logprobs = op::token_logprobs(&i.hidden, &i.head, &i.targets, 1.0, chunk);
     assert_close("logprobs", &logprobs, &-negative_log_likelihoods(&hidden, &head, &i.targets), tolerance);
 }
 
@@ -96,5 +96,5 @@ fn a_nan_reaches_the_loss() {
 #[should_panic(expected = "outside the vocabulary")]
 fn a_target_outside_the_vocabulary_is_refused() {
     let i = inputs(8, 16, 20, Kind::Float);
-    let _ = op::token_logprobs(&i.hidden, &i.head, &i.targets.full_like(20), 4);
+    let _ = op::token_logprobs(&i.hidden, &i.head, &i.targets.full_like(20), 1.0, 4);
 }

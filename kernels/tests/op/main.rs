@@ -8,8 +8,10 @@
 mod attention;
 mod common;
 mod distribution;
+mod logprob;
 mod loss;
 mod muon;
+mod paged;
 mod pointwise;
 mod spans;
 mod update;

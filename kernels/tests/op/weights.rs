@@ -50,18 +50,28 @@ fn linear_is_as_exact_as_a_plain_product() {
     assert!(ours <= 2.0 * plain, "relative error {ours:.2e}, plain matmul {plain:.2e}");
 }
 
+/// In one piece and in pieces, with a graph and without, with other threads: a row's bits are the same.
+fn check_rows(kind: Kind, tolerance: f64, inputs: i64, outputs: i64) {
+    let (x, w, bias) = (random(&[600, inputs], kind), random(&[outputs, inputs], kind), random(&[outputs], kind));
+    let all = op::linear(&x, &w, Some(&bias), None, None);
+    let wide = [&x, &w, &bias].map(|t| t.to_kind(Kind::Double));
+    assert_close("all rows", &all, &(wide[0].matmul(&wide[1].tr()) + &wide[2]), tolerance);
+    let trained = op::linear(&x, &w, Some(&bias), Some(&main_grad(&w)), Some(&main_grad(&bias)));
+    assert_same_bits("with a graph", &trained.detach(), &all);
+    let (one, two) = with_one_and_two_threads(|| op::linear(&x, &w, Some(&bias), None, None));
+    assert_same_bits("one thread", &one, &all);
+    assert_same_bits("two threads", &two, &all);
+    for (start, rows) in [(9, 1), (0, 2), (100, 3), (11, 5), (1, 17), (300, 64), (5, 257)] {
+        let some = op::linear(&x.narrow(0, start, rows), &w, Some(&bias), None, None);
+        assert_same_bits("some rows", &some, &all.narrow(0, start, rows));
+    }
+}
+
 #[test]
-fn inference_rows_do_not_depend_on_their_neighbours() {
-    for (inputs, outputs) in [(576, 100), (1536, 64), (13, 7)] {
-        let (x, w) = (random(&[70, inputs], Kind::Float), random(&[outputs, inputs], Kind::Float));
-        let all = op::linear(&x, &w, None, None, None);
-        assert_close("inference", &all, &x.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double).tr()), 1e-5);
-        for rows in [1, 2, 3, 5, 17] {
-            assert_same_bits(
-                "some rows",
-                &op::linear(&x.narrow(0, 9, rows), &w, None, None, None),
-                &all.narrow(0, 9, rows),
-            );
+fn rows_do_not_depend_on_their_neighbours() {
+    for (kind, tolerance) in KINDS {
+        for (inputs, outputs) in [(576, 100), (1536, 64), (13, 7), (1, 1), (512, 16), (515, 200), (64, 1000)] {
+            check_rows(kind, tolerance, inputs, outputs);
         }
     }
 }
@@ -128,12 +138,6 @@ fn wrong_arguments_are_named() {
     assert!(message.contains("the weight requires a gradient"), "{message}");
     let message = refusal(|| op::rms_norm(&x, &random(&[7], Kind::Float), 1e-5, None));
     assert!(message.contains("rms_norm: input of shape [3, 8]"), "{message}");
-}
-
-/// The panic message of a call that must fail.
-fn refusal(call: impl FnOnce() -> Tensor) -> String {
-    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).expect_err("the call must be refused");
-    panic.downcast_ref::<String>().cloned().unwrap_or_default()
 }
 
 #[test]

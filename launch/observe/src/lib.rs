@@ -17,8 +17,8 @@ pub mod writer;
 pub use failure::{ErrorRecord, FailureKind};
 pub use metric::Metric;
 pub use progress::{ProgressEvent, ProgressWriter};
-pub use records::{EventRecord, MetricRecord, SampleRecord};
-pub use writer::{EventLog, MetricsWriter, SampleLog};
+pub use records::{EventRecord, MetricRecord, NamedRecord, SampleRecord};
+pub use writer::{EventLog, MetricsWriter, NamedMetrics, SampleLog};
 
 use std::fmt::Display;
 use std::io::Write;

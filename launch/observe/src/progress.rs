@@ -54,6 +54,46 @@ pub enum ProgressEvent {
         #[serde(default)]
         grad_norm: Option<f64>,
     },
+    /// The driver of an RL job listens: its ranks may start.
+    Listening {
+        /// host:port.
+        address: String,
+        /// The file with the job's secret.
+        secret_file: std::path::PathBuf,
+    },
+    /// A step of reinforcement learning is done.
+    RlStep {
+        /// Which, counted from 1.
+        step: u64,
+        /// How many there are.
+        steps: u64,
+        /// Mean reward of the step's completions.
+        #[serde(default)]
+        reward: Option<f64>,
+        /// Mean KL between the policies before and after, estimated from the update's own ratios.
+        #[serde(default)]
+        kl: Option<f64>,
+        /// Mean length of completions, tokens.
+        #[serde(default)]
+        response_length: Option<f64>,
+        /// The whole step, seconds.
+        #[serde(default)]
+        seconds: Option<f64>,
+        /// Of it, generation.
+        #[serde(default)]
+        generation_seconds: Option<f64>,
+        /// Of it, updates.
+        #[serde(default)]
+        update_seconds: Option<f64>,
+    },
+    /// A validation of reinforcement learning is done.
+    Validation {
+        /// After which step.
+        step: u64,
+        /// Names and values.
+        #[serde(default)]
+        text: String,
+    },
     /// An evaluation is done.
     Eval {
         /// After which step.

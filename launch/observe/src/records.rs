@@ -48,6 +48,40 @@ impl MetricRecord {
     }
 }
 
+/// One line of metrics.jsonl whose names are the run's own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedRecord {
+    /// The step, counted from 1; 0: before the first.
+    pub step: u64,
+    /// When, seconds since 1970.
+    pub time: f64,
+    /// The numbers.
+    pub values: Vec<(String, f64)>,
+}
+
+impl NamedRecord {
+    /// As a line of JSON, without line end.
+    pub fn to_json(&self) -> String {
+        let mut map = Map::new();
+        map.insert("step".into(), self.step.into());
+        map.insert("time".into(), number(self.time));
+        for (name, value) in &self.values {
+            map.insert(name.clone(), number(*value));
+        }
+        Value::Object(map).to_string()
+    }
+
+    /// From a line of JSON.
+    pub fn from_json(line: &str) -> Option<NamedRecord> {
+        let map: Map<String, Value> = serde_json::from_str(line).ok()?;
+        let step = map.get("step")?.as_u64()?;
+        let time = map.get("time").and_then(parse_number).unwrap_or(f64::NAN);
+        let own = map.iter().filter(|(name, _)| !["step", "time"].contains(&name.as_str()));
+        let values = own.filter_map(|(name, value)| Some((name.clone(), parse_number(value)?))).collect();
+        Some(NamedRecord { step, time, values })
+    }
+}
+
 fn number(value: f64) -> Value {
     match serde_json::Number::from_f64(value) {
         Some(n) => Value::Number(n),

@@ -1,7 +1,7 @@
 //! Writers of a run's records. None of them returns an error: the first failure is said once on stderr, and training
 //! goes on.
 
-use crate::records::{EventKind, EventRecord, MetricRecord, SampleRecord, open_after};
+use crate::records::{EventKind, EventRecord, MetricRecord, NamedRecord, SampleRecord, open_after};
 use crate::tensorboard::EventFile;
 use crate::{Metric, files, stderr_line, unix_seconds};
 use std::fs::{self, File, OpenOptions};
@@ -67,6 +67,32 @@ impl MetricsWriter {
         self.lines.with(|file| file.write_all((record.to_json() + "\n").as_bytes()));
         if let Some(events) = &mut self.events {
             events.with(|file| file.scalars(record.time, step, values.iter().map(|(m, v)| (m.tag(), *v))));
+        }
+    }
+}
+
+/// Writes metrics whose names are not known beforehand (those of reinforcement learning, under verl's names) to
+/// metrics.jsonl and, if asked, to a TensorBoard event file. The driver owns it.
+#[derive(Debug)]
+pub struct NamedMetrics {
+    lines: Quiet<File>,
+    events: Option<Quiet<EventFile>>,
+}
+
+impl NamedMetrics {
+    /// As [`MetricsWriter::open`].
+    pub fn open(run_folder: &Path, tensorboard: Option<&Path>, resume_step: u64) -> NamedMetrics {
+        let MetricsWriter { lines, events } = MetricsWriter::open(run_folder, tensorboard, resume_step);
+        NamedMetrics { lines, events }
+    }
+
+    /// Records values of a step, in the order given.
+    pub fn record(&mut self, step: u64, values: &[(String, f64)]) {
+        let record = NamedRecord { step, time: unix_seconds(), values: values.to_vec() };
+        self.lines.with(|file| file.write_all((record.to_json() + "\n").as_bytes()));
+        if let Some(events) = &mut self.events {
+            let values = values.iter().map(|(name, value)| (name.as_str(), *value));
+            events.with(|file| file.scalars(record.time, step, values));
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod layers;
 pub mod memory;
 pub mod program;
 pub mod prove;
+pub mod publish;
 pub mod table;
 pub mod traffic;
 pub mod walk;

@@ -16,7 +16,9 @@ pub fn prepare(plan: &Plan, terminal: &Terminal, cancelled: &dyn Fn() -> bool) -
     let prepared = prepared?;
     let (tokens, seconds) = (short_count(prepared.tokens() as f64), begun.elapsed().as_secs_f64());
     let sources = prepared.sources.len();
-    terminal.say(&format!("data: {tokens} tokens of {sources} source(s), ready after {seconds:.1} s"));
+    let trained = prepared.trained_tokens().map(|count| format!(", {} of them trained", short_count(count as f64)));
+    let trained = trained.unwrap_or_default();
+    terminal.say(&format!("data: {tokens} tokens of {sources} source(s){trained}, ready after {seconds:.1} s"));
     Ok(())
 }
 

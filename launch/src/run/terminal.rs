@@ -124,8 +124,10 @@ impl Terminal {
             (_, ProgressEvent::Skipped { .. }) => self.warn(&line_of(event)),
             (Mode::Quiet, _) => {}
             (_, ProgressEvent::Amount { name, done, total, detail }) => self.amount(name, *done, *total, detail),
-            (Mode::Bar, ProgressEvent::Step { step, steps, .. }) => self.advance(*step, *steps, event),
-            (Mode::Lines, ProgressEvent::Step { step, steps, .. }) => {
+            (Mode::Bar, ProgressEvent::Step { step, steps, .. } | ProgressEvent::RlStep { step, steps, .. }) => {
+                self.advance(*step, *steps, event);
+            }
+            (Mode::Lines, ProgressEvent::Step { step, steps, .. } | ProgressEvent::RlStep { step, steps, .. }) => {
                 if self.is_line_due(*step == *steps) {
                     self.say(&line_of(event));
                 }
@@ -229,7 +231,7 @@ pub fn line_of(event: &ProgressEvent) -> String {
     match event {
         ProgressEvent::Phase { name } => name.clone(),
         ProgressEvent::Amount { name, done, total, detail } => amount_line(name, *done, *total, detail),
-        ProgressEvent::Step { step, steps, .. } => {
+        ProgressEvent::Step { step, steps, .. } | ProgressEvent::RlStep { step, steps, .. } => {
             let mut parts = vec![format!("step {step}/{steps}")];
             parts.extend(numbers_of(event));
             parts.join("  ")
@@ -237,6 +239,7 @@ pub fn line_of(event: &ProgressEvent) -> String {
         ProgressEvent::Eval { step, loss, perplexity } => {
             format!("evaluation after step {step}: loss {}, perplexity {}", fixed(*loss, 4), fixed(*perplexity, 2))
         }
+        ProgressEvent::Validation { step, text } => format!("validation after step {step}: {text}"),
         ProgressEvent::Saved { step } => format!("checkpoint of step {step} saved"),
         ProgressEvent::Skipped { step, reason } => format!("step {step} skipped: {reason}"),
         ProgressEvent::Done { step, steps } => format!("done with step {step} of {steps}"),
@@ -250,13 +253,26 @@ fn amount_line(what: &str, done: u64, total: u64, detail: &str) -> String {
 }
 
 fn numbers_of(event: &ProgressEvent) -> Vec<String> {
-    let ProgressEvent::Step { loss, tokens_per_second, mfu, memory_bytes, lr, .. } = event else { return Vec::new() };
-    let mut parts = vec![format!("loss {}", fixed(*loss, 4))];
-    parts.extend(lr.map(|v| format!("lr {v:.2e}")));
-    parts.extend(tokens_per_second.map(|v| format!("{} tokens/s", short_count(v))));
-    parts.extend(mfu.map(|v| format!("MFU {:.1}%", 100.0 * v)));
-    parts.extend(memory_bytes.map(|v| format!("{:.2} GiB", v as f64 / (1u64 << 30) as f64)));
-    parts
+    match event {
+        ProgressEvent::Step { loss, tokens_per_second, mfu, memory_bytes, lr, .. } => {
+            let mut parts = vec![format!("loss {}", fixed(*loss, 4))];
+            parts.extend(lr.map(|v| format!("lr {v:.2e}")));
+            parts.extend(tokens_per_second.map(|v| format!("{} tokens/s", short_count(v))));
+            parts.extend(mfu.map(|v| format!("MFU {:.1}%", 100.0 * v)));
+            parts.extend(memory_bytes.map(|v| format!("{:.2} GiB", v as f64 / (1u64 << 30) as f64)));
+            parts
+        }
+        ProgressEvent::RlStep { reward, kl, response_length, seconds, generation_seconds, update_seconds, .. } => {
+            let mut parts = vec![format!("reward {}", fixed(*reward, 3))];
+            parts.extend(kl.map(|v| format!("KL {v:.1e}")));
+            parts.extend(response_length.map(|v| format!("length {v:.0}")));
+            parts.extend(seconds.map(|v| format!("{v:.1} s")));
+            parts.extend(generation_seconds.map(|v| format!("generating {v:.1}")));
+            parts.extend(update_seconds.map(|v| format!("learning {v:.1}")));
+            parts
+        }
+        _ => Vec::new(),
+    }
 }
 
 fn fixed(value: Option<f64>, digits: usize) -> String {

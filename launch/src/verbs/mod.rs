@@ -11,7 +11,7 @@ use clap::CommandFactory;
 use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use tangelo_configs::{ModelAssets, ModelSpec, SpecialTokens};
+use tangelo_configs::{ModelAssets, ModelSpec, Plan, SpecialTokens};
 use tangelo_formats::Assets;
 use tangelo_observe::files;
 
@@ -49,9 +49,20 @@ pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
         ));
     }
     print(&tangelo_planner::render_check(&plan))?;
+    print(&first_conversations(&plan))?;
     let begin = Instant::now();
     let proof = tangelo_planner::prove(&plan).map_err(|mismatch| LaunchError::Internal(mismatch.to_string()))?;
     print(&tangelo_planner::render_schedule(&plan, &proof, begin.elapsed()))
+}
+
+/// What a job that trains conversations would learn of the first of each source; why it cannot be said where files are
+/// not there yet or wrong, which `run` will complain of.
+fn first_conversations(plan: &Plan) -> String {
+    match tangelo_data::preview(&plan.config) {
+        Ok(all) if all.is_empty() => String::new(),
+        Ok(all) => all.iter().map(|first| format!("\n{first}")).collect::<String>() + "\n",
+        Err(error) => format!("\nno conversation can be shown: {error}\n\n"),
+    }
 }
 
 /// Ranks of a node where it is not said.

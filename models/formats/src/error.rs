@@ -66,6 +66,9 @@ pub enum FormatError {
         /// What is in the way.
         detail: String,
     },
+    /// A chat template cannot be compiled, is not there, or refuses a conversation.
+    #[error("{0}")]
+    Template(String),
     /// Whoever supplies values to a writer failed.
     #[error("tensor {name}: {source}")]
     Supplier {

@@ -1,4 +1,5 @@
-//! Pre-training: the loop that every rank runs.
+//! Pre-training and supervised fine-tuning: the loop that every rank runs. The two differ in what the loader's `ce_weight`
+//! marks.
 
 use super::checkpointing::Checkpointing;
 use super::evaluation::Evaluation;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tangelo_configs::Plan;
 use tangelo_core::Group;
-use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split};
+use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split, open_validation};
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_kernels::comm::{Communicator, connect as connect_ranks, gloo};
 use tangelo_kernels::device;
@@ -59,7 +59,7 @@ pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Se
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
     check_memory(plan, info, device)?;
     let loader = Loader::open(loader_options(plan, info.rank)?).map_err(data_error)?;
-    let held_out = plan.config.validation.enable.then(|| loader.validation()).transpose().map_err(data_error)?;
+    let held_out = open_validation(&plan.config, &loader).map_err(data_error)?;
     recorder.phase("meeting the other ranks");
     let data = connect(plan, info, device)?;
     recorder.phase("building the model");
@@ -247,11 +247,16 @@ fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::pat
     Ok(new)
 }
 
-/// The tokenizer that the job's data was prepared with.
+/// The tokenizer that the job's data was prepared with, and its chat template.
 pub fn job_tokenizer(plan: &Plan) -> Result<TokenizerAssets> {
     let place = plan.config.data.tokenizer_path();
     let place = place.ok_or_else(|| TrainError::Config("the job names no tokenizer: set data.tokenizer".into()))?;
-    tokenizer::load(&place).map_err(|e| TrainError::Data(e.to_string()))
+    let mut found = tokenizer::load(&place).map_err(|e| TrainError::Data(e.to_string()))?;
+    if let Some(path) = &plan.config.data.chat_template {
+        let text = std::fs::read_to_string(path);
+        found.chat_template = Some(text.map_err(|e| TrainError::Data(format!("{}: {e}", path.display())))?);
+    }
+    Ok(found)
 }
 
 /// Keeps the tokenizer in the run folder, so that a run can be moved and still be used. One that is there already is

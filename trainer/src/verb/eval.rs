@@ -12,7 +12,7 @@ use serde_json::json;
 use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
 use tangelo_configs::requests::EvalRequest;
 use tangelo_data::DataError;
-use tangelo_data::source::{MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, describe_skipped, discover, scan};
+use tangelo_data::source::{Content, MAX_DOCUMENT_BYTES, OpenFile, ScannedFile, describe_skipped, discover, scan};
 use tangelo_observe::stderr_line;
 
 /// Windows are no longer than this unless asked for: attention is quadratic in it.
@@ -59,7 +59,7 @@ pub fn run(request: &EvalRequest) -> Result<()> {
     let (mut before, all) = (0, files.iter().map(|file| file.size_bytes).sum());
     for file in files {
         let first_byte = totals.bytes;
-        let mut documents = OpenFile::open(&file.file, column, MAX_DOCUMENT_BYTES).map_err(failed)?;
+        let mut documents = OpenFile::open(&file.file, Content::Column(column), MAX_DOCUMENT_BYTES).map_err(failed)?;
         while let Some(text) = documents.next_document().map_err(failed)? {
             let ids = super::encode(&tokenizer, &text)?;
             super::check_ids(&ids, opened.model.spec().vocab_size)?;
@@ -87,7 +87,7 @@ pub fn run(request: &EvalRequest) -> Result<()> {
 
 /// The files that `paths` name, without what is no text; a warning says what was left out.
 fn files_of_text(paths: &[String], column: &str) -> std::result::Result<Vec<ScannedFile>, DataError> {
-    let mut files = scan(discover(paths)?, column, &[], &())?;
+    let mut files = scan(discover(paths)?, Content::Column(column), &[], &())?;
     if let Some(skipped) = describe_skipped(&files) {
         stderr_line(format!("warning: {skipped}"));
     }

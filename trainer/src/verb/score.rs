@@ -71,6 +71,6 @@ pub fn logprobs(model: &Model, ids: &[u32]) -> Vec<f64> {
     let targets: Vec<i64> = ids[1..].iter().map(|&id| i64::from(id)).collect();
     let targets = Tensor::from_slice(&targets).to_device(model.device());
     let hidden = model.hidden(&pack);
-    let values = op::token_logprobs(&hidden, &model.head().weight.value, &targets, LOSS_CHUNK_TOKENS);
+    let values = op::token_logprobs(&hidden, &model.head().weight.value, &targets, 1.0, LOSS_CHUNK_TOKENS);
     Vec::<f64>::try_from(values.to_kind(Kind::Double)).expect("a one-dimensional tensor")
 }

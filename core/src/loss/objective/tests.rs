@@ -149,12 +149,8 @@ fn evaluate(loss: &LossSpec, rows: &Rows, ranks: &[Vec<usize>]) -> (Sums, BTreeM
 }
 
 fn components(aggregation: Aggregation) -> Vec<LossComponent> {
-    let kl = |estimator, straight_through| LossComponent::Kl {
-        estimator,
-        straight_through,
-        coefficient: 0.3,
-        aggregation,
-    };
+    let kl =
+        |estimator, straight_through| LossComponent::Kl { estimator, straight_through, coefficient: 0.3, aggregation };
     let clipped = |clip_dual, corrects_rollout| LossComponent::PolicyGradient {
         clip_low: 0.2,
         clip_high: 0.28,
@@ -259,7 +255,8 @@ fn check_slopes(loss: &LossSpec, rows: &Rows) {
     let order = [rows.order()];
     let (_, slopes) = evaluate(loss, rows, &order);
     let moved = |row: usize, t: usize, by: Prediction| {
-        let mut other = Rows { lengths: rows.lengths.clone(), streams: rows.streams.clone(), found: rows.found.clone() };
+        let mut other =
+            Rows { lengths: rows.lengths.clone(), streams: rows.streams.clone(), found: rows.found.clone() };
         let found = &mut other.found[row][t];
         found.logprob += by.logprob;
         found.entropy += by.entropy;

@@ -6,8 +6,11 @@
 #![allow(unsafe_code)]
 
 mod fused;
+pub mod paged;
 pub mod reference;
 pub mod spans;
+
+pub use paged::{PagedBatch, PagedKv};
 
 use tch::Tensor;
 

@@ -84,21 +84,3 @@ pub fn cross_entropy_loss(
     });
     Tensor::from(loss_sum)
 }
-
-/// Log-probability of each target: `[T]` in fp32 (float64 for float64).
-pub fn token_logprobs(hidden: &Tensor, head_weight: &Tensor, targets: &Tensor, chunk_tokens: i64) -> Tensor {
-    if !has_cpu_kernels(hidden) {
-        return tch::no_grad(|| reference::token_logprobs(hidden, head_weight, targets, chunk_tokens));
-    }
-    // SAFETY: all pointers outlive the call.
-    let [out] = ffi::produce(|[out]| unsafe {
-        ffi::tangelo_token_logprobs(
-            ffi::borrow(hidden),
-            ffi::borrow(head_weight),
-            ffi::borrow(targets),
-            chunk_tokens,
-            out,
-        )
-    });
-    out
-}

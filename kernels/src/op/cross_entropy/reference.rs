@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::CrossEntropy;
 use crate::op::accumulate_kind;
+use crate::op::logprob::reference::{chunks, token_logprobs};
 
 /// See [`super::cross_entropy_chunked`].
 pub fn cross_entropy_chunked(
@@ -43,25 +44,8 @@ pub fn cross_entropy_loss(
     chunk_tokens: i64,
 ) -> Tensor {
     let (_, hidden_rows, targets, weights) = weighted_rows(hidden, targets, weights);
-    let logprobs = token_logprobs(&hidden_rows, head_weight, &targets, chunk_tokens);
+    let logprobs = token_logprobs(&hidden_rows, head_weight, &targets, 1.0, chunk_tokens);
     -(logprobs * weights).sum(Kind::Double)
-}
-
-/// See [`super::token_logprobs`].
-pub fn token_logprobs(hidden: &Tensor, head_weight: &Tensor, targets: &Tensor, chunk_tokens: i64) -> Tensor {
-    let kind = accumulate_kind(hidden);
-    let num_tokens = hidden.size()[0];
-    if num_tokens == 0 {
-        return Tensor::zeros([0], (kind, hidden.device()));
-    }
-    let parts: Vec<Tensor> = chunks(num_tokens, chunk_tokens)
-        .map(|(start, length)| {
-            let part = |x: &Tensor| x.narrow(0, start, length);
-            let logits = part(hidden).linear(head_weight, None::<&Tensor>).to_kind(kind);
-            logits.log_softmax(-1, kind).gather(1, &part(targets).unsqueeze(1), false).squeeze_dim(1)
-        })
-        .collect();
-    Tensor::cat(&parts, 0)
 }
 
 /// Indices, states, targets and weights of the tokens whose weight is not zero.
@@ -69,10 +53,4 @@ fn weighted_rows(hidden: &Tensor, targets: &Tensor, weights: &Tensor) -> (Tensor
     let rows = weights.nonzero().squeeze_dim(1);
     let pick = |x: &Tensor| x.index_select(0, &rows);
     (rows.shallow_clone(), pick(hidden), pick(targets), pick(weights))
-}
-
-/// Starts and lengths of the chunks of `num_tokens`.
-fn chunks(num_tokens: i64, chunk_tokens: i64) -> impl Iterator<Item = (i64, i64)> {
-    assert!(chunk_tokens > 0, "chunk_tokens must be positive");
-    (0..num_tokens).step_by(chunk_tokens as usize).map(move |start| (start, chunk_tokens.min(num_tokens - start)))
 }

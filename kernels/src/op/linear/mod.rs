@@ -12,9 +12,8 @@ use crate::ffi;
 /// `w` is contiguous, possibly a view of whole rows of a larger buffer (fused q, k, v; fused gate and up).
 /// Backward adds `dy^T x` to `w_main_grad` and the sum of `dy` over tokens to `bias_main_grad`; see [`crate::op`].
 ///
-/// With a main gradient, the bits of the result are the same with grad mode on and off (recomputation relies on it).
-/// Without one and without a graph (inference), a row's bits are the same whatever the other rows are, so generation
-/// with a cache repeats generation without one.
+/// On a CPU, in fp32 and bf16, a row's bits are the same whatever the other rows are and whether a graph is made: so
+/// recomputation repeats the first pass, and training, scoring and generation with a cache agree to the bit.
 pub fn linear(
     x: &Tensor,
     w: &Tensor,

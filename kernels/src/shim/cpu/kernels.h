@@ -18,6 +18,20 @@ struct AttentionShape {
   int64_t window;        // keys a query sees, itself included; at least offset + num_queries for all
 };
 
+// New tokens of one sequence and one key head, behind `offset` tokens that lie in pages. `table` names the page of each
+// BLOCK tokens of the sequence; page p of the key head begins at `pages` + p * page_stride.
+struct PagedShape {
+  int64_t num_queries;   // new tokens
+  int64_t offset;        // tokens before them
+  int64_t head_dim;
+  int64_t group;         // query heads that read the key head
+  int64_t q_stride;      // elements between tokens of q, and of the output
+  int64_t kv_stride;     // elements between new tokens of k and v
+  int64_t page_stride;   // floats
+  float scale;
+  int64_t window;        // keys a query sees, itself included; at least offset + num_queries for all
+};
+
 struct Typed {
   // y = x / rms(x) * weight for rows [begin, end) of width D; stores 1 / rms in `inverse`. With a residual,
   // `sum` receives x + residual, rounded, and is what is normalised.
@@ -68,6 +82,26 @@ struct Typed {
   // ln of the sum of exp(logit - largest), the entropy, a and b; where both slopes are 0 the gradient is exactly 0.
   void (*distribution_gradient_row)(void* logits, int64_t width, int64_t target, float inverse_temperature,
                                     const float* row);
+  // Outputs [begin, end) of x [rows, inputs] times w [outputs, inputs] transposed, plus `bias` if given; the bits of an
+  // output depend on its row of x and its row of w alone. `scratch` as linear_scratch says.
+  void (*linear)(const void* x, const void* w, const void* bias, void* out, int64_t rows, int64_t inputs,
+                 int64_t outputs, int64_t begin, int64_t end, float* scratch);
+  int64_t (*page_floats)(int64_t head_dim);
+  // Puts the new keys and values of one key head into their pages.
+  void (*append_to_pages)(const PagedShape& shape, const void* k, const void* v, float* pages, const int32_t* table);
+  // Outputs of new tokens [first, first + rows), which lie in one tile of positions, for the query heads of one key head;
+  // `q` and `out` point at the group's first head. `scratch` as paged_attention_scratch says.
+  void (*paged_attention)(const PagedShape& shape, const void* q, float* pages, const int32_t* table, void* out,
+                          int64_t first, int64_t rows, float* scratch);
+  // Of a row of logits divided by a temperature: ln of the sum of exponentials; the log-probability of `target`; the
+  // token that an exponential race draws, together with the former; the first of the largest; those that reach
+  // `threshold` (undivided).
+  double (*log_normaliser)(const void* logits, int64_t width, float inverse_temperature);
+  double (*logprob_row)(const void* logits, int64_t width, int64_t target, float inverse_temperature);
+  int64_t (*race_row)(const void* logits, int64_t width, float inverse_temperature, const uint32_t* key,
+                      double* log_normaliser);
+  int64_t (*argmax_row)(const void* logits, int64_t width);
+  int64_t (*above_row)(const void* logits, int64_t width, float threshold, float* values, int32_t* tokens);
 };
 
 struct AdamWScalars {
@@ -88,10 +122,12 @@ struct Kernels {
   // `copy` may be null; `copy_is_bf16` says what it holds.
   void (*adamw)(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, void* copy, bool copy_is_bf16,
                 const AdamWScalars& scalars, int64_t begin, int64_t end);
-  // Outputs [begin, end) of x [rows, inputs] times w [outputs, inputs] transposed, plus `bias` if given; the bits of a
-  // row do not depend on the other rows.
-  void (*dot_products)(const float* x, const float* w, const float* bias, float* out, int64_t rows, int64_t inputs,
-                       int64_t outputs, int64_t begin, int64_t end);
+  int64_t (*linear_scratch)(int64_t rows, int64_t inputs);  // floats
+  int64_t (*paged_attention_scratch)(int64_t head_dim);     // floats
+  // Of `count` tokens with weights, the index of the one an exponential race draws.
+  int64_t (*race_of)(const float* weights, const int32_t* tokens, int64_t count, const uint32_t* key);
+  // to = exp(value * inverse_temperature - highest)
+  void (*exponentials)(const float* values, int64_t count, float inverse_temperature, float highest, float* to);
   double (*square_sum)(const float* from, int64_t length);
 };
 

@@ -77,7 +77,7 @@ fn short(value: f64, significant: i32) -> String {
 #[derive(Clone, Debug)]
 pub struct Line {
     /// Its name in the legend.
-    pub name: &'static str,
+    pub name: String,
     /// Which of the style sheet's colours.
     pub color: usize,
     /// Its points.
@@ -113,7 +113,8 @@ pub fn lines(title: &str, format: Format, from_zero: bool, lines: &[Line], frame
         body += &path(&scale, line, buckets);
         body += &broken(&scale, &line.series);
     }
-    let rows: Vec<_> = drawn.iter().map(|(line, buckets)| (line.name, line.color, buckets.as_slice())).collect();
+    let rows: Vec<_> =
+        drawn.iter().map(|(line, buckets)| (line.name.as_str(), line.color, buckets.as_slice())).collect();
     let note = if clipped { "highest peaks cut off" } else { "" };
     figure(title, note, &legend(&rows, format, drawn.len() > 1), &data(&rows, format), &body)
 }
@@ -142,7 +143,8 @@ pub fn stacked(title: &str, format: Format, lines: &[Line], frame: &Frame) -> St
         let _ = write!(areas, r#"<polygon class="area s{}" points="{}"/>"#, line.color, points.join(" "));
         below = above;
     }
-    let rows: Vec<_> = drawn.iter().map(|(line, buckets)| (line.name, line.color, buckets.as_slice())).collect();
+    let rows: Vec<_> =
+        drawn.iter().map(|(line, buckets)| (line.name.as_str(), line.color, buckets.as_slice())).collect();
     let legend = mean_legend(&drawn, format);
     figure(title, "mean", &legend, &data(&rows, format), &(areas + &axes(&scale, format, frame)))
 }
@@ -273,12 +275,13 @@ fn finite_runs(buckets: &[Bucket]) -> impl Iterator<Item = &[Bucket]> {
     buckets.chunk_by(|a, b| a.mean.is_finite() == b.mean.is_finite()).filter(|run| run[0].mean.is_finite())
 }
 
-type Row<'a> = (&'static str, usize, &'a [Bucket]);
+type Row<'a> = (&'a str, usize, &'a [Bucket]);
 
 fn legend(rows: &[Row<'_>], format: Format, with_names: bool) -> String {
     let mut out = String::new();
     for (name, color, buckets) in rows {
         let Some(last) = buckets.iter().rev().find(|b| b.mean.is_finite()) else { continue };
+        let name = escape(name);
         let name = if with_names { format!(r#"<i class="s{color}"></i>{name} "#) } else { String::new() };
         let _ = write!(out, "<span>{name}<b>{}</b></span>", format.write(last.mean));
     }
@@ -295,7 +298,7 @@ fn mean_legend(drawn: &[(&Line, Vec<Bucket>)], format: Format) -> String {
     let mut out = String::new();
     for (line, _) in drawn {
         let (value, share) = (mean(line), 100.0 * mean(line) / total.max(f64::MIN_POSITIVE));
-        let (name, color, value) = (line.name, line.color, format.write(value));
+        let (name, color, value) = (escape(&line.name), line.color, format.write(value));
         let _ = write!(out, r#"<span><i class="s{color}"></i>{name} <b>{value}</b> {share:.0}%</span>"#);
     }
     out
@@ -367,7 +370,7 @@ mod tests {
     fn one_peak_does_not_flatten_the_rest() {
         let mut points: Vec<(u64, f64)> = (1..=500).map(|i| (i, 1.0 + (i % 3) as f64 / 10.0)).collect();
         points[300].1 = 1e5;
-        let line = Line { name: "x", color: 0, series: Series { points }, dots: false };
+        let line = Line { name: "x".into(), color: 0, series: Series { points }, dots: false };
         let buckets = line.series.buckets((1, 500), BUCKETS);
         let (range, clipped) = y_range(&[(&line, buckets)], false);
         assert!(clipped && range.1 < 2.0, "{range:?}");
@@ -379,7 +382,7 @@ mod tests {
     fn odd_series_draw() {
         let frame = Frame { steps: (3, 3), restarts: vec![3] };
         let chart = |points: Vec<(u64, f64)>| {
-            let line = Line { name: "x", color: 1, series: Series { points }, dots: true };
+            let line = Line { name: "x".into(), color: 1, series: Series { points }, dots: true };
             lines("a < b", Format::Plain, false, std::slice::from_ref(&line), &frame)
                 + &stacked("s", Format::Seconds, &[line], &frame)
         };

@@ -5,9 +5,10 @@
 
 mod chart;
 mod page;
+mod rl;
 mod series;
 
-use crate::records::{EventKind, EventRecord, MetricRecord, SampleRecord, read_lines, read_metrics};
+use crate::records::{EventKind, EventRecord, MetricRecord, NamedRecord, SampleRecord, read_lines, read_metrics};
 use crate::{files, unix_seconds};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ struct Run {
     duration: Option<String>,
     config_text: Option<String>,
     records: Vec<MetricRecord>,
+    /// The same lines with all their names.
+    named: Vec<NamedRecord>,
     events: Vec<EventRecord>,
     samples: Vec<SampleRecord>,
 }
@@ -63,6 +66,8 @@ pub fn write_to(run_folder: &Path, path: &Path) -> io::Result<()> {
 fn gather(folder: &Path) -> io::Result<Run> {
     let mut records = read_metrics(&folder.join(files::METRICS))?;
     records.sort_by_key(|r| r.step);
+    let mut named = read_lines(&folder.join(files::METRICS), NamedRecord::from_json)?;
+    named.sort_by_key(|r| r.step);
     let events = read_lines(&folder.join(files::EVENTS), |line| serde_json::from_str::<EventRecord>(line).ok())?;
     let mut samples: Vec<SampleRecord> =
         read_lines(&folder.join(files::SAMPLES), |line| serde_json::from_str(line).ok())?;
@@ -83,6 +88,7 @@ fn gather(folder: &Path) -> io::Result<Run> {
         duration: begun.and_then(|begin| duration_text(begin, &records, &events)),
         config_text,
         records,
+        named,
         events,
         samples,
     })

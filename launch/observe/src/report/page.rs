@@ -1,6 +1,7 @@
 //! The page around the charts. Pure: text in, HTML out.
 
 use super::chart::{self, Format, Frame, Line};
+use super::rl;
 use super::series::Series;
 use super::{Run, Status};
 use crate::Metric;
@@ -60,8 +61,8 @@ pub fn render(run: &Run) -> String {
 }
 
 fn frame(run: &Run) -> Frame {
-    let first = run.records.first().map_or(0, |r| r.step);
-    let last = run.records.last().map_or(first, |r| r.step);
+    let first = run.named.first().map_or(0, |r| r.step);
+    let last = run.named.last().map_or(first, |r| r.step);
     let resumed = run.events.iter().filter(|e| matches!(e.kind, EventKind::Restart | EventKind::Resume));
     let mut restarts: Vec<u64> = resumed.filter_map(|e| e.step).filter(|step| *step > 0).collect();
     restarts.dedup();
@@ -89,7 +90,7 @@ fn tiles(run: &Run) -> String {
     let series = |metric| Series::of(&run.records, metric);
     let last = |metric| series(metric).last();
     let mut tiles: Vec<(&str, String, String)> = Vec::new();
-    if let Some(record) = run.records.last() {
+    if let Some(record) = run.named.last() {
         let of = run.steps_asked.map(|n| format!("of {n}")).unwrap_or_default();
         tiles.push(("steps", record.step.to_string(), of));
     }
@@ -115,6 +116,7 @@ fn tiles(run: &Run) -> String {
         let predicted = last(Metric::PredictedMemoryBytes).map(|p| format!("predicted {}", Format::Bytes.write(p.1)));
         tiles.push(("peak memory per rank", Format::Bytes.write(value), predicted.unwrap_or_default()));
     }
+    tiles.extend(rl::tiles(&run.named));
     if let Some(duration) = &run.duration {
         tiles.push(("wall time", duration.clone(), String::new()));
     }
@@ -133,13 +135,21 @@ fn tiles(run: &Run) -> String {
 }
 
 fn charts(run: &Run, frame: &Frame) -> String {
-    let line = |metric, name, color| Line { name, color, series: Series::of(&run.records, metric), dots: false };
+    if rl::is_of_rl(&run.named) {
+        return rl::charts(&run.named, frame);
+    }
+    let line = |metric, name: &str, color| Line {
+        name: name.to_owned(),
+        color,
+        series: Series::of(&run.records, metric),
+        dots: false,
+    };
     let held_out = Line { dots: true, ..line(Metric::EvalLoss, "held out", 1) };
     let names = ["data", "forward", "backward", "communication", "optimizer", "checkpoint"];
     let colors = [5, 0, 3, 1, 2, 4];
     let parts = Metric::STEP_PARTS.into_iter().zip(names).zip(colors);
     let mut split: Vec<Line> = parts.map(|((metric, name), color)| line(metric, name, color)).collect();
-    split.push(Line { name: "other", color: 6, series: rest_of_step(run), dots: false });
+    split.push(Line { name: "other".into(), color: 6, series: rest_of_step(run), dots: false });
     [
         chart::lines("Loss, nats per token", Format::Plain, false, &[line(Metric::Loss, "train", 0), held_out], frame),
         chart::lines("Gradient norm", Format::Plain, true, &[line(Metric::GradNorm, "gradient norm", 3)], frame),

@@ -2,7 +2,7 @@
 //!
 //! A tokenizer is Hugging Face's `tokenizer.json` wherever it came from; one inside a GGUF file is translated into it.
 //! Beside it lie facts that a `tokenizer.json` does not hold: which ids start and end a document, and the template that
-//! turns a conversation into text. Absent: training a tokenizer (the data room does it) and rendering templates.
+//! turns a conversation into text ([`chat`](crate::chat) renders it). Absent: training a tokenizer (the data room does it).
 //!
 //! Invariant: encoding with a loaded tokenizer never truncates or pads, whatever the file says.
 

@@ -1,6 +1,7 @@
 //! Text from tokens as they come.
 
 use crate::error::BoxError;
+use std::ops::Deref;
 use tokenizers::Tokenizer;
 
 /// Tokens that may wait for the end of a character. Four bytes make any, so more means bytes that never will.
@@ -8,10 +9,10 @@ const MAX_PENDING: usize = 8;
 
 /// Turns ids into text one at a time. A character whose bytes are spread over several tokens comes out when its last
 /// byte is there; what comes out, put together, is the text of all ids. Bytes that form no character come out as
-/// U+FFFD. Work per token does not grow with the text.
+/// U+FFFD. Work per token does not grow with the text. `T` is a tokenizer, borrowed or shared.
 #[derive(Clone)]
-pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct StreamDecoder<T> {
+    tokenizer: T,
     skip_special_tokens: bool,
     /// The tokens of the last piece that came out, which decide how the next ones join it, then those that wait.
     ids: Vec<u32>,
@@ -19,9 +20,9 @@ pub struct StreamDecoder<'a> {
     done: usize,
 }
 
-impl<'a> StreamDecoder<'a> {
+impl<T: Deref<Target = Tokenizer>> StreamDecoder<T> {
     /// A decoder at the start of a text; `skip_special_tokens` leaves out the text of special tokens.
-    pub fn new(tokenizer: &'a Tokenizer, skip_special_tokens: bool) -> StreamDecoder<'a> {
+    pub fn new(tokenizer: T, skip_special_tokens: bool) -> StreamDecoder<T> {
         StreamDecoder { tokenizer, skip_special_tokens, ids: Vec::new(), done: 0 }
     }
 

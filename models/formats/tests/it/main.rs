@@ -6,5 +6,6 @@ mod convert;
 mod damage;
 mod gguf;
 mod peer;
+mod templates;
 mod tokenizers;
 mod weights;

@@ -235,7 +235,8 @@ fn check_direction(worker: &TrainWorker, loss: impl Fn(&Model) -> f64, what: &st
         })
         .collect();
     let moved = |by: f64| {
-        let shift = |by: f64| tch::no_grad(|| directions.iter().for_each(|(w, d)| _ = w.shallow_clone().g_add_(&(d * by))));
+        let shift =
+            |by: f64| tch::no_grad(|| directions.iter().for_each(|(w, d)| _ = w.shallow_clone().g_add_(&(d * by))));
         shift(by);
         let found = loss(worker.model());
         shift(-by);
@@ -332,9 +333,9 @@ fn sums_of_components_are_the_same_in_every_layout() {
         for (loss, is_critic) in losses(mode) {
             let of = |line: &str| if is_critic { scalar(Case::parse(line, seed)) } else { Case::parse(line, seed) };
             let case = of(line);
-            let truth = truths.entry((case.model, at % 2, is_critic)).or_insert_with(|| {
-                step(&of(case.model), &loss, &rows, MicroBatches::Tokens(usize::MAX))
-            });
+            let truth = truths
+                .entry((case.model, at % 2, is_critic))
+                .or_insert_with(|| step(&of(case.model), &loss, &rows, MicroBatches::Tokens(usize::MAX)));
             let cut = [MicroBatches::Tokens(BUDGET), MicroBatches::Balanced(BUDGET)][at / 2 % 2];
             let found = catch_unwind(|| step(&case, &loss, &rows, cut));
             match found.map_err(|_| "a rank panicked: see above".to_owned()).and_then(|found| compare(&found, truth)) {
@@ -388,7 +389,9 @@ fn forward(case: &Case, rows: &[Row], what: &[Column], temperature: f64) -> Vec<
 fn by_row(case: &Case, found: &[Batch], column: Column) -> BTreeMap<usize, Vec<f32>> {
     let mut all = BTreeMap::new();
     for (own, batch) in deal(case.seed(), found.len()).into_iter().zip(found) {
-        own.into_iter().enumerate().for_each(|(at, row)| _ = all.insert(row, batch.slice(at, 1).f32_values(column).unwrap()));
+        own.into_iter()
+            .enumerate()
+            .for_each(|(at, row)| _ = all.insert(row, batch.slice(at, 1).f32_values(column).unwrap()));
     }
     all
 }

@@ -6,6 +6,7 @@ mod grpo;
 mod harness;
 mod moving;
 mod muon;
+mod publishing;
 mod table;
 
 use crate::support;

@@ -1,0 +1,281 @@
+//! The sections of an `rlhf` job that are about its loop, its roles and where they live.
+//!
+//! What rewards become is [`crate::Algorithm`]'s, what is asked [`crate::prompts::Prompts`]', what an answer is worth
+//! [`crate::reward::Reward`]'s; the policy is trained by the sections of every job (`[model]`, `[optimizer]`,
+//! `[parallelism]`, ...). Names and batch semantics are verl's where the meaning is the same: batches count prompts, each
+//! of which has `rollout.sampling.n` completions.
+
+mod plan;
+
+pub(crate) use plan::resolve_sections;
+pub use plan::{JobPlan, role_folder};
+
+use crate::check::Found;
+use crate::job::{ComputeType, Parallelism};
+use crate::{ConfigError, EngineConfig, SamplingParams};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+/// `[rlhf]`: the loop.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rlhf {
+    /// Prompts per step (verl: data.train_batch_size).
+    pub train_batch_size: usize,
+    /// Prompts per update of the policy; a step makes train_batch_size / ppo_mini_batch_size of them per epoch. 0: all.
+    pub ppo_mini_batch_size: usize,
+    /// How often a step's batch is learnt from.
+    pub ppo_epochs: usize,
+    /// Tokens that a rank computes with at once in training and scoring (verl: ppo_max_token_len_per_gpu). A longer sequence
+    /// is computed alone.
+    pub ppo_max_token_len_per_rank: usize,
+    /// Steps at the start in which only the critic learns.
+    pub critic_warmup: usize,
+    /// Steps by which a rollout may be older than the policy that learns from it. Only 0 is offered: the policy waits.
+    pub max_staleness: usize,
+    /// Where the log-probabilities before the update come from.
+    pub old_logprobs: OldLogprobs,
+    /// Validate before the first step.
+    pub val_before_train: bool,
+    /// Steps between validations; 0: only before the first step and after the last.
+    pub test_freq: usize,
+    /// How answers of the validation are drawn (verl: val_kwargs): greedy, one each.
+    pub validation: SamplingParams,
+    /// The longest that a call to the ranks (generating a batch, learning from one) may take, seconds.
+    pub verb_timeout_seconds: u64,
+    /// Write every rollout to `rollouts/` in the run folder.
+    pub save_rollouts: bool,
+    /// Sample completions of a step that the report shows.
+    pub report_samples: usize,
+    /// A validation answer passes (pass@n) from this reward on.
+    pub val_pass_reward: f64,
+}
+
+impl Default for Rlhf {
+    fn default() -> Rlhf {
+        Rlhf {
+            train_batch_size: 1024,
+            ppo_mini_batch_size: 256,
+            ppo_epochs: 1,
+            ppo_max_token_len_per_rank: 16_384,
+            critic_warmup: 0,
+            max_staleness: 0,
+            old_logprobs: OldLogprobs::default(),
+            val_before_train: true,
+            test_freq: 0,
+            validation: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            verb_timeout_seconds: 3600,
+            save_rollouts: true,
+            report_samples: 4,
+            val_pass_reward: 1.0,
+        }
+    }
+}
+
+/// Where the log-probabilities before the update come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OldLogprobs {
+    /// The engine's where they are the trainer's to the bit (equal types, equal tensor parallelism, no context
+    /// parallelism, on a CPU), else the trainer's.
+    #[default]
+    Auto,
+    /// The engine's, whatever the distance (verl: bypass_mode).
+    Rollout,
+    /// The trainer's, from a pass of their own.
+    Recompute,
+}
+
+/// `[rollout]`: generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rollout {
+    /// Ranks that share a model in generation.
+    pub tensor_parallel_degree: usize,
+    /// Type of weights and activations in generation; `auto`: as in training.
+    pub dtype: ComputeType,
+    /// MiB of weights that travel at once from training to generation.
+    pub update_weights_bucket_mb: usize,
+    /// How completions are drawn.
+    pub sampling: SamplingParams,
+    /// Memory and batch of the engine.
+    pub engine: EngineConfig,
+}
+
+impl Default for Rollout {
+    fn default() -> Rollout {
+        Rollout {
+            tensor_parallel_degree: 1,
+            dtype: ComputeType::Auto,
+            update_weights_bucket_mb: 256,
+            sampling: SamplingParams { n: 8, ..SamplingParams::default() },
+            engine: EngineConfig::default(),
+        }
+    }
+}
+
+/// A model that plays a part in the job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Learns.
+    Policy,
+    /// Generates with the policy's weights.
+    Rollout,
+    /// The policy as it was at the start; never learns.
+    Reference,
+    /// Learns to predict returns.
+    Critic,
+    /// A reward model; never learns.
+    Reward,
+}
+
+impl Role {
+    /// Every role.
+    pub const ALL: [Role; 5] = [Role::Policy, Role::Rollout, Role::Reference, Role::Critic, Role::Reward];
+
+    /// Its name in configurations, errors and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Policy => "policy",
+            Role::Rollout => "rollout",
+            Role::Reference => "reference",
+            Role::Critic => "critic",
+            Role::Reward => "reward",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What the model of a role other than the policy is; what is absent is the policy's.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoleModel {
+    /// A Hugging Face folder or GGUF file with its weights. Default: the policy's own start.
+    pub hf_assets_path: Option<PathBuf>,
+    /// How its ranks share the work. Default: as the policy's, where it lives in the policy's pool; else data parallel.
+    pub parallelism: Option<Parallelism>,
+    /// Learning rate, of a critic (verl: 1e-5).
+    pub lr: Option<f64>,
+}
+
+/// `[roles]`: models other than the policy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Roles {
+    /// The reference, where the algorithm needs one.
+    pub reference: RoleModel,
+    /// The critic, where the algorithm needs one.
+    pub critic: RoleModel,
+    /// The reward model, where `reward.parts` has one.
+    pub reward: RoleModel,
+}
+
+/// `[placement]`: which ranks each role lives on. Roles of one pool take turns on its ranks; pools run at the same time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlacementConfig {
+    /// Pools, in the order of their ranks, with how many each has. Empty: one pool, `all`, of every rank.
+    pub pools: Vec<Pool>,
+    /// The pool of each role. Default: the first.
+    pub roles: BTreeMap<Role, String>,
+}
+
+/// Some ranks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pool {
+    /// Its name.
+    pub name: String,
+    /// How many ranks it has.
+    pub ranks: usize,
+}
+
+impl PlacementConfig {
+    /// The pool of a role and its ranks, in a job of `world_size`.
+    pub fn ranks_of(&self, role: Role, world_size: usize) -> (String, std::ops::Range<usize>) {
+        let Some(first) = self.pools.first() else { return ("all".into(), 0..world_size) };
+        let name = self.roles.get(&role).unwrap_or(&first.name);
+        let mut start = 0;
+        for pool in &self.pools {
+            if pool.name == *name {
+                return (name.clone(), start..start + pool.ranks);
+            }
+            start += pool.ranks;
+        }
+        (name.clone(), 0..0)
+    }
+
+    fn check(&self, world_size: usize, found: &mut Found) {
+        let names: Vec<&str> = self.pools.iter().map(|pool| pool.name.as_str()).collect();
+        for (role, pool) in &self.roles {
+            found.require(names.contains(&pool.as_str()), || {
+                let known = if names.is_empty() { "none are defined".into() } else { names.join(", ") };
+                format!("`placement.roles` puts {role} on pool `{pool}`, which does not exist; pools: {known}")
+            });
+        }
+        let total: usize = self.pools.iter().map(|pool| pool.ranks).sum();
+        found.require(self.pools.is_empty() || total == world_size, || {
+            let sizes: Vec<String> = self.pools.iter().map(|p| format!("{} {}", p.name, p.ranks)).collect();
+            format!(
+                "`placement.pools` have {total} ranks ({}), the job {world_size}: start {total} ranks or change the pools",
+                sizes.join(", ")
+            )
+        });
+        found.require(self.pools.iter().all(|pool| pool.ranks > 0), || {
+            "`placement.pools` has a pool of 0 ranks; remove it or give it some".into()
+        });
+        let used: Vec<String> = Role::ALL.iter().map(|&role| self.ranks_of(role, world_size).0).collect();
+        for name in names.iter().filter(|name| !used.iter().any(|pool| pool == *name)) {
+            found.require(false, || {
+                format!("pool `{name}` of `placement.pools` has no role; name one in `placement.roles`")
+            });
+        }
+    }
+}
+
+/// Bounds of values, and what must divide what.
+pub(crate) fn check(
+    rlhf: &Rlhf,
+    rollout: &Rollout,
+    placement: &PlacementConfig,
+    world_size: usize,
+) -> Result<(), ConfigError> {
+    let mut found = Found::default();
+    found.within("rlhf.train_batch_size", rlhf.train_batch_size, 1, 1 << 24);
+    let mini = rlhf.ppo_mini_batch_size;
+    found.require(mini == 0 || rlhf.train_batch_size.is_multiple_of(mini), || {
+        format!(
+            "`rlhf.ppo_mini_batch_size` = {mini} does not divide `rlhf.train_batch_size` = {}: a step's batch falls into \
+             whole mini-batches; take a divisor, or 0 for one",
+            rlhf.train_batch_size
+        )
+    });
+    found.within("rlhf.ppo_epochs", rlhf.ppo_epochs, 1, 1 << 10);
+    found.within("rlhf.ppo_max_token_len_per_rank", rlhf.ppo_max_token_len_per_rank, 1, 1 << 30);
+    found.require(rlhf.max_staleness == 0, || {
+        format!(
+            "`rlhf.max_staleness` = {}; only 0 is offered yet: rollouts of the policy that learns",
+            rlhf.max_staleness
+        )
+    });
+    found.within("rollout.update_weights_bucket_mb", rollout.update_weights_bucket_mb, 1, 1 << 20);
+    found.within("rollout.tensor_parallel_degree", rollout.tensor_parallel_degree, 1, 1 << 10);
+    let sampling = &rollout.sampling;
+    found.require(sampling.temperature > 0.0, || {
+        "`rollout.sampling.temperature` = 0: greedy completions of a prompt are all the same and teach nothing; set 1.0".into()
+    });
+    placement.check(world_size, &mut found);
+    found.result()?;
+    sampling.check("rollout.sampling")?;
+    rlhf.validation.check("rlhf.validation")?;
+    rollout.engine.check("rollout.engine")
+}

@@ -1,0 +1,79 @@
+//! What a batch of rewards says about each part, for metrics.
+
+use std::time::Duration;
+
+/// One part over a batch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PartSummary {
+    /// The part's name.
+    pub name: String,
+    /// Samples that it applies to.
+    pub num_samples: u64,
+    /// Of these, samples that it could not score.
+    pub num_failed: u64,
+    /// Samples with no answer of the kind that it looks for.
+    pub num_unanswered: u64,
+    /// Mean of the values before the weight, over the samples scored; 0 where there are none.
+    pub mean: f64,
+    /// Smallest value.
+    pub min: f64,
+    /// Largest value.
+    pub max: f64,
+    /// From the first call to the last answer.
+    pub seconds: f64,
+    /// The longest that one call waited for its answer, its turn included.
+    pub slowest_seconds: f64,
+    /// Processes started anew since the last batch.
+    pub num_restarts: u64,
+    /// The first error.
+    pub first_error: Option<String>,
+}
+
+impl PartSummary {
+    /// Names and values for the metrics of a step: `reward/<name>/mean`, ...
+    pub fn metrics(&self) -> Vec<(String, f64)> {
+        [
+            ("mean", self.mean),
+            ("min", self.min),
+            ("max", self.max),
+            ("failed", self.num_failed as f64),
+            ("unanswered", self.num_unanswered as f64),
+            ("restarts", self.num_restarts as f64),
+            ("seconds", self.seconds),
+            ("slowest_seconds", self.slowest_seconds),
+        ]
+        .map(|(key, value)| (format!("reward/{}/{key}", self.name), value))
+        .to_vec()
+    }
+}
+
+/// Sums values of a part as they come.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tally {
+    pub summary: PartSummary,
+    sum: f64,
+}
+
+impl Tally {
+    pub fn new(name: &str) -> Tally {
+        Tally { summary: PartSummary { name: name.to_owned(), ..PartSummary::default() }, sum: 0.0 }
+    }
+
+    pub fn scored(&mut self, value: f64, answered: bool, took: Duration) {
+        let s = &mut self.summary;
+        let first = s.num_samples == s.num_failed;
+        s.min = if first { value } else { s.min.min(value) };
+        s.max = if first { value } else { s.max.max(value) };
+        s.num_samples += 1;
+        s.num_unanswered += u64::from(!answered);
+        s.slowest_seconds = s.slowest_seconds.max(took.as_secs_f64());
+        self.sum += value;
+        s.mean = self.sum / (s.num_samples - s.num_failed) as f64;
+    }
+
+    pub fn failed(&mut self, error: &str) {
+        self.summary.num_samples += 1;
+        self.summary.num_failed += 1;
+        self.summary.first_error.get_or_insert_with(|| error.to_owned());
+    }
+}

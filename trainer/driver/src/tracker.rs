@@ -1,0 +1,162 @@
+//! What the driver writes about a run: metrics under verl's names, rollouts as Parquet, samples, events, progress.
+//!
+//! A failure to write is said once and stops nothing.
+
+use crate::collect::{Rollout, Rollouts};
+use crate::rollout_file::{self, RolloutFile};
+use std::path::{Path, PathBuf};
+use tangelo_control::Metrics;
+use tangelo_observe::records::EventKind;
+use tangelo_observe::{EventLog, NamedMetrics, ProgressEvent, ProgressWriter, SampleLog, SampleRecord, stderr_line};
+
+/// Characters of a sample's prompt and completion that the report shows.
+const SHOWN: usize = 2000;
+
+/// Writes.
+pub struct Tracker {
+    metrics: NamedMetrics,
+    samples: SampleLog,
+    events: EventLog,
+    progress: ProgressWriter,
+    /// Where rollouts go, where they are wanted.
+    rollouts: Option<PathBuf>,
+    report_samples: usize,
+    steps: u64,
+    /// Numbers of the updates of the step under way.
+    learnt: Vec<Metrics>,
+}
+
+/// What a tracker needs to know of the run.
+pub struct TrackerOptions<'a> {
+    /// The run's folder.
+    pub run_folder: &'a Path,
+    /// The folder of TensorBoard's files in it, where wanted.
+    pub tensorboard: Option<&'a Path>,
+    /// Whether every rollout is kept.
+    pub save_rollouts: bool,
+    /// Samples of a step for the report.
+    pub report_samples: usize,
+    /// Steps of the run.
+    pub steps: u64,
+    /// The step it goes on from.
+    pub resumed_from: u64,
+    /// Where progress goes.
+    pub progress: ProgressWriter,
+}
+
+impl Tracker {
+    /// Opens the files of a run; what steps beyond the checkpoint left there is dropped.
+    pub fn new(options: TrackerOptions<'_>) -> Tracker {
+        let TrackerOptions { run_folder, tensorboard, save_rollouts, report_samples, steps, resumed_from, progress } =
+            options;
+        let mut tracker = Tracker {
+            metrics: NamedMetrics::open(run_folder, tensorboard, resumed_from),
+            samples: SampleLog::open(run_folder, resumed_from),
+            events: EventLog::open(run_folder),
+            progress,
+            rollouts: save_rollouts.then(|| run_folder.join("rollouts")),
+            report_samples,
+            steps,
+            learnt: Vec::new(),
+        };
+        if resumed_from > 0 {
+            let message = format!("went on from the checkpoint of step {resumed_from}");
+            tracker.events.append(EventKind::Resume, Some(resumed_from), message);
+        }
+        tracker
+    }
+
+    /// Something long begins.
+    pub fn phase(&mut self, name: &str) {
+        self.progress.send(&ProgressEvent::Phase { name: name.into() });
+    }
+
+    /// Something that the user should know.
+    pub fn warn(&mut self, step: u64, message: &str) {
+        stderr_line(format!("warning: {message}"));
+        self.events.append(EventKind::Warning, Some(step), message);
+    }
+
+    /// A checkpoint is complete.
+    pub fn saved(&mut self, step: u64, seconds: f64) {
+        self.events.append(
+            EventKind::Saved,
+            Some(step),
+            format!("checkpoint of step {step} written in {seconds:.2} s"),
+        );
+        self.progress.send(&ProgressEvent::Saved { step });
+    }
+
+    /// One update's numbers.
+    pub fn learnt(&mut self, metrics: Metrics) {
+        self.learnt.push(metrics);
+    }
+
+    /// The mean over the step's updates of each number, and the updates forgotten.
+    pub fn take_learnt(&mut self) -> Vec<(String, f64)> {
+        let updates = std::mem::take(&mut self.learnt);
+        let mut sums: std::collections::BTreeMap<String, (f64, f64)> = Default::default();
+        for (name, reading) in updates.iter().flat_map(|m| &m.0) {
+            let (sum, count) = sums.entry(name.clone()).or_default();
+            (*sum, *count) = (*sum + reading.value(), *count + 1.0);
+        }
+        sums.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect()
+    }
+
+    /// A step is done.
+    pub fn step(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts, advantages: &[Vec<f32>]) {
+        self.metrics.record(step, values);
+        for warning in &rollouts.warnings {
+            self.warn(step, warning);
+        }
+        for rollout in rollouts.rollouts.iter().take(self.report_samples) {
+            self.samples.append(&sample(step, rollout));
+        }
+        if let Some(folder) = &self.rollouts {
+            let file = RolloutFile { step, rollouts: &rollouts.rollouts, advantages };
+            if let Err(e) = rollout_file::write(folder, &file) {
+                self.warn(step, &format!("the rollouts of step {step} were not written: {e}"));
+            }
+        }
+        let value = |name: &str| values.iter().find(|(n, _)| n == name).map(|&(_, v)| v).filter(|v| v.is_finite());
+        self.progress.send(&ProgressEvent::RlStep {
+            step,
+            steps: self.steps,
+            reward: value("critic/score/mean"),
+            kl: value("actor/ppo_kl"),
+            response_length: value("response_length/mean"),
+            seconds: value("timing_s/step"),
+            generation_seconds: value("timing_s/gen"),
+            update_seconds: value("timing_s/update_actor"),
+        });
+    }
+
+    /// What went through the driver in a step.
+    pub fn traffic(&mut self, step: u64, values: &[(String, f64)]) {
+        self.metrics.record(step, values);
+    }
+
+    /// A validation is done.
+    pub fn validated(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts) {
+        self.metrics.record(step, values);
+        for rollout in rollouts.rollouts.iter().take(self.report_samples) {
+            self.samples.append(&sample(step, rollout));
+        }
+        let told = values.iter().filter(|(name, _)| name.starts_with("val-core/"));
+        let text: Vec<String> = told.map(|(name, value)| format!("{name} {value:.4}")).collect();
+        self.progress.send(&ProgressEvent::Validation { step, text: text.join("  ") });
+    }
+
+    /// The run is over, or a signal ended it.
+    pub fn done(&mut self, step: u64) {
+        let kind = if step < self.steps { EventKind::Signal } else { EventKind::Done };
+        self.events.append(kind, Some(step), format!("ended after step {step} of {}", self.steps));
+        self.progress.send(&ProgressEvent::Done { step, steps: self.steps });
+    }
+}
+
+fn sample(step: u64, rollout: &Rollout) -> SampleRecord {
+    let tail = |text: &str| text.chars().rev().take(SHOWN).collect::<Vec<_>>().into_iter().rev().collect::<String>();
+    let text = format!("{}\n[reward {}]", tail(&rollout.text), rollout.scored.total);
+    SampleRecord { step, prompt: tail(&rollout.prompt.prompt.text()), text }
+}

@@ -1,0 +1,118 @@
+//! A role that learns: a train worker with its last loss and its checkpoints.
+
+use crate::checkpoint::{Checkpoint, Retention, Saver, SaverOptions, TrainState, Verify, step_folder_name};
+use crate::error::{Result, TrainError};
+use crate::persist::{self, WritePlan};
+use crate::recipe::checkpointing::attempt_name;
+use crate::worker::{LossStats, TrainWorker};
+use std::path::Path;
+use std::time::Duration;
+use tangelo_configs::{Plan, Role};
+use tangelo_control::{Metrics, Reading};
+use tangelo_core::{Batch, LossSpec};
+
+/// A model that learns, and how it is saved.
+pub struct Learner {
+    role: Role,
+    plan: Plan,
+    worker: TrainWorker,
+    /// Of the gradients that wait for an update.
+    loss: LossStats,
+    saving: Option<(Saver, WritePlan)>,
+    /// The step of the checkpoint that the role went on from.
+    resumed_from: Option<u64>,
+}
+
+impl Learner {
+    /// A role that has its weights.
+    pub fn new(role: Role, plan: &Plan, worker: TrainWorker) -> Learner {
+        Learner { role, plan: plan.clone(), worker, loss: LossStats::default(), saving: None, resumed_from: None }
+    }
+
+    /// The model.
+    pub fn worker(&self) -> &TrainWorker {
+        &self.worker
+    }
+
+    /// Loss and gradients of a mini-batch.
+    pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec) -> Result<Metrics> {
+        self.loss = self.worker.forward_backward(batch, loss, false)?;
+        let mut metrics = Metrics::default();
+        let own = self.loss.metrics.iter().map(|&(name, value)| (name.to_owned(), value));
+        let prefix = self.prefix();
+        own.chain([(format!("{prefix}/loss"), self.loss.loss)])
+            .for_each(|(name, value)| metrics.add(&name, Reading::Mean { sum: value, weight: 1.0 }));
+        Ok(metrics)
+    }
+
+    /// Clips and updates.
+    pub fn optim_step(&mut self, lr: f64) -> Result<Metrics> {
+        let stats = self.worker.optim_step(lr, &self.loss)?;
+        let prefix = self.prefix();
+        let mut metrics = Metrics::default();
+        metrics.add(&format!("{prefix}/grad_norm"), Reading::Mean { sum: stats.grad_norm, weight: 1.0 });
+        metrics.add(&format!("{prefix}/skipped"), Reading::Mean { sum: f64::from(stats.skipped), weight: 1.0 });
+        Ok(metrics)
+    }
+
+    /// What its metrics begin with, as verl names them.
+    fn prefix(&self) -> &'static str {
+        if self.role == Role::Critic { "critic" } else { "actor" }
+    }
+
+    /// Writes the checkpoint of `step` into `folder`, whole or not at all; waits until it is there.
+    pub fn save(&mut self, folder: &Path, step: u64) -> Result<()> {
+        if self.saving.is_none() {
+            self.saving = Some(self.open_saver(folder)?);
+        }
+        let Some((saver, writes)) = &mut self.saving else { unreachable!("opened above") };
+        let state = TrainState {
+            step,
+            num_updates: self.worker.num_updates(),
+            global_sample_index: 0,
+            tokens_seen: 0,
+            skipped_steps: 0,
+            seed: self.plan.config.debug.seed,
+            learning_rate: 0.0,
+            loader_fingerprint: String::new(),
+        };
+        let failed = |e: crate::checkpoint::CheckpointError| {
+            TrainError::Device(format!("the checkpoint of step {step} was not saved: {e}; make room or mend the folder"))
+        };
+        persist::save(&self.worker, writes, saver, state, false).map_err(failed)?;
+        saver.finish().map_err(failed)?;
+        let comm = &self.plan.config.comm;
+        let [step, waiting] = [comm.train_timeout_seconds, comm.init_timeout_seconds].map(Duration::from_secs);
+        self.worker.wait_for_all(waiting, step)
+    }
+
+    fn open_saver(&self, folder: &Path) -> Result<(Saver, WritePlan)> {
+        let (plan, worker) = (&self.plan, &self.worker);
+        let names = worker.world().all_gather_bytes(attempt_name().as_bytes())?;
+        let attempt = String::from_utf8_lossy(&names[0]).into_owned();
+        let config = &plan.config.checkpoint;
+        let options = SaverOptions {
+            folder: folder.to_owned(),
+            rank: worker.rank(),
+            world_size: worker.world().size(),
+            attempt,
+            resumed_from: self.resumed_from,
+            retention: Retention { keep_latest_k: config.keep_latest_k, keep_every: config.keep_every as u64 },
+            asynchronous: false,
+            rank_deadline: Duration::from_secs(plan.config.comm.init_timeout_seconds),
+            config_toml: plan.to_toml().map_err(|e| TrainError::Config(e.to_string()))?,
+            model: plan.model.clone(),
+            observer: None,
+        };
+        let saver = Saver::start(options).map_err(|e| TrainError::Device(e.to_string()))?;
+        Ok((saver, WritePlan::new(plan, worker)))
+    }
+
+    /// Takes weights and optimizer states from the checkpoint of `step` in `folder`.
+    pub fn restore(&mut self, folder: &Path, step: u64) -> Result<()> {
+        let path = folder.join(step_folder_name(step));
+        let checkpoint = Checkpoint::open(&path, Verify::Full).map_err(|e| TrainError::Data(e.to_string()))?;
+        self.resumed_from = Some(step);
+        persist::restore(&mut self.worker, &checkpoint, false)
+    }
+}
