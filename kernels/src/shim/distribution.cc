@@ -57,7 +57,7 @@ char* tangelo_distribution(const at::Tensor* hidden, const at::Tensor* head, con
   return tangelo::guarded([&] {
     at::NoGradGuard no_grad;
     auto logits = at::empty({hidden->size(0), head->size(0)}, hidden->options());
-    if (logits.numel() > 0) tangelo::product(logits, hidden->contiguous(), head->t(), false);
+    if (logits.numel() > 0) tangelo::linear_rows(logits, hidden->contiguous(), *head, at::Tensor());
     auto stats =
         tangelo::stats_of(logits, targets->contiguous(), start, static_cast<float>(inverse_temperature));
     out[0] = tangelo::give(logits);

@@ -2,8 +2,8 @@
 //! and cut.
 
 use crate::common::*;
-use tangelo_kernels::autograd;
 use tangelo_kernels::op::distribution::{Chunk, HeadRows, TokenStats, chunk, gradients, merge};
+use tangelo_kernels::{autograd, op};
 use tch::{Device, Kind, Tensor};
 
 struct Inputs {
@@ -104,6 +104,23 @@ fn entropies_lie_between_none_and_that_of_equal_tokens() {
     let entropy = column(&whole.stats, |s| s.entropy);
     // The entropy of 200 equal tokens, and fp32's rounding of it.
     assert!(entropy.max().double_value(&[]) <= 200f64.ln() + 1e-5 && entropy.min().double_value(&[]) >= -1e-5);
+}
+
+/// What training reads is what generation reported, to the bit, however tokens are grouped.
+#[test]
+fn log_probabilities_are_those_of_generation() {
+    seed_freshly();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let i = inputs(70, 48, 500, kind);
+        let reported = op::logprob::token_logprobs(&i.hidden, &i.head, &i.targets, i.temperature, 64);
+        for (start, length) in [(0, 70), (0, 1), (3, 17), (69, 1), (20, 33)] {
+            let part = |t: &Tensor| t.narrow(0, start, length);
+            let rows = HeadRows { weight: &i.head, start: 0, main_grad: None };
+            let found = chunk(&part(&i.hidden), rows, &part(&i.targets), i.temperature);
+            let found = column(&merge(&found.stats.unsqueeze(0)), |s| s.logprob).to_kind(Kind::Float);
+            assert_same_bits("log-probabilities", &found, &part(&reported));
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A part of scoring as data: what the driver asks of a worker, who runs it on its shard.
 
-use crate::{Algorithm, AlgoError, Merged, State, Statistics};
+use crate::{AlgoError, Algorithm, Merged, State, Statistics};
 use serde::{Deserialize, Serialize};
 use tangelo_core::Batch;
 

@@ -30,8 +30,8 @@ pub mod state;
 pub mod statistics;
 pub mod whiten;
 
-pub use call::Call;
 pub use algorithm::{Algorithm, Estimate, Role, Scored};
+pub use call::Call;
 pub use error::{AlgoError, Sample};
 pub use exact::ExactSum;
 pub use filter_groups::Selection;

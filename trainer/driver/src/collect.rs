@@ -109,8 +109,7 @@ impl Collector {
             gathered.push(self.roll(team, prompts, &groups, &self.sampling, clock).await?);
             let all = join(&gathered)?;
             let values: Vec<(i64, f64)> = all.rollouts.iter().map(|r| (r.group, r.scored.total)).collect();
-            let selection =
-                filter_groups::select(&self.filter, &values, self.prompts_per_step, gathered.len())?;
+            let selection = filter_groups::select(&self.filter, &values, self.prompts_per_step, gathered.len())?;
             if !selection.generate_more || !self.filter.enable {
                 return all.of_groups(&selection.kept);
             }
@@ -213,14 +212,18 @@ fn answers(
 ) -> Result<Vec<Rollout>> {
     let missing = |column: Column| DriverError::Internal(format!("generation made no column {column}"));
     let list = |column: Column| {
-        records.column_by_name(column.name()).and_then(|a| a.as_list_opt::<i64>().cloned()).ok_or_else(|| missing(column))
+        records
+            .column_by_name(column.name())
+            .and_then(|a| a.as_list_opt::<i64>().cloned())
+            .ok_or_else(|| missing(column))
     };
     let (targets, mask) = (list(Column::Targets)?, list(Column::LossMask)?);
     let groups = records.column_by_name(Column::GroupId.name()).ok_or_else(|| missing(Column::GroupId))?;
     let groups = groups.as_primitive::<arrow::datatypes::Int64Type>();
     let one = |row: usize| -> Result<Rollout> {
         let (targets, mask) = (targets.value(row), mask.value(row));
-        let both = targets.as_primitive::<UInt32Type>().values().iter().zip(mask.as_primitive::<Float32Type>().values());
+        let both =
+            targets.as_primitive::<UInt32Type>().values().iter().zip(mask.as_primitive::<Float32Type>().values());
         let completion: Vec<u32> = both.filter(|(_, m)| **m != 0.0).map(|(id, _)| *id).collect();
         let text = tokenizer.tokenizer.decode(&completion, true);
         let text = text.map_err(|e| DriverError::Internal(format!("a completion cannot be decoded: {e}")))?;

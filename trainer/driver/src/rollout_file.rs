@@ -45,7 +45,8 @@ pub fn write(folder: &Path, file: &RolloutFile<'_>) -> std::io::Result<()> {
 
 fn records(file: &RolloutFile<'_>) -> Result<RecordBatch, arrow::error::ArrowError> {
     let all = file.rollouts;
-    let text = |of: &dyn Fn(&Rollout) -> String| -> ArrayRef { Arc::new(StringArray::from_iter_values(all.iter().map(of))) };
+    let text =
+        |of: &dyn Fn(&Rollout) -> String| -> ArrayRef { Arc::new(StringArray::from_iter_values(all.iter().map(of))) };
     let ids = |of: &dyn Fn(&Rollout) -> Vec<u32>| -> ArrayRef {
         let mut lists = ListBuilder::new(UInt32Builder::new());
         all.iter().for_each(|r| lists.append_value(of(r).into_iter().map(Some)));

@@ -22,8 +22,7 @@ pub async fn score(
         let round = merge(&scored.await?)?;
         merged.push([&round]);
     }
-    let applied =
-        call(team, algorithm, batch, Call::Apply { state: state.clone(), merged: merged.clone() }).await?;
+    let applied = call(team, algorithm, batch, Call::Apply { state: state.clone(), merged: merged.clone() }).await?;
     let report = merge(&applied)?;
     let batch = applied.batch.ok_or_else(|| DriverError::Internal("scoring made no columns".into()))?;
     let metrics = algorithm.metrics(state, &merged, &report)?;

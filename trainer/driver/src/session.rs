@@ -161,7 +161,8 @@ impl Session {
         let (advantages, mask) = (list(Column::Advantage)?, list(Column::LossMask)?);
         let of_row = |row: usize| {
             let (values, mask) = (advantages.value(row), mask.value(row));
-            let both = values.as_primitive::<Float32Type>().values().iter().zip(mask.as_primitive::<Float32Type>().values());
+            let both =
+                values.as_primitive::<Float32Type>().values().iter().zip(mask.as_primitive::<Float32Type>().values());
             both.filter(|(_, m)| **m != 0.0).map(|(a, _)| *a).collect()
         };
         Ok((0..advantages.len()).map(of_row).collect())

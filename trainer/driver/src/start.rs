@@ -94,9 +94,10 @@ fn fingerprint(job: &JobPlan, loader: &PromptLoader) -> Result<String> {
 }
 
 fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
-    let path = plan.config.data.tokenizer_path().ok_or_else(|| {
-        DriverError::Prompts("no tokenizer: set `data.tokenizer` or `model.hf_assets_path`".into())
-    })?;
+    let path =
+        plan.config.data.tokenizer_path().ok_or_else(|| {
+            DriverError::Prompts("no tokenizer: set `data.tokenizer` or `model.hf_assets_path`".into())
+        })?;
     tokenizer::load(&path).map_err(|e| DriverError::Prompts(e.to_string()))
 }
 
@@ -228,4 +229,3 @@ async fn resume(team: &Team, folder: &Path, fresh: DriverState) -> Result<Driver
     team.publish(found.policy_version).await?;
     Ok(found)
 }
-

@@ -79,7 +79,11 @@ impl Tracker {
 
     /// A checkpoint is complete.
     pub fn saved(&mut self, step: u64, seconds: f64) {
-        self.events.append(EventKind::Saved, Some(step), format!("checkpoint of step {step} written in {seconds:.2} s"));
+        self.events.append(
+            EventKind::Saved,
+            Some(step),
+            format!("checkpoint of step {step} written in {seconds:.2} s"),
+        );
         self.progress.send(&ProgressEvent::Saved { step });
     }
 

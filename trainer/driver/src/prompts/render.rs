@@ -44,8 +44,7 @@ impl RenderPrompt for ChatRenderer {
             "the tokenizer has no chat template: set `data.chat_template` to a file with one, or `prompts.chat` = false \
              to continue prompts as plain text",
         )?;
-        let messages: Vec<Value> =
-            messages.iter().map(|m| json!({ "role": m.role, "content": m.content })).collect();
+        let messages: Vec<Value> = messages.iter().map(|m| json!({ "role": m.role, "content": m.content })).collect();
         let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
         let rendered = template.render(&messages, &options).map_err(|e| e.to_string())?;
         // The template writes the special tokens itself.
