@@ -110,7 +110,12 @@ pub fn generate(engine: &mut Engine, model: &Model, requests: &[Request]) -> Vec
 
 /// The log-probabilities of each completion's tokens as a training step computes them: all sequences packed, in grad mode,
 /// with main gradients, at a temperature.
-pub fn trained_logprobs(model: &Model, requests: &[Request], completions: &[Completion], temperature: f64) -> Vec<Vec<f32>> {
+pub fn trained_logprobs(
+    model: &Model,
+    requests: &[Request],
+    completions: &[Completion],
+    temperature: f64,
+) -> Vec<Vec<f32>> {
     let (mut tokens, mut positions, mut targets, mut bounds) = (Vec::new(), Vec::new(), Vec::new(), vec![0]);
     for c in completions {
         let prompt = &requests.iter().find(|r| r.id == c.request).expect("its request").prompt;

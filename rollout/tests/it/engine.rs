@@ -82,8 +82,7 @@ fn seeds_and_samples_are_apart_and_repeat() {
     assert_ne!(generate(&mut engine(&model), &model, &[other])[0].ids, eight[0].ids);
     // More samples than may run at once.
     let mut narrow = Engine::new(&model, &options(3, 512, 16), &[250], None).unwrap();
-    let request =
-        Request { id: 5, prompt: vec![1, 2, 3], sampling: SamplingParams { n: 8, ..sampling(20) }, seed: 9 };
+    let request = Request { id: 5, prompt: vec![1, 2, 3], sampling: SamplingParams { n: 8, ..sampling(20) }, seed: 9 };
     assert_eq!(generate(&mut narrow, &model, &[request]), eight);
 }
 
@@ -156,7 +155,9 @@ fn memory_is_given_back_and_taken_again() {
 fn a_step_says_what_it_did() {
     let model = model();
     let mut engine = engine(&model);
-    engine.add(Request { id: 1, prompt: vec![1; 100], sampling: SamplingParams { n: 4, ..sampling(3) }, seed: 0 }).unwrap();
+    engine
+        .add(Request { id: 1, prompt: vec![1; 100], sampling: SamplingParams { n: 4, ..sampling(3) }, seed: 0 })
+        .unwrap();
     let report = engine.step(&model).unwrap();
     assert_eq!((report.num_computed, report.num_drawn, report.num_running, report.num_waiting), (100, 4, 4, 0));
     let report = engine.step(&model).unwrap();

@@ -57,7 +57,11 @@ fn a_token_at_a_time_and_many_sequences_at_once_are_the_same() {
         let requests = requests(&prompts(64, 40, 250), &sampling);
         let (expected, _) = check(&model, &requests, &options(64, 8192, 64), 1.0);
         for slots in [1, 2, 7] {
-            assert_eq!(check(&model, &requests, &options(slots, slots, 64), 1.0).0, expected, "{kind:?}: {slots} slots");
+            assert_eq!(
+                check(&model, &requests, &options(slots, slots, 64), 1.0).0,
+                expected,
+                "{kind:?}: {slots} slots"
+            );
         }
         for (request, expected) in requests.iter().zip(&expected).take(5) {
             let alone = check(&model, std::slice::from_ref(request), &options(1, 64, 64), 1.0).0;

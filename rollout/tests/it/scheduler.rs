@@ -107,8 +107,12 @@ fn simulate(asks: &[Ask], limits: Limits, num_blocks: usize) {
 }
 
 fn ask() -> impl Strategy<Value = Ask> {
-    (1..300usize, 1..6usize, 1..120usize, 0..40usize)
-        .prop_map(|(prompt, samples, length, at)| Ask { prompt, samples, length, at })
+    (1..300usize, 1..6usize, 1..120usize, 0..40usize).prop_map(|(prompt, samples, length, at)| Ask {
+        prompt,
+        samples,
+        length,
+        at,
+    })
 }
 
 proptest! {
