@@ -242,11 +242,12 @@ def continue_prompts(file, out, count, prompts):
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
     tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config.eos_token_id = None  # past the end of text, as the engine without end-of-text tokens
     answers, batch = [], 16
     for start in range(0, len(prompts), batch):
         inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
         length = inputs.input_ids.shape[1]
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=count)
         for row, mask in zip(ids.tolist(), inputs.attention_mask.tolist()):
             answers.append(dict(ids=row[length - sum(mask) : length], greedy=row[length:]))
     Path(out).write_text(json.dumps(answers))
