@@ -143,3 +143,19 @@ fn blocks_outside_the_memory_are_refused() {
     assert!(try_with(0, vec![2]).contains("page 2 of 2"));
     assert!(try_with(64, vec![0]).contains("sequence 0 of rows 0 + 1 behind 64 tokens"));
 }
+
+#[test]
+fn memory_goes_back_to_the_system() {
+    tangelo_kernels::device::keep_freed_memory();
+    let shape = [LayerShape { num_kv_heads: 4, head_dim: 64 }];
+    let resident = || tangelo_kernels::device::memory().resident_bytes;
+    let (before, num_blocks) = (resident(), 1024);
+    let bytes = (num_blocks * PagedKv::bytes_per_block(&shape, Kind::Float, Device::Cpu)) as u64;
+    let kv = PagedKv::new(&shape, num_blocks, Kind::Float, Device::Cpu);
+    (1..num_blocks).for_each(|block| kv.copy_block(0, block));
+    let full = resident();
+    drop(kv);
+    // Half of it is far more than anything else here takes meanwhile.
+    assert!(full - before > bytes / 2, "{before} -> {full}: {bytes} bytes were never taken");
+    assert!(full - resident() > bytes / 2, "{full} -> {}: the memory was kept", resident());
+}
