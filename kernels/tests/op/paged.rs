@@ -40,7 +40,8 @@ fn document(shape: &Shape, kind: Kind, length: usize, blocks: &mut Vec<i32>) -> 
 /// Feeds every document in pieces of random sizes beside pieces of others.
 fn check(shape: &Shape, kind: Kind, lengths: &[usize], largest: i64) {
     let num_blocks = 3 + lengths.iter().map(|n| n.div_ceil(BLOCK_TOKENS)).sum::<usize>();
-    let order = Vec::<i64>::try_from(Tensor::randperm(num_blocks as i64, (Kind::Int64, Device::Cpu))).unwrap();
+    let order =
+        Vec::<i64>::try_from(Tensor::randperm(num_blocks as i64, (Kind::Int64, Device::Cpu))).expect("block numbers");
     let mut blocks: Vec<i32> = order.into_iter().map(|b| b as i32).collect();
     let layer = LayerShape { num_kv_heads: shape.kv_heads as usize, head_dim: shape.dim as usize };
     let kv = PagedKv::new(&[layer, layer], num_blocks, kind, Device::Cpu);
