@@ -57,8 +57,8 @@ impl BlockManager {
     pub fn extend(&mut self, table: &mut Vec<u32>, start: usize, end: usize) -> Result<Option<BlockCopy>, OutOfBlocks> {
         debug_assert!(blocks_for(start) <= table.len() && start <= end);
         let partial = start / BLOCK_TOKENS;
-        let shared =
-            start < end && partial < table.len() && start % BLOCK_TOKENS != 0 && self.references(table[partial]) > 1;
+        let writes_behind = start < end && !start.is_multiple_of(BLOCK_TOKENS);
+        let shared = writes_behind && self.references(table[partial]) > 1;
         let added = blocks_for(end).saturating_sub(table.len());
         if added + usize::from(shared) > self.free.len() {
             return Err(OutOfBlocks);

@@ -4,6 +4,7 @@
   golden.py same OUT                for every case: OUT/CASE/export must give the logits of OUT/CASE/model, bit for bit
   golden.py logits MODEL IDS OUT   logits of a saved model on one sequence, float32
   golden.py gguf FILE OUT PROMPT.. greedy continuations of a GGUF file, its logits, loss and gradients
+  golden.py continue FILE OUT COUNT PROMPT.. COUNT greedy tokens after each prompt, many prompts at once
 
 float64 is the truth here, so it must be float64 throughout: transformers computes rotary angles, RMS norms and the
 loss in float32 whatever the model's type, so the float64 run replaces those three by plain formulas in the model's
@@ -236,6 +237,22 @@ def gguf(file, out, prompts):
     save_file(answers_on(model, documents, torch.Generator().manual_seed(0)), Path(out) / "golden.safetensors")
 
 
+def continue_prompts(file, out, count, prompts):
+    folder, name = str(Path(file).parent), Path(file).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config.eos_token_id = None  # past the end of text, as the engine without end-of-text tokens
+    answers, batch = [], 16
+    for start in range(0, len(prompts), batch):
+        inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
+        length = inputs.input_ids.shape[1]
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=count)
+        for row, mask in zip(ids.tolist(), inputs.attention_mask.tolist()):
+            answers.append(dict(ids=row[length - sum(mask) : length], greedy=row[length:]))
+    Path(out).write_text(json.dumps(answers))
+
+
 def main():
     torch.set_num_threads(2)
     match sys.argv[1:]:
@@ -245,6 +262,8 @@ def main():
             same(out)
         case ["logits", folder, ids, out]:
             logits(folder, ids, out)
+        case ["continue", file, out, count, *prompts]:
+            continue_prompts(file, out, int(count), prompts)
         case ["gguf", file, out, *prompts]:
             gguf(file, out, prompts)
         case _:

@@ -40,7 +40,8 @@ fn document(shape: &Shape, kind: Kind, length: usize, blocks: &mut Vec<i32>) -> 
 /// Feeds every document in pieces of random sizes beside pieces of others.
 fn check(shape: &Shape, kind: Kind, lengths: &[usize], largest: i64) {
     let num_blocks = 3 + lengths.iter().map(|n| n.div_ceil(BLOCK_TOKENS)).sum::<usize>();
-    let order = Vec::<i64>::try_from(Tensor::randperm(num_blocks as i64, (Kind::Int64, Device::Cpu))).unwrap();
+    let order =
+        Vec::<i64>::try_from(Tensor::randperm(num_blocks as i64, (Kind::Int64, Device::Cpu))).expect("block numbers");
     let mut blocks: Vec<i32> = order.into_iter().map(|b| b as i32).collect();
     let layer = LayerShape { num_kv_heads: shape.kv_heads as usize, head_dim: shape.dim as usize };
     let kv = PagedKv::new(&[layer, layer], num_blocks, kind, Device::Cpu);
@@ -142,4 +143,20 @@ fn blocks_outside_the_memory_are_refused() {
     };
     assert!(try_with(0, vec![2]).contains("page 2 of 2"));
     assert!(try_with(64, vec![0]).contains("sequence 0 of rows 0 + 1 behind 64 tokens"));
+}
+
+#[test]
+fn memory_goes_back_to_the_system() {
+    tangelo_kernels::device::keep_freed_memory();
+    let shape = [LayerShape { num_kv_heads: 4, head_dim: 64 }];
+    let resident = || tangelo_kernels::device::memory().resident_bytes;
+    let (before, num_blocks) = (resident(), 1024);
+    let bytes = (num_blocks * PagedKv::bytes_per_block(&shape, Kind::Float, Device::Cpu)) as u64;
+    let kv = PagedKv::new(&shape, num_blocks, Kind::Float, Device::Cpu);
+    (1..num_blocks).for_each(|block| kv.copy_block(0, block));
+    let full = resident();
+    drop(kv);
+    // Half of it is far more than anything else here takes meanwhile.
+    assert!(full - before > bytes / 2, "{before} -> {full}: {bytes} bytes were never taken");
+    assert!(full - resident() > bytes / 2, "{full} -> {}: the memory was kept", resident());
 }

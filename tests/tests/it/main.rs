@@ -5,6 +5,7 @@
 
 mod e2e;
 mod failures;
+mod generation;
 mod job;
 mod layouts;
 mod muon;
