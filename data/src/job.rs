@@ -204,7 +204,7 @@ fn check_chat(manifest: Manifest, folder: &Path, config: &JobConfig) -> Result<M
     let reason = match &manifest.origin.options.chat {
         None => "holds text, of which nothing says what is trained; name the files of conversations themselves".into(),
         Some(chat) if chat.options.max_tokens > config.training.seq_len => format!(
-            "holds conversations of up to {} tokens, above training.seq_len = {}; raise that, or name the files themselves",
+            "holds conversations of up to {} tokens, above training.seq_len = {}; raise that, or name the files",
             chat.options.max_tokens, config.training.seq_len
         ),
         Some(_) => return Ok(manifest),

@@ -43,9 +43,10 @@ impl HeldOut {
         let lengths = (0..store.num_documents()).map(|d| store.document_len(d));
         let held = HeldOut::from_lengths(lengths, fraction);
         match held.cut {
-            Some((document, _)) if store.is_masked() => {
-                let start = if store.num_documents() > 1 { 0 } else { store.document_len(document) };
-                HeldOut { cut: Some((document, start)), ..held }
+            Some((document, start)) if store.is_masked() => {
+                let length = store.document_len(document);
+                let is_cut = start < length && store.num_documents() > 1;
+                HeldOut { cut: Some((document, if is_cut { 0 } else { length })), ..held }
             }
             _ => held,
         }

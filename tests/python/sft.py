@@ -1,8 +1,8 @@
 """Supervised fine-tuning as TRL's SFTTrainer does it: token ids, labels, loss and gradients.
 
-sft.py make FOLDER SEED: FOLDER/tokenizer is there; writes, for every case, its rows (NAME.jsonl), its chat template where
-it has its own (NAME.jinja), what TRL makes of the rows (NAME.json), and for one batch of all of them a random model with
-loss and gradients of TRL's own compute_loss, in float64, and how far float32 is off (NAME/).
+sft.py make FOLDER SEED: FOLDER/tokenizer is there; writes, for every case, its rows (NAME.jsonl), its chat template
+where it has its own (NAME.jinja), what TRL makes of the rows (NAME.json), and for one batch of all of them a random
+model with loss and gradients of TRL's own compute_loss, in float64, and how far float32 is off (NAME/).
 """
 
 import copy
@@ -31,7 +31,8 @@ MARKED = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-WORDS = ["apples", "two", "three", "caf\u00e9", "\u6f22\u5b57", "\U0001f600", "12 + 7", "x = [1, 2]", "\n\n", "the", "a lazy", "dog's", "#### 18", "<b>", "  "]
+WORDS = ["apples", "two", "three", "caf\u00e9", "\u6f22\u5b57", "\U0001f600", "12 + 7", "x = [1, 2]", "\n\n", "the"]
+WORDS += ["a lazy", "dog's", "#### 18", "<b>", "  "]
 MAX_LENGTH = 96
 
 
@@ -52,19 +53,22 @@ def conversation(rng):
 def cases(rng):
     """Name, rows, the template where it is not the tokenizer's, and what TRL's configuration says."""
     rows = range(24)
-    turn = [lambda: {"from": "user", "value": text(rng)}, lambda: {"from": "assistant", "value": text(rng)}]
+    turns = lambda: [{"from": "user", "value": text(rng)}, {"from": "assistant", "value": text(rng)}]
+    assistant = dict(assistant_only_loss=True)
+    ends = ["", " ", "\n"]
     return [
-        ("messages", [{"messages": conversation(rng)} for _ in rows], MARKED, dict(assistant_only_loss=True)),
-        ("sharegpt", [{"conversations": [t() for t in turn * rng.randrange(1, 3)]} for _ in rows], MARKED, dict(assistant_only_loss=True)),
-        ("everything", [{"messages": conversation(rng)} for _ in rows], None, dict()),
-        ("prompts", [dict(zip(("prompt", "completion"), split(conversation(rng)))) for _ in rows], None, dict()),
-        ("texts", [{"prompt": text(rng) + rng.choice(["", " ", "\n"]), "completion": text(rng)} for _ in rows], None, dict()),
-        ("whole_texts", [{"prompt": text(rng), "completion": " " + text(rng)} for _ in rows], None, dict(completion_only_loss=False)),
+        ("messages", [{"messages": conversation(rng)} for _ in rows], MARKED, assistant),
+        ("sharegpt", [{"conversations": turns() + turns() * rng.randrange(2)} for _ in rows], MARKED, assistant),
+        ("everything", [{"messages": conversation(rng)} for _ in rows], None, {}),
+        ("prompts", [prompt_completion(conversation(rng)) for _ in rows], None, {}),
+        ("texts", [{"prompt": text(rng) + rng.choice(ends), "completion": text(rng)} for _ in rows], None, {}),
+        ("whole_texts", [{"prompt": text(rng), "completion": " " + text(rng)} for _ in rows], None,
+         dict(completion_only_loss=False)),
     ]
 
 
-def split(messages):
-    return messages[:-1], messages[-1:]
+def prompt_completion(messages):
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def draw_model(vocab_size, rng, generator):
@@ -99,8 +103,8 @@ def make(folder, seed):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         model = draw_model(len(tokenizer), rng, generator)
         config = SFTConfig(
-            output_dir=str(folder / "trl"), max_length=MAX_LENGTH, use_cpu=True, report_to="none", bf16=False, fp16=False,
-            shuffle_dataset=False, gradient_checkpointing=False, loss_type="nll", **keys,
+            output_dir=str(folder / "trl"), max_length=MAX_LENGTH, use_cpu=True, report_to="none", bf16=False,
+            fp16=False, shuffle_dataset=False, gradient_checkpointing=False, loss_type="nll", **keys,
         )
         # The trainer converts ShareGPT's rows itself, but only after it has refused to mask them.
         dataset = Dataset.from_list([maybe_convert_to_chatml(copy.deepcopy(row)) for row in rows])

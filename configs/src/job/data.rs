@@ -57,8 +57,8 @@ pub struct DataSource {
     pub weight: Option<f64>,
     /// Only `job.type` = "sft": what a row is. Default: `auto`.
     pub format: Option<DataFormat>,
-    /// Only `job.type` = "sft": the column with the list of messages. Default: `messages`, or `conversations` where that
-    /// is there.
+    /// Only `job.type` = "sft": the column with the list of messages. Default: `messages`, or `conversations` where
+    /// that is there.
     pub messages_column: Option<String>,
     /// Only `job.type` = "sft": the column with the prompt. Default: `prompt`.
     pub prompt_column: Option<String>,

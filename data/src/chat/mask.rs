@@ -52,9 +52,9 @@ pub(super) fn assistant_spans(
     for (index, _) in messages.iter().enumerate().filter(|(_, message)| message[ROLE] == "assistant") {
         let differs = |how: &str| {
             format!(
-                "message {} (assistant): the chat template has no {{% generation %}} blocks, and renders {how}, so that what \
-                 the assistant says cannot be told from the rest. Give data.chat_template a template with {{% generation \
-                 %}} around it, or set data.assistant_only_loss = false",
+                "message {} (assistant): the chat template has no {{% generation %}} blocks, and renders {how}, so that \
+                 what the assistant says cannot be told from the rest. Give data.chat_template a template with \
+                 {{% generation %}} around it, or set data.assistant_only_loss = false",
                 index + 1
             )
         };

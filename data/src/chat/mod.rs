@@ -120,8 +120,8 @@ impl<'a> ChatEncoder<'a> {
             (Some(path), _) => Ok(ChatTemplate::open(path, assets).map_err(|e| failed(path, e))?),
             (None, Some(_)) => Ok(ChatTemplate::of(assets).map_err(|e| failed(tokenizer.path(), e))?),
             (None, None) => Err(format!(
-                "the tokenizer {} comes without a chat template, and the row holds messages: set data.chat_template to a \
-                 file with one",
+                "the tokenizer {} comes without a chat template, and the row holds messages: set data.chat_template to \
+                 a file with one",
                 tokenizer.path().display()
             )),
         };

@@ -94,8 +94,8 @@ fn take(row: &mut Map<String, Value>, column: &str, options: &ChatOptions) -> Re
     let near = wanted.iter().find_map(|wanted| nearest(wanted, found.iter().copied()));
     let near = near.map(|near| format!("; there is `{near}`")).unwrap_or_default();
     Err(format!(
-        "no {missing}{near} (keys there are: {}). Name the columns in data.sources with messages_column, or prompt_column \
-         and completion_column",
+        "no {missing}{near} (keys there are: {}). Name the columns in data.sources with messages_column, or \
+         prompt_column and completion_column",
         found.join(", ")
     ))
 }

@@ -142,7 +142,7 @@ fn requests_reach_the_worker_as_typed() {
     };
     expect![[r#"
         generate
-        {"model":"m","device":"cpu","dtype":"auto","num_threads":0,"prompt":null,"prompt_ids":[1,2,3],"max_new_tokens":128,"temperature":0.5,"top_k":0,"top_p":1.0,"seed":0,"ignore_eos":false,"json":true,"no_cache":false}
+        {"model":"m","device":"cpu","dtype":"auto","num_threads":0,"prompt":null,"chat":false,"prompt_ids":[1,2,3],"max_new_tokens":128,"temperature":0.5,"top_k":0,"top_p":1.0,"seed":0,"ignore_eos":false,"json":true,"no_cache":false}
     "#]].assert_eq(&asked(&[
         "generate",
         "m",

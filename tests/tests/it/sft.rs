@@ -1,6 +1,7 @@
-//! Supervised fine-tuning against TRL's SFTTrainer on the same rows (tests/python/sft.py): token ids and masks are equal,
-//! loss and gradients agree within the limits that [`parity`](crate::parity) has for its models.
+//! Supervised fine-tuning against TRL's SFTTrainer on the same rows (tests/python/sft.py): token ids and masks are
+//! equal, loss and gradients agree within the limits that [`parity`](crate::parity) has for its models. And whole runs.
 
+use crate::job::{Job, assert_losses_agree, finish, tangelo};
 use crate::parity::{check_gradients, golden, load};
 use crate::support;
 use std::path::Path;
@@ -11,6 +12,7 @@ use tangelo_data::{
     ChatEncoder, ChatOptions, Loader, LoaderOptions, LoaderSource, PrepareOptions, Split, TextTokenizer, prepare,
 };
 use tangelo_formats::tokenizer;
+use tangelo_observe::Metric;
 use tangelo_trainer::alone::Alone;
 
 /// As in sft.py.
@@ -116,4 +118,56 @@ fn rows_loss_and_gradients_equal_trls() {
         faults.extend(found.into_iter().map(|fault| format!("{case}: {fault}")));
     }
     assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
+}
+
+const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}\
+    {% if add_generation_prompt %}assistant: {% endif %}";
+
+/// Questions whose answers are the same sentence, so that little is to be learnt, and that quickly.
+fn conversations(seed: u64, count: u64) -> String {
+    let turn = |role, content: String| serde_json::json!({ "role": role, "content": content });
+    let row = |i: u64| {
+        let asked = turn("user", format!("{}?", (seed + i * 7919) % 1000));
+        serde_json::json!({ "messages": [asked, turn("assistant", "not today".into())] }).to_string() + "\n"
+    };
+    (0..count).map(row).collect()
+}
+
+#[test]
+fn a_run_learns_the_answers_in_every_layout_alike() {
+    let (seed, answer) = (support::fresh_seed(), "not today<|endoftext|>");
+    let job = Job::new(seed);
+    std::fs::write(job.path("chats.jsonl"), conversations(seed, 60)).unwrap();
+    std::fs::write(job.path("held_out.jsonl"), conversations(seed + 1, 7)).unwrap();
+    std::fs::write(job.path("chat.jinja"), TEMPLATE).unwrap();
+    let source = |name: &str| format!("[{{ paths = [{:?}] }}]", job.path(name).display().to_string());
+    let sets = [
+        "job.type=sft".to_owned(),
+        format!("data.sources={}", source("chats.jsonl")),
+        format!("data.chat_template={}", job.path("chat.jinja").display()),
+        "data.validation_fraction=0".into(),
+        "optimizer.lr=0.01".into(),
+        "validation.enable=true".into(),
+        format!("validation.sources={}", source("held_out.jsonl")),
+        "validation.freq=20".into(),
+        "validation.steps=-1".into(),
+    ];
+    let arguments: Vec<&str> = sets.iter().flat_map(|set| ["--set", set.as_str()]).collect();
+    let alone = job.run("alone", 1, &arguments);
+    let losses = alone.losses();
+    assert!(losses[19].1 < 0.5 * losses[0].1, "{losses:?}");
+    let trained = alone.records().iter().filter_map(|r| r.get(Metric::EvalLoss)).last().expect("an evaluation");
+    assert!(trained < 0.6 * losses[0].1, "held-out loss {trained}");
+    assert_losses_agree(&job.run("two", 2, &arguments).losses(), &losses, "two ranks");
+    // The template was kept with the run: what it writes is what the answer follows.
+    let run = alone.folder.display().to_string();
+    let asked = ["generate", &run, "--chat", "--prompt", "5?", "--json", "--max-new-tokens", "2"];
+    let (code, text) = finish(&mut tangelo(&asked));
+    let said: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {code:?} {text}"));
+    let tokenizer = tokenizer::load(&alone.folder).unwrap().tokenizer;
+    let expected = tokenizer.encode("user: 5?<|endoftext|>assistant: ", false).unwrap();
+    assert_eq!(said["prompt_ids"], serde_json::json!(expected.get_ids()));
+    let (_, look) = finish(&mut tangelo(&["data", "inspect", job.path("prepared/chats").to_str().unwrap()]));
+    assert!(look.contains(&format!("assistant: \u{27e6}{answer}\u{27e7}")), "{look}");
+    assert!(look.contains(&format!("trained      {} tokens", 60 * 10)), "{look}");
 }

@@ -1,5 +1,5 @@
-//! Pre-training and supervised fine-tuning: the loop that every rank runs. The two differ in what the loader's `ce_weight`
-//! marks.
+//! Pre-training and supervised fine-tuning: the loop that every rank runs. The two differ in what the loader's
+//! `ce_weight` marks.
 
 use super::checkpointing::Checkpointing;
 use super::evaluation::Evaluation;

@@ -1,11 +1,12 @@
 //! Chat templates: a conversation as the text that a model was trained to read.
 //!
-//! A [`ChatTemplate`] renders what transformers' `apply_chat_template` renders, byte for byte: Jinja with trimmed blocks,
+//! A [`ChatTemplate`] renders what transformers' `apply_chat_template` renders, byte for byte: Jinja, blocks trimmed,
 //! Python's methods of strings, lists and dictionaries, `break` and `continue`, and the functions that templates on the
 //! Hub call (`raise_exception`, `strftime_now`, `tojson`). Spans inside `{% generation %}` come back beside the text.
 //!
 //! Invariant: rendering reads nothing but its arguments, and the clock where a template asks for `strftime_now`.
-//! Absent: escapes of white space beyond ASCII where a template prints a list or a dictionary as Python would, `documents`, continuing a final message, and reading a model's answer back into a message.
+//! Absent: escapes of white space beyond ASCII where a template prints a list or a dictionary as Python would,
+//! `documents`, continuing a final message, and reading a model's answer back into a message.
 
 mod generation;
 mod python;

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from transformers.utils import chat_template_utils as hf
 
-PIECES = ["two words", " lead", "trail \n", "\n\n", "a\"b\\c", "caf\u00e9 \u6f22\u5b57 \U0001f600", "<think>\nhm\n</think>\n\nso", "1 < 2 & 3 > 2",
-          "'quoted'", "{% raw %}", "{{ x }}", "\t\u00a0\u2003", "</think>", "", "x" * 50, "\u001c", "\u0085", "<tool_response>ok</tool_response>"]
+PIECES = ["two words", " lead","trail \n", "\n\n", "a\"b\\c", "caf\u00e9 \u6f22\u5b57 \U0001f600", "1 < 2 & 3 > 2"]
+PIECES += ["<think>\nhm\n</think>\n\nso", "'quoted'", "{% raw %}", "{{ x }}", "\t\u00a0\u2003", "</think>", "", "x" * 50]
+PIECES += ["\u001c", "\u0085", "<tool_response>ok</tool_response>"]
+NUMBERS = [2**63, 1e16, 5e-324, 0.1]
 NAMES = ["get_weather", "f", "lookup\"it"]
 ROLES = ["system", "user", "assistant", "tool"]
 
@@ -18,7 +20,8 @@ def text(rng):
 
 
 def value(rng, depth=0):
-    simple = [None, True, False, rng.randrange(-5, 10**12), rng.random() * 10.0 ** rng.randrange(-9, 20), text(rng), 2**63, 1e16, 5e-324, 0.1]
+    drawn = [rng.randrange(-5, 10**12), rng.random() * 10.0 ** rng.randrange(-9, 20), text(rng)]
+    simple = [None, True, False, *drawn, *NUMBERS]
     if depth < 2 and rng.random() < 0.3:
         if rng.random() < 0.5:
             return [value(rng, depth + 1) for _ in range(rng.randrange(3))]
@@ -61,7 +64,8 @@ def conversation(rng):
 def tool(rng):
     properties = {f"p{i}": {"type": rng.choice(["string", "number"]), "description": text(rng)} for i in range(2)}
     parameters = {"type": "object", "properties": properties, "required": ["p0"]}
-    return {"type": "function", "function": {"name": rng.choice(NAMES), "description": text(rng), "parameters": parameters}}
+    function = {"name": rng.choice(NAMES), "description": text(rng), "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def render(template, case):
@@ -81,13 +85,14 @@ def main():
     for path in templates:
         template = Path(path).read_text()
         for _ in range(25):
-            case = {"template": path, "messages": conversation(rng), "variables": {"bos_token": "<s>", "eos_token": "</s>"}}
+            case = {"template": path, "messages": conversation(rng)}
+            case["variables"] = {"bos_token": "<s>", "eos_token": "</s>"}
             case["tools"] = [tool(rng) for _ in range(rng.randrange(1, 3))] if rng.random() < 0.3 else None
             case["add_generation_prompt"] = rng.random() < 0.5
             if rng.random() < 0.3:
                 case["variables"]["enable_thinking"] = rng.random() < 0.5
             text, found = render(template, case)
-            cases.append(case | {"text": text, "error": found} if text is None else case | {"text": text, "spans": found})
+            cases.append(case | {"text": text, "error" if text is None else "spans": found})
     Path(out).write_text(json.dumps(cases))
 
 
