@@ -26,6 +26,7 @@ presets![
     "smollm2-135m-continue",
     "smollm2-135m-long",
     "smollm2-135m-sft",
+    "smollm2-135m-grpo",
     "llama-3.2-1b",
     "llama-3.1-8b",
     "llama-3.1-70b",

@@ -25,7 +25,7 @@ pub struct Alone {
 impl Alone {
     /// Takes a whole, trained model.
     pub fn new(model: Model) -> Result<Alone> {
-        let store = WeightStore::new(&model, &Sharding::single(model.spec()), 0);
+        let store = WeightStore::new(&model, &Sharding::single(model.spec()), 0, true);
         let topology = Topology::single();
         let groups = Groups::open(Communicator::single_on(model.device()), &topology)?;
         Ok(Alone { model, store, groups, topology })

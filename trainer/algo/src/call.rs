@@ -4,9 +4,9 @@ use crate::{AlgoError, Algorithm, Merged, State, Statistics};
 use serde::{Deserialize, Serialize};
 use tangelo_core::Batch;
 
-/// A part of scoring.
+/// A part of scoring. (Not tagged from within: statistics of groups have numbers for keys, which that form cannot read.)
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "part", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Call {
     /// What the shard says in the round after those of `merged`.
     Statistics {

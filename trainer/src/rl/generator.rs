@@ -186,7 +186,7 @@ fn numbers(
     metrics.add("rollout/generated_tokens", Reading::Sum(drawn as f64));
     metrics.add("rollout/stopped", Reading::Mean { sum: stopped as f64, weight: count });
     metrics.add("rollout/seconds", Reading::Max((after.duration - before.duration).as_secs_f64()));
-    metrics.add("rollout/preemptions", Reading::Sum((after.num_preemptions - before.num_preemptions) as f64));
+    metrics.add("rollout/preemptions", Reading::Sum((after.num_preempted - before.num_preempted) as f64));
     metrics
 }
 
