@@ -2,11 +2,11 @@
 
 use crate::flavor::flavor;
 use crate::job::{JobConfig, Model};
-use crate::model::Family;
+use crate::model::{Family, LM_HEAD};
 use crate::resolve::{ModelAssets, SpecialTokens, TRAINED_TOKENIZER_EOS, VOCAB_MULTIPLE};
 use crate::{AttentionSpec, BlockSpec, ConfigError, FeedForwardSpec, HeadSpec, MixerSpec, ModelSpec, RopeSpec};
 use std::path::Path;
-use tangelo_core::DType;
+use tangelo_core::{DType, ParamMeta};
 
 /// Writes every key of `config.model` and returns the architecture they describe.
 pub(crate) fn resolve(config: &mut JobConfig, assets: &dyn ModelAssets) -> Result<ModelSpec, ConfigError> {
@@ -129,6 +129,8 @@ pub(crate) fn check_initial_load(
     let differs = |message: String| Err(asset_error(key, path, format!("the weights do not fit [model]: {message}")));
     for want in &ours {
         match theirs.iter().find(|have| have.name == want.name) {
+            // A scalar head on a language model's weights starts from the seed.
+            None if ModelSpec::is_scalar_head(&want.name) => {}
             None => return differs(format!("{} is not in them", want.name)),
             Some(have) if have.shape != want.shape => {
                 return differs(format!("{} is {:?} there, {:?} here", want.name, have.shape, want.shape));
@@ -136,7 +138,9 @@ pub(crate) fn check_initial_load(
             Some(_) => {}
         }
     }
-    match theirs.iter().find(|have| !ours.iter().any(|want| want.name == have.name)) {
+    let is_replaced = |name: &str| name == LM_HEAD && spec.head != HeadSpec::Vocabulary;
+    let has_no_place = |have: &&ParamMeta| !is_replaced(&have.name) && !ours.iter().any(|want| want.name == have.name);
+    match theirs.iter().find(has_no_place) {
         Some(extra) => differs(format!("{} has no place in the model", extra.name)),
         None => Ok(()),
     }
