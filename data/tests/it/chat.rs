@@ -301,7 +301,7 @@ fn what_is_wrong_with_a_row_is_named() {
     check(
         "{\"mesages\": []}",
         expect![
-            "bad.jsonl: line 3: no `messages`, `conversations`, or `prompt` and `completion`; did you mean `mesages`? (keys there are: mesages). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
+            "bad.jsonl: line 3: no `messages`, `conversations`, or `prompt` and `completion`; there is `mesages` (keys there are: mesages). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
         ],
     );
     check(
@@ -311,7 +311,7 @@ fn what_is_wrong_with_a_row_is_named() {
     check(
         "{\"messages\": [{\"rolle\": \"user\", \"content\": \"a\"}]}",
         expect![
-            "bad.jsonl: line 3: `messages`, message 1: no `role`; did you mean `rolle`? (keys there are: rolle, content)"
+            "bad.jsonl: line 3: `messages`, message 1: no `role`; there is `rolle` (keys there are: rolle, content)"
         ],
     );
     check(
@@ -340,7 +340,7 @@ fn what_is_wrong_with_a_row_is_named() {
     check(
         "{\"prompt\": \"a\"}",
         expect![
-            "bad.jsonl: line 3: no `completion` (keys there are: ). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
+            "bad.jsonl: line 3: no `completion` (keys there are: prompt). Name the columns in data.sources with messages_column, or prompt_column and completion_column"
         ],
     );
     check(

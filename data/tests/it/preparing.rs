@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tangelo_configs::JobConfig;
-use tangelo_configs::job::DataSource;
+use tangelo_configs::job::{DataSource, Packing};
 use tangelo_data::tokenizer::{TrainOptions, train};
 use tangelo_data::{
     DataError, Manifest, PrepareProgress, Progress, TextTokenizer, inspect, prepare, prepare_job, wait_for_job,
@@ -319,6 +319,7 @@ fn a_job_is_prepared_once_by_whoever_comes_first() {
         ..DataSource::default()
     };
     let mut config = JobConfig::default();
+    config.data.packing = Some(Packing::Concat);
     config.data.sources = vec![source("a.jsonl", "stories"), source("notes", "notes")];
     config.data.train_tokenizer_vocab = 320;
     config.data.prepared_folder = Some(folder.path("prepared"));

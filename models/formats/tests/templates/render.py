@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils import chat_template_utils as hf
 
-PIECES = ["two words", " lead","trail \n", "\n\n", "a\"b\\c", "caf\u00e9 \u6f22\u5b57 \U0001f600", "1 < 2 & 3 > 2"]
+PIECES = ["two words", " lead", "trail \n", "\n\n", "a\"b\\c", "caf\u00e9 \u6f22\u5b57 \U0001f600", "1 < 2 & 3 > 2"]
 PIECES += ["<think>\nhm\n</think>\n\nso", "'quoted'", "{% raw %}", "{{ x }}", "\t\u00a0\u2003", "</think>", "", "x" * 50]
 PIECES += ["\u001c", "\u0085", "<tool_response>ok</tool_response>"]
 NUMBERS = [2**63, 1e16, 5e-324, 0.1]
