@@ -83,7 +83,7 @@ pub(crate) enum Encoder<'a> {
     /// Text.
     Text(&'a TextTokenizer),
     /// Conversations.
-    Chat(ChatEncoder<'a>),
+    Chat(Box<ChatEncoder<'a>>),
 }
 
 /// Tokenises everything that `options` names into `options.folder`, or finds it done.
@@ -96,7 +96,8 @@ pub fn prepare(options: &PrepareOptions, progress: &dyn Progress) -> Result<Mani
         return Err(DataError::Options("shard_tokens is 0: a shard needs at least one token".into()));
     }
     let tokenizer = TextTokenizer::open(&options.tokenizer)?;
-    let encoder = options.chat_encoder(&tokenizer)?.map_or(Encoder::Text(&tokenizer), Encoder::Chat);
+    let chat = options.chat_encoder(&tokenizer)?.map(Box::new);
+    let encoder = chat.map_or(Encoder::Text(&tokenizer), Encoder::Chat);
     let folder = &options.folder;
     let _lock = FolderLock::acquire(folder, progress)?;
     let origin = scan_origin(options, &tokenizer, &encoder, progress)?;
