@@ -104,7 +104,8 @@ pub enum RewardFunction {
         #[serde(default)]
         format_score: f64,
     },
-    /// 1 where the last `\boxed{...}` is the ground truth after normalisation of LaTeX, numbers compared exactly; else 0.
+    /// 1 where the last `\boxed{...}` is the ground truth after normalisation of LaTeX, numbers compared exactly; else
+    /// 0.
     Boxed {
         /// Value where there is a box, but a wrong one.
         #[serde(default)]

@@ -77,21 +77,42 @@ fn unknown_keys_of_a_part_are_refused() {
 
 #[test]
 fn rewards_that_make_no_sense_are_refused() {
-    bad_reward("parts = []", expect![""]);
+    bad_reward(
+        "parts = []",
+        expect![[
+            r#"`reward.parts` is empty: nothing to train towards; add [[reward.parts]] with type = "numeric" or another"#
+        ]],
+    );
     bad_reward(
         "parts = [{ type = 'exact', weight = nan }, { type = 'exact' }, { type = 'regex', pattern = '', name = 'a b' }]",
-        expect![""],
+        expect![[r#"
+            `reward.parts.0.weight` = NaN; it must be a finite number
+            `reward.parts.1.name`: two parts are named "exact"; give each its own `name`
+            `reward.parts.2.name` = "a b"; it is made of letters, digits, `_`, `-` and `.`
+            `reward.parts.2.pattern` is empty; set it, such as '\d+'"#]],
     );
     bad_reward(
         "parts = [{ type = 'command', command = [], timeout_seconds = 0, processes = 0 }, \
          { type = 'python', path = '', calls_in_flight = 0, startup_timeout_seconds = -1 }]",
-        expect![""],
+        expect![[r#"
+            `reward.parts.0.command` names no program; write command = ["python3", "reward.py"]
+            `reward.parts.0.timeout_seconds` = 0; it is a time above 0 and at most 86400, in seconds
+            `reward.parts.0.processes` = 0; it must be from 1 to 1024
+            `reward.parts.1.path` is empty; it is the Python file that defines `compute_score`
+            `reward.parts.1.startup_timeout_seconds` = -1; it is a time above 0 and at most 86400, in seconds
+            `reward.parts.1.calls_in_flight` = 0; it must be from 1 to 65536"#]],
     );
     bad_reward(
         "parts = [{ type = 'overlong', max_tokens = 10, buffer_tokens = 20 }, \
          { type = 'length', target_tokens = 1, tolerance_tokens = 0 }, { type = 'format', tags = ['a', 'a', '<b>'] }, \
          { type = 'numeric', tolerance = -1, marker = '' }]",
-        expect![""],
+        expect![[r#"
+            `reward.parts.0.buffer_tokens` = 20; it must be from 1 to 10
+            `reward.parts.1.tolerance_tokens` = 0; it must be at least 1
+            `reward.parts.2.tags`: "<b>" is no name of an element; write "think" for <think>...</think>
+            `reward.parts.2.tags`: each element may be named once
+            `reward.parts.3.marker` is empty; set it, or set method = "flexible" to take the last number wherever it stands
+            `reward.parts.3.tolerance` = -1; it must be a number of at least 0"#]],
     );
 }
 
@@ -110,14 +131,34 @@ fn prompts_are_read_with_their_defaults() {
 
 #[test]
 fn prompts_that_make_no_sense_are_refused() {
-    bad_prompts("", expect![""]);
+    bad_prompts(
+        "",
+        expect![[
+            r#"`prompts.files` is empty and there is no `prompts.generator`: nothing to ask; set files = ["train.parquet"] or generator = { type = "arithmetic" }"#
+        ]],
+    );
     bad_prompts(
         "files = ['a']\nanswer_key = ''\ngenerator = { type = 'arithmetic', operators = ['/'], operands = 9, min = 5, max = 1, template = 'what?', size = 0 }\nmax_prompt_length = 0\nchat = false\nsystem_prompt = 'a'\noverlong = 'drop'",
-        expect![""],
+        expect![[r#"
+            `prompts.files` and `prompts.generator` are both set; remove one
+            `prompts.answer_key` says how to read files, but `prompts.generator` makes the prompts; remove one
+            `prompts.answer_key` is empty; remove it or name something
+            `prompts.system_prompt` is a message, but `prompts.chat` = false has none; remove one
+            `prompts.overlong` = "drop" is for files: a generator's prompts are numbered; use "truncate_left"
+            `prompts.max_prompt_length` = 0; it must be from 1 to 1099511627776
+            `prompts.generator.size` = 0; it must be from 1 to 1099511627776
+            `prompts.generator.operators` = ["/"]; name some of "+", "-" and "*"
+            `prompts.generator.operands` = 9; it must be from 2 to 6
+            `prompts.generator.min` = 5 and `prompts.generator.max` = 1; expected -1000000 <= min <= max <= 1000000
+            `prompts.generator.template` lacks {expression}, where the task goes: it is "what?""#]],
     );
     bad_prompts(
         "generator = { type = 'countdown', min_numbers = 5, max_numbers = 3, min = 0, max_target = 0, template = '{numbers}' }",
-        expect![""],
+        expect![[r#"
+            `prompts.generator.min_numbers` = 5; it must be from 2 to 3
+            `prompts.generator.min` = 0 and `prompts.generator.max` = 99; expected 1 <= min <= max <= 1000000
+            `prompts.generator.max_target` = 0; it must be from 1 to 1000000
+            `prompts.generator.template` lacks {target}, where the task goes: it is "{numbers}""#]],
     );
 }
 

@@ -163,7 +163,9 @@ async fn main() {
         time_empty_verb(agents, sockets, calls).await;
     }
     println!("\nA batch of tokens and log-probabilities pulled by one rank from another");
-    println!("| rows x tokens | MB | fastest, ms | median, ms | CPU, ms | GB/s, fastest | GB/s, median | driver bytes |");
+    println!(
+        "| rows x tokens | MB | fastest, ms | median, ms | CPU, ms | GB/s, fastest | GB/s, median | driver bytes |"
+    );
     println!("|---|---|---|---|---|---|---|---|");
     for (rows, tokens, repeats) in [(64, 128, 50), (1024, 1024, 20), (1024, 16384, 7)] {
         time_pull(rows, tokens, repeats).await;

@@ -5,9 +5,9 @@
 //! | frames of a lane | room in a rank's queue | the rank taking a frame, or its loss | `LINK_QUEUE` frames per rank and lane |
 //! | events of its ranks | room in the lane to the driver | the driver, which always reads | `EVENTS` events |
 //!
-//! Failures go up at once, answers when all ranks have answered. Calls reach every rank in the order in which the driver
-//! sent them. Deliberately absent: deadlines. The driver keeps them, and asks who is missing; one clock is enough.
-//! The agent ends with the connection to its driver, and its ranks with the connection to it.
+//! Failures go up at once, answers when all ranks have answered. Calls reach every rank in the order in which the
+//! driver sent them. Deliberately absent: deadlines. The driver keeps them, and asks who is missing; one clock is
+//! enough. The agent ends with the connection to its driver, and its ranks with the connection to it.
 
 use crate::error::{Cause, ControlError, RankFailure, log};
 use crate::host::{Host, Port, Services, serve};

@@ -1,9 +1,9 @@
 //! Batches from worker to worker, over Arrow Flight.
 //!
-//! A holder serves `DoGet`: the ticket names a shard, columns and rows, the answer is a stream of record batches of some
-//! 2 MiB each (gRPC refuses messages over 4 MiB by default; one very long row may be larger, so the limit is raised).
-//! A puller asks all holders of a batch at once and puts rows and columns together; what it holds itself it takes
-//! without a copy through the network. Every other Flight method is refused: nothing can be put into a process.
+//! A holder serves `DoGet`: the ticket names a shard, columns and rows, the answer is a stream of record batches of
+//! some 2 MiB each (gRPC refuses messages over 4 MiB by default; one very long row may be larger, so the limit is
+//! raised). A puller asks all holders of a batch at once and puts rows and columns together; what it holds itself it
+//! takes without a copy through the network. Every other Flight method is refused: nothing can be put into a process.
 
 use crate::error::{Cause, ControlError, RankFailure};
 use crate::remote::{Piece, RemoteBatch, ShardId};

@@ -13,8 +13,9 @@
 //!
 //! Invariants: the driver moves metadata; columns move worker to worker. Calls of a pool reach its ranks in one order.
 //! Every call has a deadline and a trace id, every queue a bound, every connection the job's secret. The first failure
-//! wins and names rank, role, verb and step. Deliberately absent: retries and rejoining (a job that loses a process ends
-//! and restarts from its checkpoint), TLS, and any knowledge of models or algorithms. `docs/control.md` has the tables.
+//! wins and names rank, role, verb and step. Deliberately absent: retries and rejoining (a job that loses a process
+//! ends and restarts from its checkpoint), TLS, and any knowledge of models or algorithms. `docs/control.md` has the
+//! tables.
 
 mod agent;
 pub mod dispatch;

@@ -1,7 +1,7 @@
 //! An edge of the tree: from the driver to an agent, from an agent to a rank.
 //!
-//! The parent holds a [`Link`]: a bounded queue of frames per lane. What comes up goes, with the child's number, into one
-//! bounded channel of the parent, also the word that the child is lost. A child is a [`Node`]; over the network its
+//! The parent holds a [`Link`]: a bounded queue of frames per lane. What comes up goes, with the child's number, into
+//! one bounded channel of the parent, also the word that the child is lost. A child is a [`Node`]; over the network its
 //! lanes are gRPC streams, within a process the same queues without the network between.
 
 use crate::error::{Cause, RankFailure};

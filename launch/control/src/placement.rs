@@ -1,7 +1,7 @@
 //! Which roles live on which ranks, as data.
 //!
-//! A pool is a set of ranks; a role has one pool and uses all of it; roles of one pool take turns on the same ranks, and
-//! pools run at the same time. Pools do not overlap. Deliberately absent: fused roles. Colocation is a line here.
+//! A pool is a set of ranks; a role has one pool and uses all of it; roles of one pool take turns on the same ranks,
+//! and pools run at the same time. Pools do not overlap. Deliberately absent: fused roles. Colocation is a line here.
 
 use crate::error::ControlError;
 use serde::{Deserialize, Serialize};

@@ -2,8 +2,8 @@
 //!
 //! The work lane is read in order: a call's batch is pulled while the call before it runs, then the call waits in the
 //! inbox of the device thread ([`crate::worker`]). While the inbox is full the lane is not read, and the driver's calls
-//! wait: that is the back-pressure. The admin lane is answered at once, whatever the device does. A rank has one driver:
-//! a second work lane is refused, and the end of the first ends the rank.
+//! wait: that is the back-pressure. The admin lane is answered at once, whatever the device does. A rank has one
+//! driver: a second work lane is refused, and the end of the first ends the rank.
 
 use crate::agent::{Agent, LocalRanks, json};
 use crate::error::{Cause, ControlError, RankFailure};
@@ -29,7 +29,6 @@ use std::time::{Duration, Instant};
 use tangelo_core::{Batch, Column, env};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-
 
 /// How long an ending rank waits for its last answers to be taken.
 const LAST_WORDS: Duration = Duration::from_secs(1);

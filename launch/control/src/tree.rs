@@ -200,7 +200,9 @@ impl Tree {
         for &node in nodes {
             let frame = Down { call, kind: kind.into(), ..Down::default() };
             // An agent whose admin lane is full or closed is lost or stopped; it has nothing to be told.
-            let _ = self.lane(node, Lane::Admin).map(|lane| lane.try_send(frame));
+            if let Ok(lane) = self.lane(node, Lane::Admin) {
+                let _ = lane.try_send(frame);
+            }
         }
     }
 }

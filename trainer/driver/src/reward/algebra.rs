@@ -1,5 +1,5 @@
-//! Expressions in a normal form, so that two ways of writing one value are seen to be one: sums of terms, each a rational
-//! number times the square root of a square-free whole number times powers of names.
+//! Expressions in a normal form, so that two ways of writing one value are seen to be one: sums of terms, each a
+//! rational number times the square root of a square-free whole number times powers of names.
 //!
 //! `\frac{\sqrt{12}}{4}` is 1/2 √3, `(x+1)^2` is x² + 2x + 1. Invariants: arithmetic is exact; the work is bounded
 //! ([`MAX_TERMS`], [`MAX_DEPTH`], [`MAX_BITS`]); what is not understood is no expression, and is compared as text.

@@ -187,7 +187,9 @@ mod tests {
         }
 
         #[test]
-        fn any_two_texts_are_compared_alike_both_ways(a in r"[-0-9x,.+(){}\\ ^frac]{0,24}", b in r"[-0-9x,.+(){}\\ ^frac]{0,24}") {
+        fn any_two_texts_are_compared_alike_both_ways(
+            a in r"[-0-9x,.+(){}\\ ^frac]{0,24}", b in r"[-0-9x,.+(){}\\ ^frac]{0,24}",
+        ) {
             prop_assert_eq!(equivalent(&a, &b), equivalent(&b, &a));
         }
     }

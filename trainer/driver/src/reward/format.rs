@@ -75,7 +75,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn punishment_never_grows_smaller_with_length(max in 1usize..500, buffer in 1usize..500, tokens in 0usize..1000) {
+        fn punishment_never_shrinks_with_length(max in 1usize..500, buffer in 1usize..500, tokens in 0usize..1000) {
             let buffer = buffer.min(max);
             let (here, next) = (overlong(tokens, max, buffer), overlong(tokens + 1, max, buffer));
             prop_assert!((-1.0..=0.0).contains(&here) && next <= here);

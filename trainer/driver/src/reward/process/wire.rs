@@ -40,7 +40,10 @@ pub(crate) fn payload(sample: &Sample, is_verl: bool) -> String {
         call.insert("completion".into(), sample.completion.as_str().into());
     }
     call.insert("ground_truth".into(), prompt.ground_truth.clone());
-    call.insert("extra_info".into(), prompt.extra_info.clone());
+    // verl's functions may take a dict for granted.
+    let no_info = if is_verl { json!({}) } else { Value::Null };
+    let info = Some(&prompt.extra_info).filter(|info| !info.is_null());
+    call.insert("extra_info".into(), info.cloned().unwrap_or(no_info));
     Value::Object(call).to_string()
 }
 
