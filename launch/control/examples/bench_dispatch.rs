@@ -127,7 +127,7 @@ async fn time_pull(rows: usize, tokens: usize, repeats: usize) {
     let handle = cluster.put(&prompts.unwrap()).unwrap();
     let batch = rollout.generate(&handle, &Sampling::default()).await.unwrap().batch.unwrap();
     let wanted = batch.narrow(&[Column::Tokens, Column::RolloutLogprob], &[]).unwrap();
-    let request = Request::ForwardBackward { batch: wanted, loss: LossSpec { components: Vec::new() } };
+    let request = Request::ForwardBackward { batch: wanted, loss: LossSpec::new(Vec::new()) };
     let (map, before) = (policy.mesh(mesh::TRAIN).unwrap(), cluster.traffic().total_bytes());
     let cpu_before = cpu_ms();
     let mut seconds = Vec::new();

@@ -87,7 +87,8 @@ fn become_rank(arguments: &RunArgs, added: &[(&'static str, String)]) -> Result<
         let message = format!("{world_size} ranks, started by another launcher");
         EventLog::open(&plan.config.job.dump_folder).append(EventKind::Start, None, message);
     }
-    let error = Command::new(&worker).args(train_arguments(&config, plan.config.job.kind)).envs(added.iter().cloned()).exec();
+    let error =
+        Command::new(&worker).args(train_arguments(&config, plan.config.job.kind)).envs(added.iter().cloned()).exec();
     Err(LaunchError::io("start", worker)(error))
 }
 

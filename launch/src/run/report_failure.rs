@@ -1,10 +1,10 @@
 //! What the user reads when ranks failed.
 
-use super::terminal::process_name;
 use super::culprit::{Cause, Failure};
 use super::logs::{LogFolder, last_lines};
 use super::standing::last_moment;
 use super::supervise::Outcome;
+use super::terminal::process_name;
 use std::fmt::Write;
 use tangelo_observe::FailureKind;
 

@@ -4,7 +4,7 @@
 use crate::clock::Clock;
 use crate::collect::{Collector, CollectorParts};
 use crate::error::{DriverError, Result};
-use crate::prompts::{ChatRenderer, PromptLoader, LoaderOptions};
+use crate::prompts::{ChatRenderer, LoaderOptions, PromptLoader};
 use crate::recipe::{self, Outcome};
 use crate::reward::{RewardOptions, RewardPipeline};
 use crate::session::{Checkpoints, Session, Stop};

@@ -69,7 +69,8 @@ impl Builder<'_> {
         };
         let (reference, reward) = (train(Role::Reference)?, train(Role::Reward)?);
         let rollout = self.generator(policy.as_ref())?;
-        let publishing = comms.remove(PUBLISH).map(|comm| Ok::<_, TrainError>((self.publisher()?, comm))).transpose()?;
+        let publishing =
+            comms.remove(PUBLISH).map(|comm| Ok::<_, TrainError>((self.publisher()?, comm))).transpose()?;
         let algorithm = tangelo_algo::algorithm(self.job.algorithm(), self.job.limits());
         let worker = RlWorker {
             policy,

@@ -77,7 +77,9 @@ impl Learner {
             loader_fingerprint: String::new(),
         };
         let failed = |e: crate::checkpoint::CheckpointError| {
-            TrainError::Device(format!("the checkpoint of step {step} was not saved: {e}; make room or mend the folder"))
+            TrainError::Device(format!(
+                "the checkpoint of step {step} was not saved: {e}; make room or mend the folder"
+            ))
         };
         persist::save(&self.worker, writes, saver, state, false).map_err(failed)?;
         saver.finish().map_err(failed)?;

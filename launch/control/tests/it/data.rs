@@ -28,7 +28,7 @@ async fn large_batches_go_past_the_driver() {
     let handle = job.cluster.put(&prompts(4)).unwrap();
     let batch = rollout.generate(&handle, &Sampling::default()).await.unwrap().batch.unwrap();
     assert_eq!(batch.num_tokens(), 6 * ROW as u64);
-    let metrics = policy.forward_backward(&batch, &LossSpec { components: Vec::new() }).await.unwrap();
+    let metrics = policy.forward_backward(&batch, &LossSpec::new(Vec::new())).await.unwrap();
     // Two parts of rows of value 1 (2 ROW tokens) and 2 (ROW tokens).
     assert_eq!(metrics.get("loss"), Some(8.0 / 6.0));
     let ended = job.cluster.end_step().await.unwrap();

@@ -98,7 +98,7 @@ pub fn worker(call: impl FnMut(&Job, &Control) -> Result<Output, WorkerError> + 
 /// Does what each verb says, with arithmetic in place of a model.
 pub fn toy() -> BoxedWorker {
     worker(|job, _| match &job.request {
-        Request::Generate { sampling, .. } => complete(job.batch()?, sampling.n, job.context.rank),
+        Request::Generate { sampling, .. } => complete(job.batch()?, sampling.params.n, job.context.rank),
         Request::Forward { outputs, .. } => {
             let tokens = rows(job.batch()?, Column::Tokens);
             let made = outputs.iter().map(|&column| {

@@ -4,13 +4,14 @@ use crate::support::*;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tangelo_configs::SamplingParams;
 use tangelo_control::verbs::mesh;
 use tangelo_control::*;
 use tangelo_core::{Axis, Batch, Column, DeviceMesh, LossSpec};
 
 /// Reads nothing but the tokens.
 fn loss() -> LossSpec {
-    LossSpec { components: Vec::new() }
+    LossSpec::new(Vec::new())
 }
 
 /// The thin path, which is the recipe: prompts from the driver, completions from rollout ranks, columns from the
@@ -24,7 +25,9 @@ async fn a_step_of_the_recipe() {
 
     let given = prompts(7);
     let handle = job.cluster.put(&given).unwrap();
-    let completed = rollout.generate(&handle, &Sampling { n: 3, ..Sampling::default() }).await.unwrap().batch.unwrap();
+    let params = SamplingParams { n: 3, ..SamplingParams::default() };
+    let sampling = Sampling { params, seed: 0 };
+    let completed = rollout.generate(&handle, &sampling).await.unwrap().batch.unwrap();
     let groups: Vec<i64> = completed.rows().iter().map(|row| row.group).collect();
     assert_eq!(groups, (0..7).flat_map(|i| [10 + i; 3]).collect::<Vec<i64>>());
 
