@@ -22,8 +22,8 @@ impl Known {
         self.paths.contains(&path.join("."))
     }
 
-    /// What to say of a key that does not exist. A key of the same name elsewhere is likelier meant than one of a
-    /// similar name here.
+    /// What to say of a key that does not exist. One here that differs by a letter is likeliest meant, then one of the same
+    /// name elsewhere, then one of a similar name here.
     pub(crate) fn explain_unknown(&self, path: &[String]) -> String {
         let full = path.join(".");
         let Some((name, section)) = path.split_last() else { return "an empty key".into() };
@@ -45,7 +45,8 @@ impl Known {
             return format!("unknown key `{full}`: `{section}` is a value, it has no keys");
         }
         let kind = if path.len() == 1 { "unknown section or key" } else { "unknown key" };
-        match elsewhere.or_else(here).or_else(near) {
+        let off_by_one = siblings.iter().find(|p| strsim::osa_distance(&last(p), name) == 1).map(|p| (*p).to_owned());
+        match off_by_one.or(elsewhere).or_else(here).or_else(near) {
             Some(meant) => format!("{kind} `{full}`; did you mean `{meant}`?"),
             None if section.is_empty() => format!("{kind} `{full}`; sections are {}", siblings.join(", ")),
             None => format!("{kind} `{full}`; [{section}] has {}", {

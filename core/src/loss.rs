@@ -196,7 +196,9 @@ impl LossComponent {
                 at_least_0("clip_low", clip_low)?;
                 at_least_0("clip_high", clip_high)?;
                 match clip_dual {
-                    Some(c) if !(c > 1.0) => Err(format!("clip_dual is {c}; it must be above 1, or absent")),
+                    Some(c) if c.is_nan() || c <= 1.0 => {
+                        Err(format!("clip_dual is {c}; it must be above 1, or absent"))
+                    }
                     _ => aggregation.check(),
                 }
             }
@@ -213,7 +215,7 @@ impl LossComponent {
 impl Aggregation {
     fn check(self) -> Result<(), String> {
         match self {
-            Aggregation::SeqMeanTokenSumNorm(norm) if !(norm > 0.0) => {
+            Aggregation::SeqMeanTokenSumNorm(norm) if norm.is_nan() || norm <= 0.0 => {
                 Err(format!("seq-mean-token-sum-norm divides by {norm}; it must be above 0"))
             }
             _ => Ok(()),

@@ -99,7 +99,9 @@ fn keys_of_the_other_kind_of_job_are_refused() {
     check(
         &JOB.replace("sft", "stf"),
         &[],
-        expect!["job.toml:3:8: `job.type`: unknown variant `stf`, expected `pretrain` or `sft`; did you mean `sft`?"],
+        expect![
+            "job.toml:3:8: `job.type`: unknown variant `stf`, expected one of `pretrain`, `sft`, `rlhf`; did you mean `sft`?"
+        ],
     );
     check(
         JOB,

@@ -186,8 +186,7 @@ impl Objective {
                 let s = Surrogate::new(t.found.logprob, old, advantage, [clip_low, clip_high], clip_dual);
                 slopes.logprob += t.weight * correction * s.slope;
                 let loss = t.weight * correction * s.loss;
-                let even =
-                    [s.log_ratio * -1.0, s.is_clipped.into(), s.is_clipped_below.into()].map(|v: f64| v * t.even);
+                let even = [-s.log_ratio, s.is_clipped.into(), s.is_clipped_below.into()].map(|v: f64| v * t.even);
                 add(metrics, [loss, even[0], even[1], even[2]]);
                 loss
             }
