@@ -170,8 +170,8 @@ pub(crate) fn resolve_role(
     assets: &dyn ModelAssets,
 ) -> Result<Plan, ConfigError> {
     resolve_paths(&mut config, resources)?;
-    check_values(&config)?;
     let world_size = crate::rlhf::resolve_sections(&mut config, role, resources)?;
+    check_values(&config)?;
     let mesh = parallel::resolve_mesh(&mut config, world_size)?;
     parallel::resolve_reshard(&mut config.parallelism);
     resolve_device(&mut config, resources);

@@ -15,7 +15,6 @@ use crate::job::{ComputeType, Parallelism};
 use crate::{ConfigError, EngineConfig, SamplingParams};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -186,7 +185,36 @@ pub struct PlacementConfig {
     /// Pools, in the order of their ranks, with how many each has. Empty: one pool, `all`, of every rank.
     pub pools: Vec<Pool>,
     /// The pool of each role. Default: the first.
-    pub roles: BTreeMap<Role, String>,
+    pub roles: RolePools,
+}
+
+/// The pool of each role.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RolePools {
+    /// Of the model that learns.
+    pub policy: Option<String>,
+    /// Of generation.
+    pub rollout: Option<String>,
+    /// Of the reference.
+    pub reference: Option<String>,
+    /// Of the critic.
+    pub critic: Option<String>,
+    /// Of the reward model.
+    pub reward: Option<String>,
+}
+
+impl RolePools {
+    /// The pool that is named for a role.
+    pub fn get(&self, role: Role) -> Option<&String> {
+        match role {
+            Role::Policy => self.policy.as_ref(),
+            Role::Rollout => self.rollout.as_ref(),
+            Role::Reference => self.reference.as_ref(),
+            Role::Critic => self.critic.as_ref(),
+            Role::Reward => self.reward.as_ref(),
+        }
+    }
 }
 
 /// Some ranks.
@@ -203,7 +231,7 @@ impl PlacementConfig {
     /// The pool of a role and its ranks, in a job of `world_size`.
     pub fn ranks_of(&self, role: Role, world_size: usize) -> (String, std::ops::Range<usize>) {
         let Some(first) = self.pools.first() else { return ("all".into(), 0..world_size) };
-        let name = self.roles.get(&role).unwrap_or(&first.name);
+        let name = self.roles.get(role).unwrap_or(&first.name);
         let mut start = 0;
         for pool in &self.pools {
             if pool.name == *name {
@@ -216,7 +244,7 @@ impl PlacementConfig {
 
     fn check(&self, world_size: usize, found: &mut Found) {
         let names: Vec<&str> = self.pools.iter().map(|pool| pool.name.as_str()).collect();
-        for (role, pool) in &self.roles {
+        for (role, pool) in Role::ALL.into_iter().filter_map(|role| Some((role, self.roles.get(role)?))) {
             found.require(names.contains(&pool.as_str()), || {
                 let known = if names.is_empty() { "none are defined".into() } else { names.join(", ") };
                 format!("`placement.roles` puts {role} on pool `{pool}`, which does not exist; pools: {known}")

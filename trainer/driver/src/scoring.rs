@@ -5,6 +5,7 @@ use crate::team::Team;
 use std::collections::BTreeMap;
 use tangelo_algo::{Algorithm, Call, Merged, State, Statistics};
 use tangelo_control::{RemoteBatch, Scored};
+use tangelo_core::Column;
 
 /// The batch with the algorithm's columns, named values of it, and the algorithm's next state.
 ///
@@ -31,7 +32,12 @@ pub async fn score(
 
 async fn call(team: &Team, algorithm: &dyn Algorithm, batch: &RemoteBatch, call: Call) -> Result<Scored> {
     let spec = serde_json::to_value(&call).map_err(|e| DriverError::Internal(e.to_string()))?;
-    Ok(team.policy.score(batch, &algorithm.reads(), &spec).await?)
+    // Where both are there, the engine is compared with the trainer.
+    let compared = [Column::OldLogprob, Column::RolloutLogprob].into_iter().filter(|&column| batch.has(column));
+    let mut columns: Vec<Column> = algorithm.reads().into_iter().chain(compared).collect();
+    columns.sort();
+    columns.dedup();
+    Ok(team.policy.score(batch, &columns, &spec).await?)
 }
 
 /// What all shards said, in any order.

@@ -1,4 +1,4 @@
-//! Against the numbers of verl 0.9.1's own functions (`core_algos`, `rollout_corr_helper`), run once in float64.
+//! Against the numbers of verl 0.9.1's own functions (advantages, rollout correction), run once in float64.
 //!
 //! Eight sequences of four prompts, one of them alone, with holes in masks and a completion of one token. Inputs are
 //! exact in binary. verl adds 1e-8 to its counts and takes standard deviations in float32, so numbers agree to 1e-6.
