@@ -16,7 +16,8 @@ struct Inputs {
 }
 
 fn inputs(tokens: i64, width: i64, vocabulary: i64, kind: Kind) -> Inputs {
-    let draw = || Vec::<f64>::try_from(Tensor::randn([tokens], (Kind::Double, Device::Cpu))).unwrap();
+    let draw =
+        || Vec::<f64>::try_from(Tensor::randn([tokens], (Kind::Double, Device::Cpu))).expect("a flat f64 tensor");
     let slope = |(i, (a, b)): (usize, (f64, f64))| if i % 3 == 0 { [0.0, 0.0] } else { [a, b] };
     Inputs {
         hidden: random(&[tokens, width], kind),

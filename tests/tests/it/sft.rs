@@ -156,7 +156,7 @@ fn a_run_learns_the_answers_in_every_layout_alike() {
     let alone = job.run("alone", 1, &arguments);
     let losses = alone.losses();
     assert!(losses[19].1 < 0.5 * losses[0].1, "{losses:?}");
-    let trained = alone.records().iter().filter_map(|r| r.get(Metric::EvalLoss)).last().expect("an evaluation");
+    let trained = alone.records().iter().filter_map(|r| r.get(Metric::EvalLoss)).next_back().expect("an evaluation");
     assert!(trained < 0.6 * losses[0].1, "held-out loss {trained}");
     assert_losses_agree(&job.run("two", 2, &arguments).losses(), &losses, "two ranks");
     // The template was kept with the run: what it writes is what the answer follows.

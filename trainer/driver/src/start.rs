@@ -188,7 +188,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         prompts_per_step: job.rlhf().train_batch_size,
         filter: job.algorithm().shared().filter_groups.clone(),
     });
-    let checkpoints = config.checkpoint.enable.then(|| Checkpoints {
+    let checkpoints = config.checkpoint.enable.then_some(Checkpoints {
         folder,
         interval: config.checkpoint.interval as u64,
         keep: config.checkpoint.keep_latest_k,

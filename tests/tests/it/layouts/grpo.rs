@@ -52,7 +52,8 @@ fn loss_of(kind: &str) -> LossSpec {
 fn batch_of(padded: &Tensors) -> Batch {
     let rows = padded["advantages"].size()[0] as usize;
     let row = |name: &str, row: usize| Vec::<f32>::try_from(padded[name].get(row as i64)).unwrap();
-    let (mut tokens, mut streams): (Vec<Vec<u32>>, HashMap<Column, Vec<Vec<f32>>>) = Default::default();
+    let mut tokens: Vec<Vec<u32>> = Vec::new();
+    let mut streams: HashMap<Column, Vec<Vec<f32>>> = HashMap::new();
     for i in 0..rows {
         let kept = |ids: &str, mask: &str| -> Vec<u32> {
             let marked = row(mask, i).into_iter().map(|m| m > 0.0);

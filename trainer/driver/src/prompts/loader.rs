@@ -230,8 +230,11 @@ fn within_limit(
     Ok(kept.map(|(row, _)| Arc::new(row.prompt)).collect())
 }
 
+/// Prompts that several batches may hold.
+type Shared = Vec<Arc<Prompt>>;
+
 /// Splits off the `size` prompts whose numbers have the smallest hashes: the same ones whatever the seed.
-fn hold_out(prompts: Vec<Arc<Prompt>>, size: usize) -> Result<(Vec<Arc<Prompt>>, Vec<Arc<Prompt>>)> {
+fn hold_out(prompts: Vec<Arc<Prompt>>, size: usize) -> Result<(Shared, Shared)> {
     if size >= prompts.len() {
         return Err(DriverError::Prompts(format!(
             "`prompts.validation_size` = {size} would hold out all of the {} prompts; lower it or name \

@@ -229,7 +229,7 @@ fn rows_that_are_no_prompts_are_named() {
         expect!["DIR/a.jsonl: row 1: no column `prompt`; columns there are: promt; did you mean `promt`?"],
     );
     check(
-        &[good.clone()],
+        std::slice::from_ref(&good),
         "answer_key = 'solution'",
         expect![
             "DIR/a.jsonl: row 1: no column `solution`; columns there are: prompt, answer; set `prompts.answer_key` to one of them"
@@ -244,7 +244,7 @@ fn rows_that_are_no_prompts_are_named() {
         ]],
     );
     check(
-        &[good.clone()],
+        std::slice::from_ref(&good),
         "answer_after = '=>'",
         expect![[r#"DIR/a.jsonl: row 1: `answer` lacks "=>" (`prompts.answer_after`): it is "1""#]],
     );
