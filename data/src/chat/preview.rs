@@ -21,7 +21,7 @@ pub struct Preview {
     pub tokens: usize,
     /// How many of them are trained.
     pub trained: usize,
-    /// Its text, with [`OPEN`] and [`CLOSE`] around what is trained.
+    /// Its text, with marks around what is trained.
     pub text: String,
 }
 

@@ -4,7 +4,7 @@
 //! answer counts. Ranks with the same index get the same part, and answers come back in order of index, then rank. All
 //! protocols of HybridFlow's table 3 (arXiv 2409.19256) are such maps; the tests below list them.
 //!
-//! Batches are split by token count with whole groups ([`tangelo_core::balance`]), and what comes back is put into the
+//! Batches are split by token count with whole groups ([`mod@tangelo_core::balance`]), and what comes back is put into the
 //! order of what was split ([`Split::restore`]). Pure.
 
 use crate::error::ControlError;

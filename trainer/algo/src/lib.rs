@@ -2,7 +2,7 @@
 //!
 //! One file per algorithm (`grpo`, `ppo`, `rloo`, `reinforce_plus_plus`), on top of shared mathematics: exact sums, statistics of
 //! shards that merge in any order, baselines of groups, generalised advantages, whitening, KL, overlong punishment,
-//! correction for the engine. [`algorithm`](crate::algorithm) tells how they are run.
+//! correction for the engine. [`mod@algorithm`] tells how they are run.
 //!
 //! Invariants: pure functions of batches; no IO, no clock, no tensors, no randomness. Advantages, weights and masks
 //! are bitwise the same whatever the sharding, order and padding of the batch. Everything is computed in f64 and

@@ -171,7 +171,7 @@ impl Session {
     /// Validates where the run begins, if asked to.
     ///
     /// # Errors
-    /// As [`Session::validate`].
+    /// Whatever a rank or a reward reports.
     pub async fn validate_before_training(&mut self) -> Result<()> {
         match self.state.step == 0 && self.settings.val_before_train {
             true => {
@@ -185,7 +185,7 @@ impl Session {
     /// Validates after the steps that are due, and after the last.
     ///
     /// # Errors
-    /// As [`Session::validate`].
+    /// Whatever a rank or a reward reports.
     pub async fn validate_if_due(&mut self) -> Result<()> {
         let (step, every) = (self.state.step, self.settings.test_freq as u64);
         match step == self.steps || (every > 0 && step.is_multiple_of(every)) {
