@@ -390,7 +390,7 @@ mod tests {
         check(MicroBatches::Tokens(10), &[], &[]);
         check(MicroBatches::Tokens(0), &[1, 1], &[&[0], &[1]]);
         check(MicroBatches::Rows(2), &[1; 5], &[&[0, 1], &[2, 3], &[4]]);
-        check(MicroBatches::Balanced(10), &[4, 6, 1, 9, 2], &[&[0, 2], &[1, 4], &[3]]);
+        check(MicroBatches::Balanced(10), &[4, 6, 1, 9, 2], &[&[0, 4], &[1, 2], &[3]]);
         check(MicroBatches::Balanced(10), &[11, 1, 30], &[&[0], &[1], &[2]]);
         check(MicroBatches::Balanced(12), &[1, 1], &[&[0, 1]]);
         check(MicroBatches::Balanced(12), &[], &[]);
