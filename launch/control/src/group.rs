@@ -127,9 +127,11 @@ impl WorkerGroup {
     ///
     /// # Errors
     /// Whatever a rank reports.
-    pub async fn publish(&self, version: u64) -> Result<Published, ControlError> {
+    pub async fn publish(&self, version: u64) -> Result<(Published, Metrics), ControlError> {
         let answers = self.everywhere(&Request::Publish { version }).await?;
-        Ok(Published { version, details: answers.into_iter().map(|answer| answer.detail).collect() })
+        let mut metrics = Metrics::default();
+        answers.iter().for_each(|answer| metrics.merge(&answer.metrics));
+        Ok((Published { version, details: answers.into_iter().map(|answer| answer.detail).collect() }, metrics))
     }
 
     /// Takes published weights over.

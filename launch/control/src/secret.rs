@@ -58,12 +58,14 @@ impl Secret {
         Secret::parse(&text, &path.display().to_string())
     }
 
-    /// Into a file that only its owner can read.
+    /// Into a new file that only its owner can read, in place of what was there.
     pub fn write(&self, path: &Path) -> Result<(), ControlError> {
         use std::io::Write;
         use std::os::unix::fs::OpenOptionsExt;
+        // An older file or link may belong to somebody else, or be open to others: it is not written into.
+        let _ = std::fs::remove_file(path);
         let mut options = std::fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create_new(true).mode(0o600);
         let written = options.open(path).and_then(|mut file| file.write_all(self.0.as_bytes()));
         written.map_err(ControlError::io(format!("write the job's secret to {}", path.display())))
     }

@@ -5,6 +5,7 @@
 //! that the launcher itself ended are no candidates. Among the rest the earliest counts: an error by the time the rank
 //! wrote it, a death without a word by the time the launcher saw it.
 
+use super::terminal::process_name;
 use std::fmt;
 use tangelo_observe::{ErrorRecord, FailureKind};
 
@@ -111,7 +112,7 @@ pub fn first_failure(deaths: &[Death], last_step: Option<u64>) -> Option<Failure
         // Others gave up waiting for somebody, and this one had to be killed: it is whom they waited for.
         (Some(peer), Some(hung)) => {
             let waiting = failure(peer, last_step);
-            let message = waiting.message.map(|m| format!("rank {} said: {m}", peer.rank));
+            let message = waiting.message.map(|m| format!("{} said: {m}", process_name(peer.rank)));
             let kind = FailureKind::Peer;
             Some(Failure { rank: hung.rank, kind, step: waiting.step, cause: Cause::Hang, message })
         }

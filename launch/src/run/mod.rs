@@ -74,6 +74,12 @@ fn become_rank(arguments: &RunArgs, added: &[(&'static str, String)]) -> Result<
     let (rank, world_size, local_size) = external::sizes(|name| std::env::var(name).ok(), added)?;
     let worker = worker::find(arguments.worker_binary.as_deref())?;
     let plan = load_plan(&arguments.job, &arguments.set, world_size, local_size, &Assets)?;
+    if plan.config.job.kind == JobType::Rlhf {
+        return Err(LaunchError::Usage(format!(
+            "rank {rank} of {world_size} was started by another launcher, and a job of `job.type` = \"rlhf\" has a driver \
+             beside its ranks: start `tangelo run` once per node, with --nproc-per-node, and let it start the ranks"
+        )));
+    }
     folder::check_same_run(&plan)?;
     let terminal = Terminal::new(arguments.quiet || rank != 0, arguments.progress_interval());
     if external::is_first_of_node(|name| std::env::var(name).ok(), added)? {

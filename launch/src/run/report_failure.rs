@@ -5,6 +5,7 @@ use super::logs::{LogFolder, last_lines};
 use super::standing::last_moment;
 use super::supervise::Outcome;
 use super::terminal::process_name;
+use crate::driver::DRIVER;
 use std::fmt::Write;
 use tangelo_observe::FailureKind;
 
@@ -19,7 +20,7 @@ pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String 
     if let Some(behind) = &outcome.behind {
         text += &format!("\n  {behind}");
     } else if let Some((rank, message)) = noticed(failure, outcome) {
-        text += &format!("\n  rank {rank} noticed: {message}");
+        text += &format!("\n  {} noticed: {message}", process_name(rank));
     }
     let log = logs.path(failure.rank);
     let _ = write!(text, "\n  log: {}", log.display());
@@ -28,11 +29,13 @@ pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String 
     for line in last_lines(&log, if reported { 0 } else { LAST_LINES }) {
         let _ = write!(text, "\n  | {line}");
     }
-    match outcome.deaths.len().saturating_sub(1) {
-        0 => {}
-        1 => text += "\n  the other rank of this node ended with it",
-        others => drop(write!(text, "\n  the other {others} ranks of this node ended with it")),
-    }
+    let others = outcome.deaths.iter().filter(|d| d.rank != failure.rank && d.rank != DRIVER).count();
+    let _ = match (others, failure.rank) {
+        (0, _) => Ok(()),
+        (_, DRIVER) => write!(text, "\n  its {others} rank{} ended with it", if others == 1 { "" } else { "s" }),
+        (1, _) => write!(text, "\n  the other rank of this node ended with it"),
+        _ => write!(text, "\n  the other {others} ranks of this node ended with it"),
+    };
     text
 }
 

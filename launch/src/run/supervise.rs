@@ -82,7 +82,7 @@ struct Seen {
 /// Runs one attempt to its end, whatever that is.
 pub fn run(attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Result<Outcome, LaunchError> {
     let seen = Arc::new(Mutex::new(Seen::default()));
-    let mut ranks = Ranks::start(attempt, &seen)?;
+    let mut ranks = Ranks::start(attempt, signals, &seen)?;
     let signal = ranks.supervise(attempt, signals);
     let deaths = ranks.finish(attempt);
     let seen = *seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -156,6 +156,8 @@ impl Rank {
 struct Ranks {
     ranks: Vec<Rank>,
     behind: Option<String>,
+    /// The first signal that came from outside.
+    signal: Option<i32>,
 }
 
 impl Drop for Ranks {
@@ -170,11 +172,14 @@ impl Drop for Ranks {
 }
 
 impl Ranks {
-    fn start(attempt: &Attempt<'_>, seen: &Arc<Mutex<Seen>>) -> Result<Ranks, LaunchError> {
-        let mut ranks = Ranks { ranks: Vec::new(), behind: None };
+    fn start(attempt: &Attempt<'_>, signals: &Receiver<i32>, seen: &Arc<Mutex<Seen>>) -> Result<Ranks, LaunchError> {
+        let mut ranks = Ranks { ranks: Vec::new(), behind: None, signal: None };
         let mut environment = Vec::new();
         if let Some(arguments) = &attempt.driver {
-            environment = ranks.start_driver(attempt, arguments, seen)?;
+            match ranks.start_driver(attempt, arguments, signals, seen)? {
+                Some(found) => environment = found,
+                None => return Ok(ranks),
+            }
         }
         for local_rank in 0..attempt.topology.ranks_per_node {
             let rank = start_rank(attempt, local_rank, &environment, seen)?;
@@ -183,14 +188,15 @@ impl Ranks {
         Ok(ranks)
     }
 
-    /// Starts the driver and waits until it listens; what ranks need to find it. A driver that ends before is seen by
-    /// [`Ranks::supervise`] like any rank's end: then there is nothing to find.
+    /// Starts the driver and waits until it listens; what ranks need to find it, or `None` where it ended before, which
+    /// [`Ranks::supervise`] sees like any rank's end. A signal ends it at once: it has nothing to save yet.
     fn start_driver(
         &mut self,
         attempt: &Attempt<'_>,
         arguments: &[OsString],
+        signals: &Receiver<i32>,
         seen: &Arc<Mutex<Seen>>,
-    ) -> Result<Vec<(&'static str, OsString)>, LaunchError> {
+    ) -> Result<Option<Vec<(&'static str, OsString)>>, LaunchError> {
         let program = std::env::current_exe().map_err(LaunchError::io("find", "the executable of tangelo"))?;
         let mut command = Command::new(program);
         command.args(arguments);
@@ -198,27 +204,29 @@ impl Ranks {
         self.ranks.push(start_process(attempt, command, DRIVER, 0, Some(listening), seen)?);
         while let Some(driver) = self.ranks.first_mut().filter(|driver| driver.death.is_none()) {
             if let Ok((address, secret_file)) = heard.recv_timeout(Duration::from_millis(50)) {
-                return Ok(vec![(env::DRIVER_ADDRESS, address.into()), (env::JOB_SECRET_FILE, secret_file)]);
+                return Ok(Some(vec![(env::DRIVER_ADDRESS, address.into()), (env::JOB_SECRET_FILE, secret_file)]));
+            }
+            if let Some(signal) = signals.try_iter().find(|&signal| signal != Signal::SIGCHLD as i32) {
+                driver.send(Signal::SIGKILL);
+                self.signal = self.signal.or(Some(signal));
             }
             driver.look(attempt.logs.error_path(DRIVER));
         }
-        Ok(Vec::new())
+        Ok(None)
     }
 
     /// Watches until every rank has ended; returns the first signal that came from outside.
     fn supervise(&mut self, attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Option<i32> {
         let mut phase = Phase::Running;
-        let mut first_signal = None;
         loop {
             self.ranks.iter_mut().for_each(|rank| rank.look(attempt.logs.error_path(rank.rank)));
             if self.ranks.iter().all(|rank| rank.death.is_some()) {
-                return first_signal;
+                return self.signal;
             }
             phase = self.next_phase(phase, attempt);
             match signals.recv_timeout(Duration::from_millis(100)) {
                 Ok(signal) if signal != Signal::SIGCHLD as i32 => {
-                    phase = self.forward(signal, first_signal.is_some(), phase, attempt);
-                    first_signal = first_signal.or(Some(signal));
+                    phase = self.forward(signal, phase, attempt);
                 }
                 Ok(_) | Err(RecvTimeoutError::Timeout) => {}
                 // Without the signal thread nobody wakes us, so sleep as long as the timeout would.
@@ -233,8 +241,7 @@ impl Ranks {
         match phase {
             Phase::Running | Phase::Stopping if failed => {
                 // Before anybody is told to end: afterwards all stand elsewhere.
-                let standing: Vec<Standing> = self.ranks.iter().map(Rank::standing).collect();
-                self.behind = who_is_behind(&standing, &attempt.logs);
+                self.behind = who_is_behind(&self.standing(), &attempt.logs);
                 self.send(Signal::SIGTERM);
                 Phase::Ending { kill_at: Instant::now() + attempt.grace }
             }
@@ -247,9 +254,12 @@ impl Ranks {
     }
 
     /// What follows from a signal to the launcher: the first one is passed on (SIGHUP as SIGTERM, for a rank whose
-    /// terminal went away shall save and end like any other), the second kills.
-    fn forward(&mut self, signal: i32, again: bool, phase: Phase, attempt: &Attempt<'_>) -> Phase {
-        let running = self.ranks.iter().filter(|r| r.death.is_none()).count();
+    /// terminal went away shall save and end like any other), the second kills. Where there is a driver the first one is
+    /// for it alone: it has the ranks finish the step and save, and they end with it.
+    fn forward(&mut self, signal: i32, phase: Phase, attempt: &Attempt<'_>) -> Phase {
+        let again = self.signal.is_some();
+        self.signal = self.signal.or(Some(signal));
+        let running = self.ranks.iter().filter(|r| r.death.is_none() && r.rank != DRIVER).count();
         let name = super::culprit::signal_name(signal);
         if again {
             attempt.terminal.say(&format!("{name} again: killing {running} rank(s)"));
@@ -257,7 +267,11 @@ impl Ranks {
             return Phase::Killed;
         }
         attempt.terminal.say(&format!("{name}: {running} rank(s) finish their step and save; once more to kill them"));
-        self.send(if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM });
+        let passed_on = if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM };
+        match self.ranks.iter_mut().find(|rank| rank.rank == DRIVER && rank.death.is_none()) {
+            Some(driver) => driver.send(passed_on),
+            None => self.send(passed_on),
+        }
         match phase {
             Phase::Running => Phase::Stopping,
             phase => phase,
@@ -273,8 +287,12 @@ impl Ranks {
         if self.ranks.iter().all(|r| r.death.as_ref().is_some_and(Death::is_success)) {
             return None;
         }
-        let standing: Vec<Standing> = self.ranks.iter().map(Rank::standing).collect();
-        who_is_behind(&standing, &attempt.logs)
+        who_is_behind(&self.standing(), &attempt.logs)
+    }
+
+    /// Where the ranks stand; the driver is in no collective.
+    fn standing(&self) -> Vec<Standing> {
+        self.ranks.iter().filter(|rank| rank.rank != DRIVER).map(Rank::standing).collect()
     }
 
     /// Collects the deaths once all output has been carried.
@@ -335,7 +353,7 @@ fn start_process(
     drop(command);
     let mut rank = Rank { rank, child, forwarder: None, progress: None, sent: Vec::new(), death: None };
     if let Err(e) = listen(&mut rank, attempt, (stdout, stderr), (progress, listening), seen) {
-        drop(Ranks { ranks: vec![rank], behind: None });
+        drop(Ranks { ranks: vec![rank], behind: None, signal: None });
         return Err(doing("take the output of")(e));
     }
     Ok(rank)

@@ -156,24 +156,47 @@ fn roles_on_pools_of_their_own_learn_the_same() {
         assert_eq!(together[&1][name], apart[&1][name], "{name}");
     }
     assert!(apart[&2]["reshard/received_bytes"] > 0.0);
+    // Where training and generation want the same weights in the same type, nothing moves.
+    assert!(together[&2]["reshard/shared_bytes"] > 0.0 && together[&2]["reshard/received_bytes"] == 0.0);
 }
 
 #[test]
 fn a_killed_rank_is_named_and_nothing_is_left() {
     let job = job();
     let folder = job.path("killed");
-    let mut child = command(&job, "killed", 2, &["training.steps=2000"]).spawn().unwrap();
-    let begin = std::time::Instant::now();
-    while metrics_or_none(&folder) < 2 {
-        assert!(begin.elapsed().as_secs() < 120 && child.try_wait().unwrap().is_none(), "no step was done");
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
+    let mut child = under_way(&job, "killed");
     kill_worker(&folder);
     let status = child.wait().unwrap();
     assert!(!status.success());
     let events = std::fs::read_to_string(folder.join("events.jsonl")).unwrap();
     assert!(events.contains("SIGKILL") && events.contains("rank 1 failed first"), "{events}");
     assert_eq!(processes_of(&folder), Vec::<String>::new());
+}
+
+#[test]
+fn a_signal_lets_the_step_finish_and_saves() {
+    let job = job();
+    let folder = job.path("stopped");
+    let mut child = under_way(&job, "stopped");
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    let last = *metrics(&folder).keys().max().unwrap();
+    assert!(folder.join(format!("checkpoint/driver-{last:08}.json")).is_file(), "step {last} was not saved");
+    assert_eq!(processes_of(&folder), Vec::<String>::new());
+    assert!(!folder.join(".job-secret").exists());
+    let resumed = run(&job, "stopped", 2, &[&format!("training.steps={}", last + 1)]);
+    assert!(resumed.contains_key(&(last + 1)), "{resumed:?}");
+}
+
+/// A long run on two ranks that has done a step.
+fn under_way(job: &Job, name: &str) -> std::process::Child {
+    let mut child = command(job, name, 2, &["training.steps=2000"]).spawn().unwrap();
+    let begin = std::time::Instant::now();
+    while metrics_or_none(&job.path(name)) < 2 {
+        assert!(begin.elapsed().as_secs() < 120 && child.try_wait().unwrap().is_none(), "no step was done");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    child
 }
 
 fn metrics_or_none(run: &Path) -> usize {

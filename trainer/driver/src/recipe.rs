@@ -47,8 +47,8 @@ pub async fn run(s: &mut Session) -> Result<Outcome> {
         s.state.algorithm = next;
         // ---- below here nothing is on the hot path ----------------------------------------------------------------
         s.record(&rollouts, &batch, scored, moved).await?;
-        s.validate_if_due().await?;
         s.save_if_due().await?;
+        s.validate_if_due().await?;
         s.end_step().await?;
     }
     s.finish().await

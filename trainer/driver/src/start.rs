@@ -12,7 +12,7 @@ use crate::state::{self, DriverState};
 use crate::team::Team;
 use crate::tracker::{Tracker, TrackerOptions};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -71,7 +71,14 @@ pub async fn run(job: &JobPlan, mut options: StartOptions) -> Result<Outcome> {
         cluster.shutdown().await?;
     }
     agent.abort();
+    // Nobody joins any more. A job that was killed leaves it, and the next one replaces it.
+    let _ = std::fs::remove_file(secret_file(job));
     outcome
+}
+
+/// Where ranks find the job's secret.
+fn secret_file(job: &JobPlan) -> PathBuf {
+    job.policy.config.job.dump_folder.join(".job-secret")
 }
 
 fn open(job: &JobPlan) -> Result<Opened> {
@@ -103,7 +110,7 @@ fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
 
 async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<Driver> {
     let secret = Secret::generate()?;
-    let secret_file = job.policy.config.job.dump_folder.join(".job-secret");
+    let secret_file = secret_file(job);
     secret.write(&secret_file)?;
     let driver = Driver::listen(DriverOptions {
         job: options.run_id.clone(),

@@ -94,10 +94,11 @@ impl Team {
     /// Whatever a rank reports.
     pub async fn publish(&self, version: u64) -> Result<Metrics> {
         // Between two pools weights travel by a collective of both, so both verbs must be under way; in one pool the first
-        // does the work and the second takes the engine's memory again.
+        // does the work and the second notes the version.
         let published = tangelo_control::Published { version, details: Vec::new() };
-        let (_, metrics) = tokio::try_join!(self.policy.publish(version), self.rollout.pull(&published))?;
-        Ok(metrics)
+        let ((_, mut moved), pulled) = tokio::try_join!(self.policy.publish(version), self.rollout.pull(&published))?;
+        moved.merge(&pulled);
+        Ok(moved)
     }
 
     /// The roles that learn, and so have a part in checkpoints.

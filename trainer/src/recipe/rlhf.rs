@@ -35,7 +35,7 @@ pub fn run(job: &JobPlan, info: &RankInfo, runtime: &tokio::runtime::Handle) -> 
     let device = open_model::choose_device(training.device, info.local_rank)?;
     device::set_threads(threads_for(training.num_threads, info.local_world_size));
     let world = setup::connect(&job.policy, info, device)?;
-    let (mut worker, seats) = Builder { job, rank: info.rank, device }.build(world)?;
+    let (mut worker, seats) = Builder { job, info, rank: info.rank, device }.build(world)?;
     worker.publish()?;
     let member = Membership::from_env().map_err(control_error)?;
     let options = RankOptions { rank: info.rank, seats, store_limit_bytes: STORE_LIMIT_BYTES };
@@ -50,6 +50,7 @@ fn control_error(error: ControlError) -> TrainError {
 
 struct Builder<'a> {
     job: &'a JobPlan,
+    info: &'a RankInfo,
     rank: usize,
     device: Device,
 }
@@ -179,7 +180,19 @@ impl Builder<'_> {
         ends.dedup();
         let tokenizer = Arc::new(tokenizer.tokenizer.clone());
         let text: TextSource = Box::new(move || Box::new(Text(StreamDecoder::new(tokenizer.clone(), true))));
-        Engine::new(model, &self.job.rollout().engine, &ends, Some(text)).map_err(|e| TrainError::Device(e.to_string()))
+        let mut config = self.job.rollout().engine.clone();
+        if self.device == Device::Cpu {
+            // Ranks of a node share its memory, and none knows what the others are about to take.
+            config.kv_memory_fraction /= self.generating_beside().max(1) as f64;
+        }
+        Engine::new(model, &config, &ends, Some(text)).map_err(|e| TrainError::Device(e.to_string()))
+    }
+
+    /// How many ranks of this node generate.
+    fn generating_beside(&self) -> usize {
+        let first = self.info.rank - self.info.local_rank;
+        let here = first..first + self.info.local_world_size;
+        self.job.ranks(Role::Rollout).filter(|rank| here.contains(rank)).count()
     }
 
     /// Who gets what and who answers, of every role that lives here.

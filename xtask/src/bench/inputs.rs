@@ -5,7 +5,7 @@ use crate::shell::{self, Repo};
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Tokens of a sequence.
@@ -120,6 +120,20 @@ impl<'a> Inputs<'a> {
         }
         Ok(folder)
     }
+}
+
+/// Runs a script of tests/python with the peers' Python; the JSON line it ends with. `python_path` is searched first.
+pub fn peer_script(repo: &Repo, script: &str, python_path: Option<&Path>, arguments: &[String]) -> Result<Value> {
+    let mut command = repo.command(repo.python());
+    command.arg(format!("tests/python/{script}")).args(arguments);
+    // Threads that wait by turning take the cores from whoever works.
+    command.envs([("HF_HUB_OFFLINE", "1"), ("TQDM_DISABLE", "1"), ("GOMP_SPINCOUNT", "0")]);
+    if let Some(folder) = python_path {
+        command.env("PYTHONPATH", folder);
+    }
+    let line = shell::command_line(&command);
+    let text = shell::output(&mut command).with_context(|| format!("`{line}` failed; run it to see why"))?;
+    last_json(&text).with_context(|| format!("`{line}`"))
 }
 
 /// The line of JSON that a peer's output ends with.

@@ -2,10 +2,13 @@
 //!
 //! The two sides of a comparison take turns, round by round, so that a machine that slows down slows both. Inputs are the
 //! same: model shape, tokens per step, threads, text. Never part of a test: a number is not right or wrong. What each
-//! peer does is in tests/python/bench.py. `bench parallel` is about several ranks.
+//! peer does is in tests/python/bench.py. `bench parallel` is about several ranks, `bench rlhf`
+//! about reinforcement learning, `bench engine` about generation.
 
+mod engine;
 mod inputs;
 mod parallel;
+mod rlhf;
 mod table;
 
 use crate::setup;
@@ -46,6 +49,10 @@ struct Turns {
 enum Measurement {
     /// Several ranks: bytes sent against the least there can be, time spent waiting, tokens/s against DDP and FSDP2.
     Parallel(parallel::Options),
+    /// Steps of GRPO and PPO against TRL: seconds, split into generation, scoring and training.
+    Rlhf(rlhf::Options),
+    /// Generation against transformers, ctranslate2, openvino and llama.cpp.
+    Engine(engine::Options),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -68,8 +75,11 @@ impl Part {
 
 /// Sets up, builds, measures, prints.
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
-    if let Some(Measurement::Parallel(options)) = &options.command {
-        return parallel::run(repo, options);
+    match &options.command {
+        Some(Measurement::Parallel(options)) => return parallel::run(repo, options),
+        Some(Measurement::Rlhf(options)) => return rlhf::run(repo, options),
+        Some(Measurement::Engine(options)) => return engine::run(repo, options),
+        None => {}
     }
     setup::libtorch(repo)?;
     setup::peers(repo)?;

@@ -48,7 +48,7 @@ async fn a_step_of_the_recipe() {
     assert_eq!(metrics.get("loss"), Some(f64::from(sum) / whole.num_tokens() as f64));
     assert_eq!(metrics.get("sequences"), Some(21.0));
     policy.optim_step(1e-6).await.unwrap();
-    let published = policy.publish(40).await.unwrap();
+    let (published, _) = policy.publish(40).await.unwrap();
     assert_eq!(published.details, [40, 41, 42, 43].map(serde_json::Value::from));
     rollout.pull(&published).await.unwrap();
     policy.save(Path::new("/nowhere")).await.unwrap();
