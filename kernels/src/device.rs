@@ -3,10 +3,12 @@
 //! Invariants: libtorch_cuda is opened only where a CUDA driver is present, before anything asks libtorch about CUDA;
 //! one OS thread owns a rank's tensors ([`DeviceThread`]).
 
+mod buffers;
 mod choose;
 mod measure;
 mod thread;
 
+pub use buffers::lasting_zeros;
 pub use choose::{DeviceChoice, choose, driver_present, open_cuda, set_threads, use_deterministic_operations};
 pub(crate) use measure::Counting;
 pub use measure::{

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use tangelo_core::{IndexBox, ParamMeta};
 use tangelo_kernels::autograd;
+use tangelo_kernels::device::lasting_zeros;
 use tch::{Device, Kind, Tensor};
 
 /// A weight and where its gradient accumulates.
@@ -90,10 +91,10 @@ impl UnitWeights {
         let spans = ParamSpan::lay_out(parts);
         let n: usize = spans.iter().map(|s| s.len).sum();
         let by_name = spans.iter().enumerate().map(|(i, s)| (s.meta.name.clone(), i)).collect();
-        let flat = Tensor::zeros([n as i64], (kind, device));
+        let flat = lasting_zeros(n, kind, device);
         // Gradients are wider than the weights where those are bf16, and as wide as them in float64 checks.
         let grad_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-        let main_grad = trained.then(|| Tensor::zeros([n as i64], (grad_kind, device)));
+        let main_grad = trained.then(|| lasting_zeros(n, grad_kind, device));
         UnitWeights { spans, by_name, flat, main_grad }
     }
 

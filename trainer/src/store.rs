@@ -13,6 +13,7 @@ use crate::shards::{Cut, Place};
 use tangelo_configs::Sharding;
 use tangelo_core::{Group, Level, Unit};
 use tangelo_kernels::autograd;
+use tangelo_kernels::device::lasting_zeros;
 use tangelo_models::Model;
 use tch::{Kind, Tensor};
 
@@ -40,8 +41,7 @@ impl WeightStore {
             let one = |unit| Cut::new(model, sharding, unit..unit + 1, &flat, level, group, rank);
             (0..units.len()).map(one).collect()
         };
-        let shard =
-            |place: &Place, kind| place.shard_len().map(|len| Tensor::zeros([len as i64], (kind, model.device())));
+        let shard = |place: &Place, kind| place.shard_len().map(|len| lasting_zeros(len, kind, model.device()));
         WeightStore {
             weights: weight_places.iter().map(|p| shard(p, model.kind())).collect(),
             gradients: gradient_places

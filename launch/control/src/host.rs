@@ -31,6 +31,7 @@ impl Port {
         let listener = TcpListener::bind((host, 0)).await;
         let listener = listener.map_err(ControlError::io(format!("listen on host `{host}` (TANGELO_HOST)")))?;
         let port = listener.local_addr().map_err(ControlError::io("learn the port that was bound"))?.port();
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
         Ok(Port { listener, address: format!("{host}:{port}") })
     }
 }

@@ -5,7 +5,7 @@
 //! that the launcher itself ended are no candidates. Among the rest the earliest counts: an error by the time the rank
 //! wrote it, a death without a word by the time the launcher saw it.
 
-use super::terminal::process_name;
+use crate::driver::{is_rank, process_name};
 use std::fmt;
 use tangelo_observe::{ErrorRecord, FailureKind};
 
@@ -107,7 +107,8 @@ pub fn first_failure(deaths: &[Death], last_step: Option<u64>) -> Option<Failure
         return Some(failure);
     }
     let killed = |d: &&Death| d.ending == Ending::Signal(9) && d.is_ours();
-    let peer = failed(deaths).min_by_key(earliest);
+    // An agent knows of the driver, its ranks only of the agent.
+    let peer = failed(deaths).min_by_key(|death| (is_rank(death.rank), earliest(death)));
     match (peer, deaths.iter().filter(killed).min_by_key(|d| d.rank)) {
         // Others gave up waiting for somebody, and this one had to be killed: it is whom they waited for.
         (Some(peer), Some(hung)) => {

@@ -8,7 +8,7 @@
 //! drained, so that a full disk does not stop training.
 
 use super::Terminal;
-use crate::driver::DRIVER;
+use crate::driver::file_stem;
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ impl LogFolder {
     }
 
     fn file(&self, rank: usize, extension: &str) -> PathBuf {
-        let name = if rank == DRIVER { "driver".to_owned() } else { format!("rank-{rank:05}") };
+        let name = file_stem(rank);
         match self.attempt {
             0 => self.folder.join(format!("{name}.{extension}")),
             n => self.folder.join(format!("{name}.{n}.{extension}")),

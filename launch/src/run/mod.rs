@@ -112,7 +112,8 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let _lock = folder::lock(&run_folder, topology.node_rank)?;
     folder::check_same_run(&plan)?;
     if plan.config.job.kind == JobType::Rlhf {
-        check_roles(&plan, &topology, &resources)?;
+        // Every role fits its ranks, or nothing starts.
+        JobPlan::new(plan.clone(), &resources, &Assets)?;
     } else {
         prepare_unless_stopped(&plan, &terminal, &signals)?;
     }
@@ -121,18 +122,6 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let kind = plan.config.job.kind;
     let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, kind, signals };
     job.run_to_the_end()
-}
-
-/// Every role of a reinforcement-learning job fits its ranks; what is not offered yet is refused before anything starts.
-fn check_roles(plan: &Plan, topology: &Topology, resources: &Resources) -> Result<(), LaunchError> {
-    if topology.num_nodes > 1 {
-        return Err(LaunchError::Usage(format!(
-            "--nnodes {}: `job.type` = \"rlhf\" runs on one node yet",
-            topology.num_nodes
-        )));
-    }
-    JobPlan::new(plan.clone(), resources, &Assets)?;
-    Ok(())
 }
 
 fn print_config(plan: &Plan, terminal: &Terminal) -> Result<(), LaunchError> {
@@ -228,6 +217,7 @@ impl Job<'_> {
             arguments: train_arguments(&self.config, self.kind),
             driver: (self.kind == JobType::Rlhf).then(|| vec!["driver".into(), self.config.clone().into()]),
             topology: &self.topology,
+            host: topology::own_address(&self.topology)?,
             run_id: "tangelo",
             restarts: (restarts, self.arguments.max_restarts),
             logs,

@@ -4,8 +4,7 @@ use super::culprit::{Cause, Failure};
 use super::logs::{LogFolder, last_lines};
 use super::standing::last_moment;
 use super::supervise::Outcome;
-use super::terminal::process_name;
-use crate::driver::DRIVER;
+use crate::driver::{is_rank, process_name};
 use std::fmt::Write;
 use tangelo_observe::FailureKind;
 
@@ -29,10 +28,12 @@ pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String 
     for line in last_lines(&log, if reported { 0 } else { LAST_LINES }) {
         let _ = write!(text, "\n  | {line}");
     }
-    let others = outcome.deaths.iter().filter(|d| d.rank != failure.rank && d.rank != DRIVER).count();
+    let others = outcome.deaths.iter().filter(|d| d.rank != failure.rank && is_rank(d.rank)).count();
     let _ = match (others, failure.rank) {
         (0, _) => Ok(()),
-        (_, DRIVER) => write!(text, "\n  its {others} rank{} ended with it", if others == 1 { "" } else { "s" }),
+        (_, failed) if !is_rank(failed) => {
+            write!(text, "\n  its {others} rank{} ended with it", if others == 1 { "" } else { "s" })
+        }
         (1, _) => write!(text, "\n  the other rank of this node ended with it"),
         _ => write!(text, "\n  the other {others} ranks of this node ended with it"),
     };

@@ -16,7 +16,7 @@ use super::culprit::{Death, Ending};
 use super::logs::{Forwarder, LogFolder, wait_for};
 use super::standing::{Standing, who_is_behind};
 use super::{Terminal, Topology};
-use crate::driver::DRIVER;
+use crate::driver::{DRIVER, is_rank, of_node};
 use crate::error::LaunchError;
 use crate::worker;
 use nix::sys::signal::{Signal, killpg};
@@ -41,10 +41,13 @@ pub struct Attempt<'a> {
     pub worker: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
-    /// The arguments with which this very program is the driver of the ranks, where the job has one.
+    /// The arguments with which this very program is the driver of the ranks (on the first node; on others the agent
+    /// between driver and ranks), where the job has one.
     pub driver: Option<Vec<OsString>>,
     /// Who takes part.
     pub topology: &'a Topology,
+    /// By which name or address the other nodes reach this one, where there are any.
+    pub host: Option<String>,
     /// Name of the run, the same on all nodes.
     pub run_id: &'a str,
     /// Restarts so far and allowed.
@@ -201,7 +204,8 @@ impl Ranks {
         let mut command = Command::new(program);
         command.args(arguments);
         let (listening, heard) = std::sync::mpsc::channel();
-        self.ranks.push(start_process(attempt, command, DRIVER, 0, Some(listening), seen)?);
+        let number = of_node(attempt.topology.node_rank);
+        self.ranks.push(start_process(attempt, command, number, 0, Some(listening), seen)?);
         while let Some(driver) = self.ranks.first_mut().filter(|driver| driver.death.is_none()) {
             if let Ok((address, secret_file)) = heard.recv_timeout(Duration::from_millis(50)) {
                 return Ok(Some(vec![(env::DRIVER_ADDRESS, address.into()), (env::JOB_SECRET_FILE, secret_file)]));
@@ -210,7 +214,7 @@ impl Ranks {
                 driver.send(Signal::SIGKILL);
                 self.signal = self.signal.or(Some(signal));
             }
-            driver.look(attempt.logs.error_path(DRIVER));
+            driver.look(attempt.logs.error_path(number));
         }
         Ok(None)
     }
@@ -255,11 +259,11 @@ impl Ranks {
 
     /// What follows from a signal to the launcher: the first one is passed on (SIGHUP as SIGTERM, for a rank whose
     /// terminal went away shall save and end like any other), the second kills. Where there is a driver the first one is
-    /// for it alone: it has the ranks finish the step and save, and they end with it.
+    /// for it alone: it has the ranks of all nodes finish the step and save, and they end with it.
     fn forward(&mut self, signal: i32, phase: Phase, attempt: &Attempt<'_>) -> Phase {
         let again = self.signal.is_some();
         self.signal = self.signal.or(Some(signal));
-        let running = self.ranks.iter().filter(|r| r.death.is_none() && r.rank != DRIVER).count();
+        let running = self.ranks.iter().filter(|r| r.death.is_none() && is_rank(r.rank)).count();
         let name = super::culprit::signal_name(signal);
         if again {
             attempt.terminal.say(&format!("{name} again: killing {running} rank(s)"));
@@ -268,8 +272,9 @@ impl Ranks {
         }
         attempt.terminal.say(&format!("{name}: {running} rank(s) finish their step and save; once more to kill them"));
         let passed_on = if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM };
-        match self.ranks.iter_mut().find(|rank| rank.rank == DRIVER && rank.death.is_none()) {
-            Some(driver) => driver.send(passed_on),
+        match self.ranks.iter_mut().find(|rank| !is_rank(rank.rank) && rank.death.is_none()) {
+            Some(driver) if driver.rank == DRIVER => driver.send(passed_on),
+            Some(_) => attempt.terminal.say("the driver on node 0 ends the job; it has to get the signal, too"),
             None => self.send(passed_on),
         }
         match phase {
@@ -292,7 +297,7 @@ impl Ranks {
 
     /// Where the ranks stand; the driver is in no collective.
     fn standing(&self) -> Vec<Standing> {
-        self.ranks.iter().filter(|rank| rank.rank != DRIVER).map(Rank::standing).collect()
+        self.ranks.iter().filter(|rank| is_rank(rank.rank)).map(Rank::standing).collect()
     }
 
     /// Collects the deaths once all output has been carried.
@@ -341,7 +346,10 @@ fn start_process(
     command.env(env::POSITION_FILE, attempt.logs.position_path(rank));
     command.env(env::SUPERVISOR_PID, std::process::id().to_string());
     command.env_remove(env::PROGRESS_FD);
-    let (child, progress) = if rank == DRIVER || (rank == 0 && attempt.driver.is_none()) {
+    if let (Some(host), None) = (&attempt.host, std::env::var_os(env::HOST)) {
+        command.env(env::HOST, host);
+    }
+    let (child, progress) = if !is_rank(rank) || (rank == 0 && attempt.driver.is_none()) {
         let (progress, end) = worker::progress_pipe(&mut command).map_err(doing("pass a pipe to"))?;
         let child = command.spawn().map_err(doing("start"))?;
         drop(end);

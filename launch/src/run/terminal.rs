@@ -5,17 +5,12 @@
 //! the lines of a rank's stderr that begin with `warning:` or `error:`, which is how a worker begins them.
 
 use super::logs::Stream;
-use crate::driver::DRIVER;
+use crate::driver::{DRIVER, process_name};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tangelo_observe::{ProgressEvent, stderr_line, stdout_line};
-
-/// `rank 3`, or `driver`.
-pub fn process_name(rank: usize) -> String {
-    if rank == DRIVER { "driver".into() } else { format!("rank {rank}") }
-}
 
 /// How much is shown, and in which form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

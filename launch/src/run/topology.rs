@@ -1,5 +1,7 @@
 //! Which ranks a node starts, and the environment of each: torchrun's variables plus our own. Pure.
 
+use crate::error::LaunchError;
+use std::net::UdpSocket;
 use tangelo_core::env;
 
 /// Who takes part in a job, seen from one node.
@@ -64,6 +66,31 @@ pub fn parse_endpoint(text: &str) -> Result<(String, u16), String> {
         return Err(expected());
     }
     Ok((host.to_owned(), port))
+}
+
+/// By which name or address the other nodes of a job reach this one; `None` where there are none. The first node is
+/// known by what they meet at; on another it is the address from which it would speak to that.
+pub fn own_address(topology: &Topology) -> Result<Option<String>, LaunchError> {
+    match topology {
+        Topology { num_nodes: 1, .. } => Ok(None),
+        Topology { node_rank: 0, master_addr, .. } => Ok(Some(master_addr.clone())),
+        Topology { master_addr, master_port, .. } => {
+            let ask = || {
+                // Nothing is sent: connecting a datagram socket only chooses the way.
+                let any = if master_addr.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+                let socket = UdpSocket::bind(any)?;
+                socket.connect((master_addr.as_str(), *master_port))?;
+                Ok(socket.local_addr()?.ip().to_string())
+            };
+            let no_way = |e: std::io::Error| {
+                LaunchError::Usage(format!(
+                    "--rdzv-endpoint {master_addr}:{master_port} cannot be reached from this node ({e}); or say by which \
+                     address others reach this node with TANGELO_HOST"
+                ))
+            };
+            ask().map(Some).map_err(no_way)
+        }
+    }
 }
 
 /// A port of 127.0.0.1 that was free a moment ago.

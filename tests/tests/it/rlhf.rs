@@ -57,14 +57,14 @@ pattern = "[a-m]"
 "#;
 
 /// A folder with a tokenizer and a job.
-fn job() -> Job {
+pub fn job() -> Job {
     let job = Job::new(support::fresh_seed());
     let text = JOB.replace("FOLDER", &job.path("").display().to_string());
     std::fs::write(job.path("rl.toml"), text).unwrap();
     job
 }
 
-fn command(job: &Job, run: &str, ranks: usize, sets: &[&str]) -> Command {
+pub fn command(job: &Job, run: &str, ranks: usize, sets: &[&str]) -> Command {
     let mut command = tangelo(&["run"]);
     command.arg(job.path("rl.toml")).args(["--nproc-per-node", &ranks.to_string()]);
     command.args(["--set", &format!("job.dump_folder={:?}", job.path(run).display().to_string())]);
@@ -73,13 +73,13 @@ fn command(job: &Job, run: &str, ranks: usize, sets: &[&str]) -> Command {
 }
 
 /// Runs to a good end; the numbers of each step.
-fn run(job: &Job, name: &str, ranks: usize, sets: &[&str]) -> BTreeMap<u64, BTreeMap<String, f64>> {
+pub fn run(job: &Job, name: &str, ranks: usize, sets: &[&str]) -> BTreeMap<u64, BTreeMap<String, f64>> {
     let (code, text) = finish(&mut command(job, name, ranks, sets));
     assert_eq!(code, Some(0), "{name} with {ranks} ranks, {sets:?}:\n{text}");
     metrics(&job.path(name))
 }
 
-fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
+pub fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
     let mut steps: BTreeMap<u64, BTreeMap<String, f64>> = BTreeMap::new();
     for record in read_lines(&run.join("metrics.jsonl"), NamedRecord::from_json).unwrap() {
         steps.entry(record.step).or_default().extend(record.values);
@@ -88,7 +88,7 @@ fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
 }
 
 /// Numbers that do not tell of time, memory or bytes.
-fn of_learning(step: &BTreeMap<String, f64>) -> BTreeMap<&str, u64> {
+pub fn of_learning(step: &BTreeMap<String, f64>) -> BTreeMap<&str, u64> {
     let learnt = |name: &str| {
         ["actor/", "critic/", "response_length/", "rollout_corr/", "reward/", "val-core/"]
             .iter()
@@ -165,7 +165,7 @@ fn a_killed_rank_is_named_and_nothing_is_left() {
     let job = job();
     let folder = job.path("killed");
     let mut child = under_way(&job, "killed");
-    kill_worker(&folder);
+    kill(&folder, "rlhf", "RANK=1");
     let status = child.wait().unwrap();
     assert!(!status.success());
     let events = std::fs::read_to_string(folder.join("events.jsonl")).unwrap();
@@ -203,19 +203,22 @@ fn metrics_or_none(run: &Path) -> usize {
     if run.join("metrics.jsonl").is_file() { metrics(run).len() } else { 0 }
 }
 
-/// Kills the process of rank 1.
-fn kill_worker(run: &Path) {
+/// Kills the process of a run that has this verb and a variable of its environment.
+pub fn kill(run: &Path, verb: &str, variable: &str) {
     let folder = run.display().to_string();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
-        let (line, environment) = (read("cmdline"), read("environ"));
-        let is_worker = String::from_utf8_lossy(&line).contains(&folder) && line.windows(4).any(|w| w == b"rlhf");
-        if is_worker && environment.split(|&b| b == 0).any(|variable| variable == b"RANK=1") {
+        let words = |name: &str| {
+            let bytes = std::fs::read(entry.path().join(name)).unwrap_or_default();
+            bytes.split(|&b| b == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect::<Vec<_>>()
+        };
+        let line = words("cmdline");
+        let is_of_run = line.iter().any(|word| word == verb) && line.iter().any(|word| word.contains(&folder));
+        if is_of_run && words("environ").iter().any(|word| word == variable) {
             assert!(Command::new("kill").arg("-9").arg(entry.file_name()).status().unwrap().success());
             return;
         }
     }
-    panic!("rank 1 is not running");
+    panic!("no `{verb}` with {variable} is running");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! link, say so, and go on from what they saved.
 
 use crate::job::{Job, Running, layout, newest_checkpoint, processes_of};
-use crate::support;
+use crate::{rlhf, support};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -62,21 +62,24 @@ impl Nodes {
     /// Starts two ranks on each node.
     fn start(&self, job: &Job, run: &str, words: &str) -> [Running; 2] {
         [0, 1].map(|node| {
-            let mut inside = Command::new("ip");
-            inside.args(["netns", "exec", &self.names[node]]);
-            let node = node.to_string();
-            let place = ["--nnodes", "2", "--node-rank", &node, "--rdzv-endpoint", "10.111.0.1:29500"];
-            let command = job.command(run, 2, &["--grace-seconds", "2"]);
-            inside.arg(command.get_program()).args(command.get_args()).args(place).args(layout(words));
-            inside.args(SETS);
-            for (key, value) in command.get_envs() {
-                match value {
-                    Some(value) => inside.env(key, value),
-                    None => inside.env_remove(key),
-                };
-            }
-            Running::start(inside, job.path(&format!("{run}-{node}.log")))
+            let mut command = job.command(run, 2, &["--grace-seconds", "2"]);
+            command.args(layout(words)).args(SETS);
+            Running::start(self.inside(node, &command), job.path(&format!("{run}-{node}.log")))
         })
+    }
+
+    /// `tangelo run` as one of the two nodes.
+    fn inside(&self, node: usize, command: &Command) -> Command {
+        let mut inside = Command::new("ip");
+        inside.args(["netns", "exec", &self.names[node]]).arg(command.get_program()).args(command.get_args());
+        inside.args(["--nnodes", "2", "--node-rank", &node.to_string(), "--rdzv-endpoint", "10.111.0.1:29500"]);
+        for (key, value) in command.get_envs() {
+            match value {
+                Some(value) => inside.env(key, value),
+                None => inside.env_remove(key),
+            };
+        }
+        inside
     }
 }
 
@@ -142,4 +145,37 @@ fn cut_the_link(nodes: &Nodes, job: &Job, run: &str, words: &str) {
     assert_eq!(processes_of(&job.path(run)), Vec::<String>::new(), "processes are left");
     assert!(newest_checkpoint(&job.path(run)) < 40, "the link was cut after the end");
     nodes.set_link("up");
+}
+
+#[test]
+fn reinforcement_learning_on_two_nodes_is_that_on_one() {
+    let Some(nodes) = Nodes::new() else { return };
+    let job = rlhf::job();
+    let one_node = rlhf::run(&job, "one", 2, &[]);
+    let start = |name: &str, sets: &[&str]| {
+        [0, 1].map(|node| {
+            let command = rlhf::command(&job, name, 1, sets);
+            Running::start(nodes.inside(node, &command), job.path(&format!("{name}-{node}.log")))
+        })
+    };
+    for (node, (code, said)) in start("two", &[]).map(Running::finish).into_iter().enumerate() {
+        assert_eq!(code, Some(0), "node {node}:\n{said}");
+    }
+    let two_nodes = rlhf::metrics(&job.path("two"));
+    for step in 1..=4 {
+        assert_eq!(rlhf::of_learning(&two_nodes[&step]), rlhf::of_learning(&one_node[&step]), "step {step}");
+    }
+    // The driver is killed: both nodes end, and say why.
+    let killed = start("killed", &["training.steps=2000"]);
+    let begin = Instant::now();
+    while !job.path("killed").join("checkpoint/driver-00000002.json").exists() {
+        let said = killed.each_ref().map(Running::said);
+        assert!(begin.elapsed() < Duration::from_secs(100), "no checkpoint:\n{}\n{}", said[0], said[1]);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    rlhf::kill(&job.path("killed"), "driver", "GROUP_RANK=0");
+    let [(code, said), (other_code, other_said)] = killed.map(Running::finish);
+    assert!(code != Some(0) && said.contains("driver failed first"), "{code:?}\n{said}");
+    assert!(other_code == Some(5) && other_said.contains("driver"), "{other_code:?}\n{other_said}");
+    assert_eq!(processes_of(&job.path("killed")), Vec::<String>::new(), "processes are left");
 }

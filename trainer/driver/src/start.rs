@@ -12,13 +12,13 @@ use crate::state::{self, DriverState};
 use crate::team::Team;
 use crate::tracker::{Tracker, TrackerOptions};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tangelo_algo::Algorithm;
 use tangelo_configs::{JobPlan, Plan, Role};
-use tangelo_control::{Agent, Cluster, Deadlines, Driver, DriverOptions, Placement, RolePlace, Secret};
+use tangelo_control::{Agent, Cluster, Deadlines, Driver, DriverOptions, Meeting, Placement, RolePlace};
 use tangelo_core::hash::hash_bytes;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_observe::{ProgressEvent, ProgressWriter};
@@ -32,6 +32,8 @@ pub struct StartOptions {
     pub run_id: String,
     /// Name or address by which this node is reached.
     pub host: String,
+    /// Nodes of the job; this is the first.
+    pub num_nodes: usize,
     /// Where progress goes; the launcher waits for [`ProgressEvent::Listening`] on it.
     pub progress: ProgressWriter,
     /// Whether somebody asked to stop.
@@ -67,18 +69,16 @@ pub async fn run(job: &JobPlan, mut options: StartOptions) -> Result<Outcome> {
     let outcome = recipe::run(&mut session).await;
     drop(session);
     // Ranks end with the driver's connection; after a failure the launcher ends those that do not see it.
+    meeting(job).close(outcome.is_ok());
     if outcome.is_ok() {
         cluster.shutdown().await?;
     }
     agent.abort();
-    // Nobody joins any more. A job that was killed leaves it, and the next one replaces it.
-    let _ = std::fs::remove_file(secret_file(job));
     outcome
 }
 
-/// Where ranks find the job's secret.
-fn secret_file(job: &JobPlan) -> PathBuf {
-    job.policy.config.job.dump_folder.join(".job-secret")
+fn meeting(job: &JobPlan) -> Meeting {
+    Meeting::new(&job.policy.config.job.dump_folder)
 }
 
 fn open(job: &JobPlan) -> Result<Opened> {
@@ -109,21 +109,21 @@ fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
 }
 
 async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<Driver> {
-    let secret = Secret::generate()?;
-    let secret_file = secret_file(job);
-    secret.write(&secret_file)?;
+    let meeting = meeting(job);
+    let secret = meeting.open()?;
     let driver = Driver::listen(DriverOptions {
         job: options.run_id.clone(),
         secret,
         host: options.host.clone(),
-        num_nodes: 1,
+        num_nodes: options.num_nodes,
         world_size: job.world_size(),
         store_limit_bytes: STORE_LIMIT_BYTES,
         deadlines: deadlines(job),
     })
     .await?;
     let address = driver.address().to_owned();
-    options.progress.send(&ProgressEvent::Listening { address, secret_file });
+    meeting.announce(&address)?;
+    options.progress.send(&ProgressEvent::Listening { address, secret_file: meeting.secret_file() });
     Ok(driver)
 }
 

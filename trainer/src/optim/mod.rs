@@ -19,6 +19,7 @@ use tangelo_configs::job::{Optimizer as OptimizerConfig, OptimizerName};
 use tangelo_configs::model::EMBEDDING;
 use tangelo_configs::{ModelSpec, Sharding};
 use tangelo_core::{Group, Level};
+use tangelo_kernels::device::lasting_zeros;
 use tangelo_kernels::op;
 use tangelo_models::Model;
 use tch::{Kind, Tensor};
@@ -237,7 +238,7 @@ fn owned_state(
     let weights_at = store.weight_places()[unit].locate(&range.flat);
     let gradients_at = store.gradient_places()[unit].locate(&range.flat);
     let own = narrow(store.weights(model, unit), &weights_at);
-    let zeros = || Tensor::zeros([range.flat.len() as i64], (Kind::Float, model.device()));
+    let zeros = || lasting_zeros(range.flat.len(), Kind::Float, model.device());
     let name = &model.units()[unit].spans()[range.param].meta.name;
     OwnedState {
         unit,

@@ -15,18 +15,26 @@ fn message(error: &ControlError) -> String {
 
 /// 8 ranks on 2 nodes, of which some fail in their own way; the others wait until they are told to stop.
 async fn check(fail: fn(usize) -> Option<Result<Output, WorkerError>>, expected: expect_test::Expect) -> CallFailure {
-    let stopped = Arc::new(AtomicUsize::new(0));
-    let counter = stopped.clone();
+    let healthy = (0..8).filter(|&rank| fail_is_none(fail, rank)).count();
+    let (begun, stopped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counters = (begun.clone(), stopped.clone());
     let make = move |rank: usize| {
-        let counter = counter.clone();
+        let ((begun, stopped), is_healthy) = (counters.clone(), fail_is_none(fail, rank));
         worker(move |_, control| {
+            let begin = Instant::now();
+            if !is_healthy {
+                // A rank that has not begun when the first error comes never begins, and is not told to stop.
+                while begun.load(Ordering::SeqCst) < healthy && begin.elapsed() < PATIENCE {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
             if let Some(result) = fail(rank) {
                 return result;
             }
-            let begin = Instant::now();
+            begun.fetch_add(1, Ordering::SeqCst);
             while begin.elapsed() < PATIENCE {
                 if let Err(stop) = control.check() {
-                    counter.fetch_add(1, Ordering::SeqCst);
+                    stopped.fetch_add(1, Ordering::SeqCst);
                     return Err(stop);
                 }
                 std::thread::sleep(Duration::from_millis(2));
@@ -40,7 +48,6 @@ async fn check(fail: fn(usize) -> Option<Result<Output, WorkerError>>, expected:
     let error = job.policy().within(Duration::from_secs(4)).optim_step(0.1).await.unwrap_err();
     expected.assert_eq(&message(&error));
     assert!(begin.elapsed() < PATIENCE / 2, "the error came after {:?}", begin.elapsed());
-    let healthy = (0..8).filter(|&rank| fail_is_none(fail, rank)).count();
     while stopped.load(Ordering::SeqCst) < healthy {
         assert!(begin.elapsed() < PATIENCE, "{} of {healthy} ranks were told", stopped.load(Ordering::SeqCst));
         tokio::time::sleep(Duration::from_millis(5)).await;
