@@ -11,6 +11,7 @@ mod layouts;
 mod muon;
 mod parity;
 mod rlhf;
+mod rlhf_faults;
 mod scalar_heads;
 mod sft;
 mod support;

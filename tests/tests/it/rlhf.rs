@@ -57,14 +57,14 @@ pattern = "[a-m]"
 "#;
 
 /// A folder with a tokenizer and a job.
-fn job() -> Job {
+pub fn job() -> Job {
     let job = Job::new(support::fresh_seed());
     let text = JOB.replace("FOLDER", &job.path("").display().to_string());
     std::fs::write(job.path("rl.toml"), text).unwrap();
     job
 }
 
-fn command(job: &Job, run: &str, ranks: usize, sets: &[&str]) -> Command {
+pub fn command(job: &Job, run: &str, ranks: usize, sets: &[&str]) -> Command {
     let mut command = tangelo(&["run"]);
     command.arg(job.path("rl.toml")).args(["--nproc-per-node", &ranks.to_string()]);
     command.args(["--set", &format!("job.dump_folder={:?}", job.path(run).display().to_string())]);
@@ -73,13 +73,13 @@ fn command(job: &Job, run: &str, ranks: usize, sets: &[&str]) -> Command {
 }
 
 /// Runs to a good end; the numbers of each step.
-fn run(job: &Job, name: &str, ranks: usize, sets: &[&str]) -> BTreeMap<u64, BTreeMap<String, f64>> {
+pub fn run(job: &Job, name: &str, ranks: usize, sets: &[&str]) -> BTreeMap<u64, BTreeMap<String, f64>> {
     let (code, text) = finish(&mut command(job, name, ranks, sets));
     assert_eq!(code, Some(0), "{name} with {ranks} ranks, {sets:?}:\n{text}");
     metrics(&job.path(name))
 }
 
-fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
+pub fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
     let mut steps: BTreeMap<u64, BTreeMap<String, f64>> = BTreeMap::new();
     for record in read_lines(&run.join("metrics.jsonl"), NamedRecord::from_json).unwrap() {
         steps.entry(record.step).or_default().extend(record.values);
@@ -87,13 +87,14 @@ fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
     steps
 }
 
-/// Numbers that do not tell of time, memory or bytes.
-fn of_learning(step: &BTreeMap<String, f64>) -> BTreeMap<&str, u64> {
+/// Numbers that do not tell of time, memory, bytes or processes.
+pub fn of_learning(step: &BTreeMap<String, f64>) -> BTreeMap<&str, u64> {
     let learnt = |name: &str| {
         ["actor/", "critic/", "response_length/", "rollout_corr/", "reward/", "val-core/"]
             .iter()
             .any(|begin| name.starts_with(begin))
             && !name.ends_with("seconds")
+            && !name.ends_with("restarts")
     };
     step.iter().filter(|(name, _)| learnt(name)).map(|(name, value)| (name.as_str(), value.to_bits())).collect()
 }
@@ -169,7 +170,7 @@ fn a_killed_rank_is_named_and_nothing_is_left() {
     let status = child.wait().unwrap();
     assert!(!status.success());
     let events = std::fs::read_to_string(folder.join("events.jsonl")).unwrap();
-    assert!(events.contains("SIGKILL") && events.contains("rank 1 failed first"), "{events}");
+    assert!(events.contains("SIGKILL") && events.contains("rank 1 (policy, rollout) failed first"), "{events}");
     assert_eq!(processes_of(&folder), Vec::<String>::new());
 }
 

@@ -5,9 +5,11 @@
 
 pub mod clock;
 pub mod collect;
+pub mod course;
 pub mod error;
 pub mod prompts;
 pub mod recipe;
+pub mod replay;
 pub mod reward;
 mod rollout_file;
 pub mod scoring;

@@ -3,7 +3,8 @@
 //! A failure to write is said once and stops nothing.
 
 use crate::collect::{Rollout, Rollouts};
-use crate::rollout_file::{self, RolloutFile};
+use crate::course::mean_of_updates;
+use crate::rollout_file::{self, Learnt, RolloutFile};
 use std::path::{Path, PathBuf};
 use tangelo_control::Metrics;
 use tangelo_observe::records::EventKind;
@@ -94,17 +95,11 @@ impl Tracker {
 
     /// The mean over the step's updates of each number, and the updates forgotten.
     pub fn take_learnt(&mut self) -> Vec<(String, f64)> {
-        let updates = std::mem::take(&mut self.learnt);
-        let mut sums: std::collections::BTreeMap<String, (f64, f64)> = Default::default();
-        for (name, reading) in updates.iter().flat_map(|m| &m.0) {
-            let (sum, count) = sums.entry(name.clone()).or_default();
-            (*sum, *count) = (*sum + reading.value(), *count + 1.0);
-        }
-        sums.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect()
+        mean_of_updates(&std::mem::take(&mut self.learnt))
     }
 
     /// A step is done.
-    pub fn step(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts, advantages: &[Vec<f32>]) {
+    pub fn step(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts, learnt: &[Learnt]) {
         self.metrics.record(step, values);
         for warning in &rollouts.warnings {
             self.warn(step, warning);
@@ -113,7 +108,7 @@ impl Tracker {
             self.samples.append(&sample(step, rollout));
         }
         if let Some(folder) = &self.rollouts {
-            let file = RolloutFile { step, rollouts: &rollouts.rollouts, advantages };
+            let file = RolloutFile { step, rollouts: &rollouts.rollouts, learnt };
             if let Err(e) = rollout_file::write(folder, &file) {
                 self.warn(step, &format!("the rollouts of step {step} were not written: {e}"));
             }
