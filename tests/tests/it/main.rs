@@ -12,6 +12,8 @@ mod muon;
 mod parity;
 mod rlhf;
 mod rlhf_faults;
+mod rlhf_replay;
+mod rlhf_reward_model;
 mod scalar_heads;
 mod sft;
 mod support;

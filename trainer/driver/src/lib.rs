@@ -7,6 +7,7 @@ pub mod clock;
 pub mod collect;
 pub mod course;
 pub mod error;
+pub mod judge;
 pub mod prompts;
 pub mod recipe;
 pub mod replay;

@@ -5,6 +5,7 @@ use crate::clock::Clock;
 use crate::collect::{Collector, CollectorParts};
 use crate::course::Course;
 use crate::error::{DriverError, Result};
+use crate::judge::Judge;
 use crate::prompts::{ChatRenderer, LoaderOptions, PromptLoader};
 use crate::recipe::{self, Outcome};
 use crate::reward::{RewardOptions, RewardPipeline};
@@ -49,6 +50,7 @@ struct Opened {
     loader: PromptLoader,
     rewards: RewardPipeline,
     tokenizer: TokenizerAssets,
+    judge: Option<Judge>,
     fingerprint: String,
 }
 
@@ -87,6 +89,7 @@ fn secret_file(job: &JobPlan) -> PathBuf {
 fn open(job: &JobPlan) -> Result<Opened> {
     let algorithm = tangelo_algo::algorithm(job.algorithm(), job.limits())?;
     let tokenizer = tokenizer_of(&job.policy)?;
+    let judge = Judge::new(job, &tokenizer)?;
     let logs = job.policy.config.job.dump_folder.join("logs");
     let rewards = RewardPipeline::start(job.reward(), &RewardOptions { log_folder: Some(logs) })?;
     let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), job.policy.config.data.chat_template.as_deref())?);
@@ -94,7 +97,7 @@ fn open(job: &JobPlan) -> Result<Opened> {
     let (loader, report) = PromptLoader::open(job.prompts(), options, renderer)?;
     stderr_line(&report);
     let fingerprint = fingerprint(job, &loader)?;
-    Ok(Opened { algorithm, loader, rewards, tokenizer, fingerprint })
+    Ok(Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint })
 }
 
 /// What the order of prompts is a function of.
@@ -168,7 +171,7 @@ pub(crate) fn team(job: &JobPlan, cluster: &Cluster) -> Result<Team> {
 
 async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: StartOptions) -> Result<Session> {
     let config = &job.policy.config;
-    let Opened { algorithm, loader, rewards, tokenizer, fingerprint } = opened;
+    let Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint } = opened;
     let course = Course::new(job, algorithm);
     let team = team(job, &cluster)?;
     let folder = job.checkpoint_folder();
@@ -200,6 +203,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         loader,
         rewards,
         tokenizer,
+        judge,
         sampling: job.rollout().sampling.clone(),
         seed: config.debug.seed,
         prompts_per_step: job.rlhf().train_batch_size,

@@ -128,11 +128,19 @@ impl Builder<'_> {
         };
         worker.set_micro_batches(MicroBatches::Balanced(self.job.rlhf().ppo_max_token_len_per_rank));
         let is_first = rank == 0;
+        let mut new_head = None;
         setup::give_first_weights(plan, &mut worker, &mut |told| match told {
+            setup::Told::Warning(message) if role == Role::Reward => new_head = Some(message.to_owned()),
             setup::Told::Warning(message) if is_first => stderr_line(format!("warning: role {role}: {message}")),
             setup::Told::Warning(_) | setup::Told::Phase(_) => {}
         })?;
-        Ok(worker)
+        match new_head {
+            Some(message) => Err(TrainError::Config(format!(
+                "role {role}: {message}, so its values would mean nothing; `roles.reward.hf_assets_path` must be a \
+                 sequence-classification model with one label"
+            ))),
+            None => Ok(worker),
+        }
     }
 
     fn layout(&self) -> Result<GenerationLayout> {
