@@ -270,17 +270,21 @@ fn numbers_of(event: &ProgressEvent) -> Vec<String> {
             parts.extend(memory_bytes.map(|v| format!("{:.2} GiB", v as f64 / (1u64 << 30) as f64)));
             parts
         }
-        ProgressEvent::RlStep { reward, kl, response_length, seconds, generation_seconds, update_seconds, .. } => {
+        ProgressEvent::RlStep { reward, kl, response_length, seconds, phases, .. } => {
             let mut parts = vec![format!("reward {}", fixed(*reward, 3))];
-            parts.extend(kl.map(|v| format!("KL {v:.1e}")));
+            parts.extend(kl.map(|v| if v == 0.0 { "KL 0".to_owned() } else { format!("KL {v:.1e}") }));
             parts.extend(response_length.map(|v| format!("length {v:.0}")));
-            parts.extend(seconds.map(|v| format!("{v:.1} s")));
-            parts.extend(generation_seconds.map(|v| format!("generating {v:.1}")));
-            parts.extend(update_seconds.map(|v| format!("learning {v:.1}")));
+            parts.extend(seconds.map(|v| format!("{v:.1} s: {}", phases_of(phases, v))));
             parts
         }
         _ => Vec::new(),
     }
+}
+
+/// `generating 3.0, learning 8.2`: phases that take part of what a step takes that can be seen.
+fn phases_of(phases: &[(String, f64)], step: f64) -> String {
+    let seen = phases.iter().filter(|(_, seconds)| *seconds >= 0.01 * step);
+    seen.map(|(name, seconds)| format!("{name} {seconds:.1}")).collect::<Vec<_>>().join(", ")
 }
 
 fn fixed(value: Option<f64>, digits: usize) -> String {

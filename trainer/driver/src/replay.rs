@@ -174,6 +174,7 @@ pub async fn run(job: &JobPlan, mut options: StartOptions, replay: &Replay) -> R
     drop(team);
     cluster.shutdown().await?;
     agent.abort();
+    let _ = std::fs::remove_file(start::secret_file(job));
     Ok(compare(replay.step, &rows, &recorded, replayed, &learnt))
 }
 

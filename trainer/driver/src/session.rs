@@ -73,6 +73,7 @@ impl Session {
     pub fn begin_step(&mut self) {
         self.state.step += 1;
         self.current_step.store(self.state.step, Ordering::Relaxed);
+        self.tracker.step_begins(self.state.step);
         self.clock.restart();
         self.team.cluster.begin_step(self.state.step);
     }

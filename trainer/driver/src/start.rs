@@ -82,7 +82,7 @@ pub async fn run(job: &JobPlan, mut options: StartOptions) -> Result<Outcome> {
 }
 
 /// Where ranks find the job's secret.
-fn secret_file(job: &JobPlan) -> PathBuf {
+pub(crate) fn secret_file(job: &JobPlan) -> PathBuf {
     job.policy.config.job.dump_folder.join(".job-secret")
 }
 

@@ -4,11 +4,21 @@
 
 use crate::collect::{Rollout, Rollouts};
 use crate::course::mean_of_updates;
+use crate::prompts::PromptInput;
 use crate::rollout_file::{self, Learnt, RolloutFile};
 use std::path::{Path, PathBuf};
 use tangelo_control::Metrics;
 use tangelo_observe::records::EventKind;
+use tangelo_observe::report::validation_name;
 use tangelo_observe::{EventLog, NamedMetrics, ProgressEvent, ProgressWriter, SampleLog, SampleRecord, stderr_line};
+
+/// Phases of a step that the bar names, by their metrics.
+const PHASES: [(&str, &str); 4] = [
+    ("timing_s/gen", "generating"),
+    ("timing_s/reward", "rewards"),
+    ("timing_s/old_log_prob", "scoring"),
+    ("timing_s/update_actor", "learning"),
+];
 
 /// Characters of a sample's prompt and completion that the report shows.
 const SHOWN: usize = 2000;
@@ -25,6 +35,8 @@ pub struct Tracker {
     steps: u64,
     /// Numbers of the updates of the step under way.
     learnt: Vec<Metrics>,
+    /// Whether a step has begun.
+    has_begun: bool,
 }
 
 /// What a tracker needs to know of the run.
@@ -59,6 +71,7 @@ impl Tracker {
             report_samples,
             steps,
             learnt: Vec::new(),
+            has_begun: false,
         };
         if resumed_from > 0 {
             let message = format!("went on from the checkpoint of step {resumed_from}");
@@ -70,6 +83,13 @@ impl Tracker {
     /// Something long begins.
     pub fn phase(&mut self, name: &str) {
         self.progress.send(&ProgressEvent::Phase { name: name.into() });
+    }
+
+    /// A step begins. Until the first is done there is no bar to look at, so what is going on is said.
+    pub fn step_begins(&mut self, step: u64) {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.phase(&format!("step {step} of {}", self.steps));
+        }
     }
 
     /// Something that the user should know.
@@ -105,7 +125,7 @@ impl Tracker {
             self.warn(step, warning);
         }
         for rollout in rollouts.rollouts.iter().take(self.report_samples) {
-            self.samples.append(&sample(step, rollout));
+            self.samples.append(&sample(step, rollout, ""));
         }
         if let Some(folder) = &self.rollouts {
             let file = RolloutFile { step, rollouts: &rollouts.rollouts, learnt };
@@ -121,8 +141,7 @@ impl Tracker {
             kl: value("actor/ppo_kl"),
             response_length: value("response_length/mean"),
             seconds: value("timing_s/step"),
-            generation_seconds: value("timing_s/gen"),
-            update_seconds: value("timing_s/update_actor"),
+            phases: PHASES.iter().filter_map(|(phase, name)| Some(((*name).to_owned(), value(phase)?))).collect(),
         });
     }
 
@@ -135,10 +154,10 @@ impl Tracker {
     pub fn validated(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts) {
         self.metrics.record(step, values);
         for rollout in rollouts.rollouts.iter().take(self.report_samples) {
-            self.samples.append(&sample(step, rollout));
+            self.samples.append(&sample(step, rollout, "validation, "));
         }
         let told = values.iter().filter(|(name, _)| name.starts_with("val-core/"));
-        let text: Vec<String> = told.map(|(name, value)| format!("{name} {value:.4}")).collect();
+        let text: Vec<String> = told.map(|(name, value)| format!("{} {value:.3}", validation_name(name))).collect();
         self.progress.send(&ProgressEvent::Validation { step, text: text.join("  ") });
     }
 
@@ -150,8 +169,22 @@ impl Tracker {
     }
 }
 
-fn sample(step: u64, rollout: &Rollout) -> SampleRecord {
+/// What the report shows of a completion; `kind` begins its note.
+fn sample(step: u64, rollout: &Rollout, kind: &str) -> SampleRecord {
     let tail = |text: &str| text.chars().rev().take(SHOWN).collect::<Vec<_>>().into_iter().rev().collect::<String>();
-    let text = format!("{}\n[reward {}]", tail(&rollout.text), rollout.scored.total);
-    SampleRecord { step, prompt: tail(&rollout.prompt.prompt.text()), text }
+    let prompt = &rollout.prompt.prompt;
+    // An answer in a conversation is a turn of its own; a text goes on where it stands.
+    let turn = if matches!(prompt.input, PromptInput::Messages(_)) { "\n" } else { "" };
+    let scored = &rollout.scored;
+    let parts: Vec<String> = scored.parts.iter().map(|(name, value)| format!("{name} {}", short(*value))).collect();
+    let parts = if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) };
+    let error = scored.error.as_ref().map(|error| format!(", {error}")).unwrap_or_default();
+    let note = format!("{kind}reward {}{parts}{error}", short(scored.total));
+    SampleRecord { step, prompt: tail(&prompt.text()) + turn, text: tail(&rollout.text), note }
+}
+
+/// As many digits as a reader wants.
+fn short(value: f64) -> String {
+    let text = format!("{value:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

@@ -29,7 +29,8 @@ fn write_run(folder: &Path, steps: u64) {
     }
     events.append(EventKind::Restart, Some(steps / 2), "restart 1");
     let mut samples = SampleLog::open(folder, 0);
-    samples.append(&SampleRecord { step: 5, prompt: "<script>".into(), text: "alert(1)</script>\u{0}".into() });
+    let text = "alert(1)</script>\u{0}".into();
+    samples.append(&SampleRecord { step: 5, prompt: "<script>".into(), text, note: "reward <b>".into() });
     events.append(EventKind::Done, Some(steps), "all ranks ended well");
 }
 
@@ -44,6 +45,7 @@ fn a_whole_run() {
     assert_eq!(page.matches("<svg").count(), 7);
     assert!(page.contains("class=\"status good\">done") && page.contains("class=\"restart\""));
     assert!(page.contains("a &lt;b&gt; &amp; c") && page.contains("2 layers of width 64"));
+    assert!(page.contains("<small>reward &lt;b&gt;</small>"), "nor are notes");
     assert!(page.contains("&lt;script&gt;") && page.contains("alert(1)&lt;/script&gt;"), "samples are not code");
 }
 
