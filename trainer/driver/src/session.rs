@@ -112,12 +112,17 @@ impl Session {
         Ok(())
     }
 
-    /// Validates where the run begins, if asked to.
+    /// Validates where the run begins, if asked to; where it goes on, if the validation that was due there was not done any
+    /// more.
     ///
     /// # Errors
     /// Whatever a rank or a reward reports.
     pub async fn validate_before_training(&mut self) -> Result<()> {
-        match self.state.step == 0 && self.settings.val_before_train {
+        let due = match self.state.step {
+            0 => self.settings.val_before_train,
+            step => self.is_validation_due(step) && !self.tracker.went_on_validated,
+        };
+        match due {
             true => {
                 self.tracker.phase("validating");
                 self.validate().await
@@ -131,11 +136,15 @@ impl Session {
     /// # Errors
     /// Whatever a rank or a reward reports.
     pub async fn validate_if_due(&mut self) -> Result<()> {
-        let (step, every) = (self.state.step, self.settings.test_freq as u64);
-        match step == self.steps || (every > 0 && step.is_multiple_of(every)) {
+        match self.is_validation_due(self.state.step) {
             true => self.validate().await,
             false => Ok(()),
         }
+    }
+
+    fn is_validation_due(&self, step: u64) -> bool {
+        let every = self.settings.test_freq as u64;
+        step == self.steps || (every > 0 && step.is_multiple_of(every))
     }
 
     /// Answers the validation prompts and records what the answers are worth.

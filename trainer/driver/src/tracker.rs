@@ -8,9 +8,11 @@ use crate::prompts::PromptInput;
 use crate::rollout_file::{self, Learnt, RolloutFile};
 use std::path::{Path, PathBuf};
 use tangelo_control::Metrics;
-use tangelo_observe::records::EventKind;
+use tangelo_observe::records::{EventKind, read_lines};
 use tangelo_observe::report::validation_name;
-use tangelo_observe::{EventLog, NamedMetrics, ProgressEvent, ProgressWriter, SampleLog, SampleRecord, stderr_line};
+use tangelo_observe::{
+    EventLog, NamedMetrics, NamedRecord, ProgressEvent, ProgressWriter, SampleLog, SampleRecord, files, stderr_line,
+};
 
 /// Phases of a step that the bar names, by their metrics.
 const PHASES: [(&str, &str); 4] = [
@@ -37,6 +39,8 @@ pub struct Tracker {
     learnt: Vec<Metrics>,
     /// Whether a step has begun.
     has_begun: bool,
+    /// Whether the step that the run goes on from was validated.
+    pub went_on_validated: bool,
 }
 
 /// What a tracker needs to know of the run.
@@ -72,6 +76,7 @@ impl Tracker {
             steps,
             learnt: Vec::new(),
             has_begun: false,
+            went_on_validated: is_validated(run_folder, resumed_from),
         };
         if resumed_from > 0 {
             let message = format!("went on from the checkpoint of step {resumed_from}");
@@ -124,9 +129,7 @@ impl Tracker {
         for warning in &rollouts.warnings {
             self.warn(step, warning);
         }
-        for rollout in rollouts.rollouts.iter().take(self.report_samples) {
-            self.samples.append(&sample(step, rollout, ""));
-        }
+        self.show(step, rollouts, "");
         if let Some(folder) = &self.rollouts {
             let file = RolloutFile { step, rollouts: &rollouts.rollouts, learnt };
             if let Err(e) = rollout_file::write(folder, &file) {
@@ -153,12 +156,18 @@ impl Tracker {
     /// A validation is done.
     pub fn validated(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts) {
         self.metrics.record(step, values);
-        for rollout in rollouts.rollouts.iter().take(self.report_samples) {
-            self.samples.append(&sample(step, rollout, "validation, "));
-        }
+        self.show(step, rollouts, "validation, ");
         let told = values.iter().filter(|(name, _)| name.starts_with("val-core/"));
         let text: Vec<String> = told.map(|(name, value)| format!("{} {value:.3}", validation_name(name))).collect();
-        self.progress.send(&ProgressEvent::Validation { step, text: text.join("  ") });
+        self.progress.send(&ProgressEvent::Validation { step, text: text.join(", ") });
+    }
+
+    /// Keeps samples for the report, of prompts all over the batch; `kind` begins their notes.
+    fn show(&mut self, step: u64, rollouts: &Rollouts, kind: &str) {
+        let (all, count) = (&rollouts.rollouts, self.report_samples.min(rollouts.rollouts.len()));
+        for index in 0..count {
+            self.samples.append(&sample(step, &all[index * all.len() / count], kind));
+        }
     }
 
     /// The run is over, or a signal ended it.
@@ -167,6 +176,13 @@ impl Tracker {
         self.events.append(kind, Some(step), format!("ended after step {step} of {}", self.steps));
         self.progress.send(&ProgressEvent::Done { step, steps: self.steps });
     }
+}
+
+/// Whether metrics.jsonl has a validation of the step.
+fn is_validated(run_folder: &Path, step: u64) -> bool {
+    let records = read_lines(&run_folder.join(files::METRICS), NamedRecord::from_json).unwrap_or_default();
+    let mut names = records.iter().filter(|r| r.step == step).flat_map(|r| &r.values).map(|(name, _)| name);
+    names.any(|name| name.starts_with("val-core/"))
 }
 
 /// What the report shows of a completion; `kind` begins its note.

@@ -69,6 +69,9 @@ pub fn charts(records: &[NamedRecord], frame: &Frame) -> String {
     let checks: Vec<Line> = checks.map(|(i, m)| line(m, &validation_name(m), i % 6, true)).collect();
     let phases: Vec<Line> =
         PHASES.iter().map(|(phase, color)| line(&format!("timing_s/{phase}"), phase, *color, false)).collect();
+    // A critic that has learnt nothing yet explains less than nothing, by any amount.
+    let mut explained = line("critic/vf_explained_var", "explained", 2, false);
+    explained.series.points.iter_mut().filter(|(_, value)| *value < -1.0).for_each(|(_, value)| *value = -1.0);
     let plain = |title: &str, lines: &[Line]| {
         let any = lines.iter().any(|line| line.series.finite().next().is_some());
         if any { chart::lines(title, Format::Plain, false, lines, frame) } else { String::new() }
@@ -99,7 +102,7 @@ pub fn charts(records: &[NamedRecord], frame: &Frame) -> String {
             &[line("actor/pg_clipfrac", "policy", 5, false), line("critic/vf_clipfrac", "values", 1, false)],
         ),
         plain("Critic: loss of its values", &[line("critic/vf_loss", "values", 1, false)]),
-        plain("Critic: explained variance of returns", &[line("critic/vf_explained_var", "explained", 2, false)]),
+        plain("Critic: explained variance of returns, from -1", &[explained]),
         plain(
             "Distance of engine and trainer",
             &[
