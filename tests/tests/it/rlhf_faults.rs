@@ -8,9 +8,10 @@ use std::process::Command;
 use tangelo_core::env;
 
 /// Four ranks: two learn (beside the reference), one has the critic, one generates.
-const POOLS: [&str; 8] = [
+const POOLS: [&str; 9] = [
     "training.steps=5",
     "checkpoint.interval=2",
+    "checkpoint.keep_latest_k=1",
     "rlhf.ppo_mini_batch_size=3",
     "algorithm.type=\"ppo\"",
     "algorithm.reward.use_kl_in_reward=true",
@@ -90,11 +91,12 @@ fn a_run_with_a_killed_process_of_any_role_ends_as_if_nothing_had_happened() {
     let (code, said) = finish(&mut command(&job, "whole", RANKS, &sets));
     assert_eq!(code, Some(0), "{said}");
     let whole = job.path("whole");
-    // A rank of each pool: as a step begins, in an update, while a checkpoint is half written.
+    // A rank of each pool: as a step begins, in an update, and while a checkpoint is half written: the policy's part is there,
+    // the critic's is not, and the one before must not be gone yet.
     for (fault, culprit) in [
         ("kill@3:0/update", "rank 0 (policy, reference) failed first in phase update of step 3"),
-        ("kill_in_save@4:1", "rank 1 (policy, reference) failed first in phase save of step 4"),
-        ("kill@4:2/loss", "rank 2 (critic) failed first in phase loss of step 4"),
+        ("kill@4:1/loss", "rank 1 (policy, reference) failed first in phase loss of step 4"),
+        ("kill_in_save@4:2", "rank 2 (critic) failed first in phase save of step 4"),
         ("kill@3:3", "rank 3 (rollout) failed first at the beginning of step 3"),
     ] {
         let name = fault.replace(['@', ':', '/'], "-");

@@ -1,7 +1,7 @@
 //! What can be done with a finished run of reinforcement learning: a recorded step done again, its policy taken elsewhere.
 
 use crate::job::{Job, finish, tangelo};
-use crate::rlhf::{job, run};
+use crate::rlhf::{job, metrics, of_learning, run};
 use crate::support;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -48,6 +48,12 @@ fn a_recorded_step_done_again_has_the_same_numbers() {
         let (code, said) = replay(&folder, step, &[]);
         assert_eq!(code, Some(3), "{said}");
         assert!(said.contains(why) && said.contains("Steps that can be: 1, 3"), "{said}");
+    }
+    // From a step that is named, the run goes the same way again.
+    let first = metrics(&folder);
+    let again = run(&job, "ppo", 2, &[&ppo[..], &["checkpoint.load_step=2"]].concat());
+    for step in 3..=4 {
+        assert_eq!(of_learning(&again[&step]), of_learning(&first[&step]), "step {step}");
     }
     // What differs is said.
     let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
