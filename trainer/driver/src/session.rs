@@ -123,10 +123,7 @@ impl Session {
             step => self.is_validation_due(step) && !self.tracker.went_on_validated,
         };
         match due {
-            true => {
-                self.tracker.phase("validating");
-                self.validate().await
-            }
+            true => self.validate().await,
             false => Ok(()),
         }
     }
@@ -152,6 +149,7 @@ impl Session {
     /// # Errors
     /// Whatever a rank or a reward reports.
     async fn validate(&mut self) -> Result<()> {
+        self.tracker.phase("validating");
         let start = Instant::now();
         let mut clock = Clock::default();
         let asked = self.collector.validation(&self.team, &self.settings.validation, &mut clock);

@@ -37,8 +37,8 @@ pub struct Tracker {
     steps: u64,
     /// Numbers of the updates of the step under way.
     learnt: Vec<Metrics>,
-    /// Whether a step has begun.
-    has_begun: bool,
+    /// Whether the last that was told is a step, so that its bar is there.
+    has_bar: bool,
     /// Whether the step that the run goes on from was validated.
     pub went_on_validated: bool,
 }
@@ -75,7 +75,7 @@ impl Tracker {
             report_samples,
             steps,
             learnt: Vec::new(),
-            has_begun: false,
+            has_bar: false,
             went_on_validated: is_validated(run_folder, resumed_from),
         };
         if resumed_from > 0 {
@@ -85,14 +85,15 @@ impl Tracker {
         tracker
     }
 
-    /// Something long begins.
+    /// Something long begins, and takes the place of the bar.
     pub fn phase(&mut self, name: &str) {
         self.progress.send(&ProgressEvent::Phase { name: name.into() });
+        self.has_bar = false;
     }
 
-    /// A step begins. Until the first is done there is no bar to look at, so what is going on is said.
+    /// A step begins. Where there is no bar to look at until it is done, what is going on is said.
     pub fn step_begins(&mut self, step: u64) {
-        if !std::mem::replace(&mut self.has_begun, true) {
+        if !self.has_bar {
             self.phase(&format!("step {step} of {}", self.steps));
         }
     }
@@ -137,6 +138,7 @@ impl Tracker {
             }
         }
         let value = |name: &str| values.iter().find(|(n, _)| n == name).map(|&(_, v)| v).filter(|v| v.is_finite());
+        self.has_bar = true;
         self.progress.send(&ProgressEvent::RlStep {
             step,
             steps: self.steps,
