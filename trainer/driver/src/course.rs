@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::state::DriverState;
 use crate::team::Lesson;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use tangelo_algo::{Algorithm, Role};
 use tangelo_configs::rlhf::Rlhf;
 use tangelo_configs::{JobPlan, Role as JobRole};
@@ -15,12 +16,14 @@ use tangelo_core::{LossSpec, LrSchedule};
 pub struct Course {
     /// The algorithm.
     pub algorithm: Box<dyn Algorithm>,
+    /// Whether completions of one prompt are compared with one another.
+    pub compares_group: bool,
     /// `[rlhf]`
     settings: Rlhf,
     /// Divides the logits in sampling, so in the loss too.
     temperature: f64,
     /// Learning rate of the policy.
-    pub schedule: LrSchedule,
+    schedule: LrSchedule,
     critic_schedule: LrSchedule,
 }
 
@@ -29,6 +32,7 @@ impl Course {
     pub fn new(job: &JobPlan, algorithm: Box<dyn Algorithm>) -> Course {
         Course {
             algorithm,
+            compares_group: job.algorithm().compares_group(),
             settings: job.rlhf().clone(),
             temperature: job.rollout().sampling.temperature,
             schedule: job.policy.schedule(),
@@ -36,7 +40,8 @@ impl Course {
         }
     }
 
-    /// A step's mini-batches: whole groups in their order, once per epoch.
+    /// A step's mini-batches: whole groups in their order, once per epoch. Where groups were dropped and the rest falls into
+    /// no whole mini-batches, there is one less, and they are a little larger.
     ///
     /// # Errors
     /// None that a user could cause.
@@ -44,15 +49,22 @@ impl Course {
         let mut rows_of: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
         batch.rows().iter().enumerate().for_each(|(row, of)| rows_of.entry(of.group).or_default().push(row));
         let groups: Vec<Vec<usize>> = rows_of.into_values().collect();
-        let size = match self.settings.ppo_mini_batch_size {
-            0 => groups.len(),
-            size => size,
-        };
-        let one_epoch: Vec<RemoteBatch> = groups
-            .chunks(size.max(1))
-            .map(|groups| batch.select(&groups.concat()))
+        let one_epoch: Vec<RemoteBatch> = even_cuts(groups.len(), self.settings.ppo_mini_batch_size)
+            .map(|groups_of_one| batch.select(&groups[groups_of_one].concat()))
             .collect::<std::result::Result<_, _>>()?;
         Ok((0..self.settings.ppo_epochs).flat_map(|_| one_epoch.clone()).collect())
+    }
+
+    /// What a step learns by, by name: learning rates of those that learn, the coefficient of the distance in the loss.
+    pub fn rates(&self, state: &DriverState) -> Vec<(String, f64)> {
+        let (policy, critic) = self.lessons(state);
+        let loss = &self.algorithm.settings().policy;
+        let rates = [
+            policy.map(|lesson| ("actor/lr", lesson.lr)),
+            critic.map(|lesson| ("critic/lr", lesson.lr)),
+            loss.use_kl_loss.then_some(("actor/kl_coef", loss.kl_loss_coef)),
+        ];
+        rates.into_iter().flatten().map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
     /// What policy and critic are told for a mini-batch of the step of `state`.
@@ -78,4 +90,30 @@ pub fn mean_of_updates(updates: &[tangelo_control::Metrics]) -> Vec<(String, f64
         (*sum, *count) = (*sum + reading.value(), *count + 1.0);
     }
     sums.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect()
+}
+
+/// `count` things in order, cut into as many parts of at least `size` as there can be (0: one), as even as can be.
+fn even_cuts(count: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let parts = count.checked_div(size).unwrap_or(1).max(1);
+    (0..parts).map(move |part| part * count / parts..(part + 1) * count / parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_step_falls_into_even_mini_batches() {
+        let check = |count, size, expected: &[usize]| {
+            let parts: Vec<Range<usize>> = even_cuts(count, size).collect();
+            assert_eq!(parts.iter().map(Range::len).collect::<Vec<_>>(), expected, "{count} by {size}");
+            assert!(parts.into_iter().flatten().eq(0..count), "{count} by {size}");
+        };
+        check(8, 2, &[2, 2, 2, 2]);
+        // A group was dropped: a mini-batch of one group would have nothing for the second rank.
+        check(7, 2, &[2, 2, 3]);
+        check(11, 4, &[5, 6]);
+        check(3, 4, &[3]);
+        check(6, 0, &[6]);
+    }
 }

@@ -5,8 +5,10 @@
 
 pub mod clock;
 pub mod collect;
+mod columns;
 pub mod course;
 pub mod error;
+pub mod gather;
 pub mod judge;
 pub mod prompts;
 pub mod recipe;
@@ -18,6 +20,7 @@ pub mod session;
 pub mod start;
 pub mod state;
 pub mod team;
+pub mod told;
 pub mod tracker;
 mod validation;
 

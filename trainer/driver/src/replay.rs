@@ -11,6 +11,7 @@
 //! same layout as the run gives the same bits. Deliberately absent: what a step's numbers do not depend on (validation,
 //! publishing, checkpoints).
 
+use crate::clock::Clock;
 use crate::course::{Course, mean_of_updates};
 use crate::error::{DriverError, Result};
 use crate::rollout_file::{self, Learnt, Recorded};
@@ -183,7 +184,14 @@ async fn begin(team: &Team, course: &Course, replay: &Replay) -> Result<DriverSt
     let before = replay.step - 1;
     let found = if before == 0 {
         let algorithm = course.algorithm.initial_state();
-        DriverState { step: 0, position: 0, policy_version: 0, algorithm, prompts_fingerprint: String::new() }
+        DriverState {
+            step: 0,
+            position: 0,
+            policy_version: 0,
+            algorithm,
+            prompts_fingerprint: String::new(),
+            skipped: 0,
+        }
     } else {
         let roles: Vec<&str> = team.learners().map(|group| group.role()).collect();
         let found = DriverState::complete(&replay.checkpoints, &roles, before)?;
@@ -203,16 +211,19 @@ async fn again(
     rows: &[Recorded],
 ) -> Result<(BTreeMap<String, f64>, Vec<Learnt>)> {
     let batch = team.cluster.put(&batch_of(rows)?)?;
-    let batch = team.annotate(batch).await?;
+    let clock = Clock::default();
+    let batch = team.annotate(batch, &clock).await?;
     let (batch, mut numbers, _) = score(team, course.algorithm.as_ref(), &batch, &state.algorithm).await?;
     let mut updates = Vec::new();
     for minibatch in course.minibatches(&batch)? {
         let (policy, critic) = course.lessons(state);
-        updates.push(team.update(&minibatch, policy.as_ref(), critic.as_ref()).await?);
+        updates.push(team.update(&minibatch, policy.as_ref(), critic.as_ref(), &clock).await?);
     }
-    numbers.extend(mean_of_updates(&updates));
-    numbers.insert("actor/lr".into(), course.schedule.lr(state.step as usize));
-    let learnt = rollout_file::learnt(&team.cluster, &batch).await?;
+    // What an update took is another matter than what it learnt.
+    numbers.extend(mean_of_updates(&updates).into_iter().filter(|(name, _)| !name.starts_with("perf/")));
+    numbers.extend(course.rates(state));
+    let completion_tokens: Vec<usize> = rows.iter().map(|row| row.completion_ids.len()).collect();
+    let learnt = rollout_file::learnt(&team.cluster, &batch, &completion_tokens).await?;
     Ok((numbers, learnt))
 }
 

@@ -21,7 +21,7 @@ use std::time::Duration;
 use tangelo_algo::Algorithm;
 use tangelo_configs::{JobPlan, Plan, Role};
 use tangelo_control::{Agent, Cluster, Deadlines, Driver, DriverOptions, Placement, RolePlace, Secret};
-use tangelo_core::hash::hash_bytes;
+use tangelo_core::FailureKind;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_observe::{ProgressEvent, ProgressWriter, stderr_line};
 
@@ -96,14 +96,8 @@ fn open(job: &JobPlan) -> Result<Opened> {
     let options = LoaderOptions { need_ground_truth: rewards.needs_ground_truth() };
     let (loader, report) = PromptLoader::open(job.prompts(), options, renderer)?;
     stderr_line(&report);
-    let fingerprint = fingerprint(job, &loader)?;
+    let fingerprint = format!("{:016x}", loader.fingerprint());
     Ok(Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint })
-}
-
-/// What the order of prompts is a function of.
-fn fingerprint(job: &JobPlan, loader: &PromptLoader) -> Result<String> {
-    let text = serde_json::to_vec(job.prompts()).map_err(|e| DriverError::Internal(e.to_string()))?;
-    Ok(format!("{:016x}", hash_bytes(loader.len(), &text)))
 }
 
 fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
@@ -166,6 +160,7 @@ pub(crate) fn team(job: &JobPlan, cluster: &Cluster) -> Result<Team> {
         reference: optional(Role::Reference)?,
         critic: optional(Role::Critic)?,
         reward_model: optional(Role::Reward)?,
+        trusts_engine: job.trusts_engine(),
     })
 }
 
@@ -174,31 +169,22 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
     let Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint } = opened;
     let course = Course::new(job, algorithm);
     let team = team(job, &cluster)?;
-    let folder = job.checkpoint_folder();
     let fresh = DriverState {
         step: 0,
         position: 0,
         policy_version: 0,
         algorithm: course.algorithm.initial_state(),
         prompts_fingerprint: fingerprint,
+        skipped: 0,
     };
     // A step asked for is where the job begins; a restart goes on from the newest.
     let asked = u64::try_from(config.checkpoint.load_step).ok().filter(|_| options.restart_count == 0);
     let state = match config.checkpoint.enable {
-        true => resume(&team, &folder, fresh, asked).await?,
+        true => resume(&team, &job.checkpoint_folder(), fresh, asked).await?,
         false => fresh,
     };
     keep_tokenizer(&tokenizer, &config.job.dump_folder, state.step > 0)?;
-    let tensorboard = config.metrics.enable_tensorboard.then_some(config.metrics.save_tb_folder.as_path());
-    let tracker = Tracker::new(TrackerOptions {
-        run_folder: &config.job.dump_folder,
-        tensorboard,
-        save_rollouts: job.rlhf().save_rollouts,
-        report_samples: job.rlhf().report_samples,
-        steps: config.training.steps as u64,
-        resumed_from: state.step,
-        progress: options.progress,
-    });
+    let tracker = tracker(job, state.step, options.progress);
     let collector = Collector::new(CollectorParts {
         loader,
         rewards,
@@ -207,13 +193,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         sampling: job.rollout().sampling.clone(),
         seed: config.debug.seed,
         prompts_per_step: job.rlhf().train_batch_size,
-        filter: job.algorithm().shared().filter_groups.clone(),
-    });
-    let checkpoints = config.checkpoint.enable.then_some(Checkpoints {
-        folder,
-        interval: config.checkpoint.interval as u64,
-        keep: config.checkpoint.keep_latest_k,
-        keep_every: config.checkpoint.keep_every as u64,
+        settings: course.algorithm.settings().clone(),
     });
     Ok(Session {
         team,
@@ -225,8 +205,32 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         stop: options.stop,
         clock: Clock::default(),
         settings: job.rlhf().clone(),
-        checkpoints,
+        max_skipped: config.training.max_skipped as u64,
+        checkpoints: checkpoints(job),
         current_step: options.current_step,
+    })
+}
+
+fn tracker(job: &JobPlan, resumed_from: u64, progress: ProgressWriter) -> Tracker {
+    let config = &job.policy.config;
+    Tracker::new(TrackerOptions {
+        run_folder: &config.job.dump_folder,
+        tensorboard: config.metrics.enable_tensorboard.then_some(config.metrics.save_tb_folder.as_path()),
+        save_rollouts: job.rlhf().save_rollouts,
+        report_samples: job.rlhf().report_samples,
+        steps: config.training.steps as u64,
+        resumed_from,
+        progress,
+    })
+}
+
+fn checkpoints(job: &JobPlan) -> Option<Checkpoints> {
+    let config = &job.policy.config.checkpoint;
+    config.enable.then(|| Checkpoints {
+        folder: job.checkpoint_folder(),
+        interval: config.interval as u64,
+        keep: config.keep_latest_k,
+        keep_every: config.keep_every as u64,
     })
 }
 
@@ -240,24 +244,37 @@ fn keep_tokenizer(tokenizer: &TokenizerAssets, run: &Path, resumes: bool) -> Res
     tokenizer.save(run).map_err(failed)
 }
 
-/// Where the run's newest checkpoint is, with every learner's part of it loaded.
+/// Where the run's newest checkpoint is that can be read, with every learner's part of it loaded. Older ones are taken where
+/// newer ones are damaged, unless a step was asked for.
 async fn resume(team: &Team, folder: &Path, fresh: DriverState, asked: Option<u64>) -> Result<DriverState> {
     let roles: Vec<&str> = team.learners().map(|group| group.role()).collect();
     let mut warn = |warning| stderr_line(format!("warning: {warning}"));
-    let Some(found) = DriverState::find(folder, &roles, asked, &mut warn)? else { return Ok(fresh) };
-    let step = found.step;
-    DriverState::forget_after(folder, step)?;
-    if found.prompts_fingerprint != fresh.prompts_fingerprint {
-        return Err(DriverError::Checkpoint(format!(
-            "{} was trained on other prompts (fingerprint {}, now {}): their order would silently differ. Restore \
-             [prompts] and its files, or start a new run with another job.dump_folder",
-            state::path(folder, step).display(),
-            found.prompts_fingerprint,
-            fresh.prompts_fingerprint
-        )));
+    let Some(mut found) = DriverState::find(folder, &roles, asked, &mut warn)? else { return Ok(fresh) };
+    check_prompts(folder, &found, &fresh)?;
+    loop {
+        let step = found.step;
+        team.cluster.begin_step(step);
+        let Err(e) = team.restore(folder).await else { break };
+        let mut older = DriverState::steps(folder)?.into_iter().filter(|&older| older < step);
+        let older = older.find_map(|step| DriverState::complete(folder, &roles, step).ok());
+        let is_damaged = e.kind() == FailureKind::Data && asked.is_none();
+        let Some(older) = older.filter(|_| is_damaged) else { return Err(e) };
+        warn(format!("the checkpoint of step {step} is not used, that of step {} is: {e}", older.step));
+        found = older;
     }
-    team.cluster.begin_step(step);
-    team.restore(folder).await?;
+    DriverState::forget_after(folder, found.step)?;
     team.publish(found.policy_version).await?;
     Ok(found)
+}
+
+fn check_prompts(folder: &Path, found: &DriverState, fresh: &DriverState) -> Result<()> {
+    let (before, now) = (&found.prompts_fingerprint, &fresh.prompts_fingerprint);
+    if before == now {
+        return Ok(());
+    }
+    Err(DriverError::Checkpoint(format!(
+        "{} was trained on other prompts (fingerprint {before}, now {now}): their order would silently differ. Restore \
+         [prompts] and its files, or start a new run with another job.dump_folder",
+        state::path(folder, found.step).display()
+    )))
 }

@@ -21,6 +21,9 @@ pub struct DriverState {
     pub algorithm: AlgorithmState,
     /// What the prompts were made from: another set would silently be another order.
     pub prompts_fingerprint: String,
+    /// Updates skipped so far because loss or gradient was not finite.
+    #[serde(default)]
+    pub skipped: u64,
 }
 
 /// Folder of a role's checkpoints in the run's checkpoint folder.
@@ -171,7 +174,14 @@ mod tests {
 
     fn state(step: u64) -> DriverState {
         let algorithm = AlgorithmState { batches: step, sequences: 8 * step, kl_coef: 0.1 };
-        DriverState { step, position: 3 * step, policy_version: step, algorithm, prompts_fingerprint: "x".into() }
+        DriverState {
+            step,
+            position: 3 * step,
+            policy_version: step,
+            algorithm,
+            prompts_fingerprint: "x".into(),
+            skipped: 0,
+        }
     }
 
     fn saved(steps: &[u64]) -> tempfile::TempDir {

@@ -15,11 +15,11 @@ use tangelo_observe::{
 };
 
 /// Phases of a step that the bar names, by their metrics.
-const PHASES: [(&str, &str); 4] = [
-    ("timing_s/gen", "generating"),
-    ("timing_s/reward", "rewards"),
-    ("timing_s/old_log_prob", "scoring"),
-    ("timing_s/update_actor", "learning"),
+const PHASES: [(&[&str], &str); 4] = [
+    (&["timing_s/gen"], "generating"),
+    (&["timing_s/reward"], "rewards"),
+    (&["timing_s/old_log_prob", "timing_s/ref", "timing_s/values"], "scoring"),
+    (&["timing_s/update_actor", "timing_s/update_critic"], "learning"),
 ];
 
 /// Characters of a sample's prompt and completion that the report shows.
@@ -104,6 +104,12 @@ impl Tracker {
         self.events.append(EventKind::Warning, Some(step), message);
     }
 
+    /// An update was skipped.
+    pub fn skipped(&mut self, step: u64, reason: &str) {
+        self.events.append(EventKind::Skipped, Some(step), format!("an update of step {step} was skipped: {reason}"));
+        self.progress.send(&ProgressEvent::Skipped { step, reason: reason.into() });
+    }
+
     /// A checkpoint is complete.
     pub fn saved(&mut self, step: u64, seconds: f64) {
         self.events.append(
@@ -125,19 +131,23 @@ impl Tracker {
     }
 
     /// A step is done.
-    pub fn step(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts, learnt: &[Learnt]) {
+    pub fn step(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts, learnt: Vec<Learnt>) {
         self.metrics.record(step, values);
-        for warning in &rollouts.warnings {
-            self.warn(step, warning);
-        }
+        self.warn_of(step, rollouts);
         self.show(step, rollouts, "");
         if let Some(folder) = &self.rollouts {
-            let file = RolloutFile { step, rollouts: &rollouts.rollouts, learnt };
+            let learnt = learnt.into_iter().chain(rollouts.left_out.iter().map(Learnt::nothing)).collect();
+            let all = rollouts.rollouts.iter().chain(&rollouts.left_out).collect();
+            let file = RolloutFile { step, rollouts: all, learnt };
             if let Err(e) = rollout_file::write(folder, &file) {
                 self.warn(step, &format!("the rollouts of step {step} were not written: {e}"));
             }
         }
         let value = |name: &str| values.iter().find(|(n, _)| n == name).map(|&(_, v)| v).filter(|v| v.is_finite());
+        let phase = |(parts, name): &(&[&str], &str)| {
+            let seconds = parts.iter().filter_map(|part| value(part)).reduce(|a, b| a + b)?;
+            Some(((*name).to_owned(), seconds))
+        };
         self.has_bar = true;
         self.progress.send(&ProgressEvent::RlStep {
             step,
@@ -146,18 +156,24 @@ impl Tracker {
             kl: value("actor/ppo_kl"),
             response_length: value("response_length/mean"),
             seconds: value("timing_s/step"),
-            phases: PHASES.iter().filter_map(|(phase, name)| Some(((*name).to_owned(), value(phase)?))).collect(),
+            phases: PHASES.iter().filter_map(phase).collect(),
         });
     }
 
-    /// What went through the driver in a step.
-    pub fn traffic(&mut self, step: u64, values: &[(String, f64)]) {
+    /// Says what looked wrong in generation and rewards.
+    fn warn_of(&mut self, step: u64, rollouts: &Rollouts) {
+        rollouts.told.warnings().iter().for_each(|warning| self.warn(step, warning));
+    }
+
+    /// Numbers of a step that come after it, such as what went through the driver.
+    pub fn numbers(&mut self, step: u64, values: &[(String, f64)]) {
         self.metrics.record(step, values);
     }
 
     /// A validation is done.
     pub fn validated(&mut self, step: u64, values: &[(String, f64)], rollouts: &Rollouts) {
         self.metrics.record(step, values);
+        self.warn_of(step, rollouts);
         self.show(step, rollouts, "validation, ");
         let told = values.iter().filter(|(name, _)| name.starts_with("val-core/"));
         let text: Vec<String> = told.map(|(name, value)| format!("{} {value:.3}", validation_name(name))).collect();

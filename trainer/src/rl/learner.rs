@@ -13,6 +13,7 @@ use tangelo_configs::job::Checkpoint as CheckpointConfig;
 use tangelo_configs::{Plan, Role};
 use tangelo_control::{Metrics, Reading};
 use tangelo_core::{Batch, LossSpec, Phase};
+use tangelo_kernels::device;
 use tangelo_observe::stderr_line;
 
 /// A model that learns, and how it is saved.
@@ -65,6 +66,11 @@ impl Learner {
         let mut metrics = Metrics::default();
         metrics.add(&format!("{prefix}/grad_norm"), Reading::Mean { sum: stats.grad_norm, weight: 1.0 });
         metrics.add(&format!("{prefix}/skipped"), Reading::Mean { sum: f64::from(stats.skipped), weight: 1.0 });
+        let (name, bytes) = match device::gpu_memory(self.worker.model().device()) {
+            Some(gpu) => ("perf/max_memory_allocated_gb", gpu.peak_allocated_bytes),
+            None => ("perf/cpu_memory_used_gb", device::memory().peak_resident_bytes),
+        };
+        metrics.add(name, Reading::Max(bytes as f64 / (1u64 << 30) as f64));
         Ok(metrics)
     }
 

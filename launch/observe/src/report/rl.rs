@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 /// The metric that every such run has.
 const REWARD: &str = "critic/score/mean";
 /// Phases of a step, in order, with their colours.
-const PHASES: [(&str, usize); 8] = [
+const PHASES: [(&str, usize); 9] = [
     ("gen", 0),
     ("reward", 5),
     ("old_log_prob", 3),
@@ -16,6 +16,7 @@ const PHASES: [(&str, usize); 8] = [
     ("values", 1),
     ("adv", 2),
     ("update_actor", 1),
+    ("update_critic", 0),
     ("update_weights", 4),
 ];
 
