@@ -14,6 +14,7 @@ mod rlhf;
 mod rlhf_faults;
 mod rlhf_replay;
 mod rlhf_reward_model;
+mod rlhf_sampling;
 mod scalar_heads;
 mod sft;
 mod support;
