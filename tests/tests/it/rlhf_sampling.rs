@@ -5,7 +5,7 @@ use crate::job::{Job, finish};
 use crate::rlhf::{command, job, metrics, of_learning, run};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const GRPO: &str = "algorithm.type=\"grpo\"";
@@ -59,61 +59,71 @@ fn the_reward_after_punishment_decides_where_it_is_asked_for() {
     assert!(steps[&1]["critic/rewards/max"] > steps[&1]["critic/rewards/min"], "{:?}", steps[&1]);
 }
 
-/// Starts a run that will never find a group worth learning from.
-fn endless(job: &Job, run: &str) -> std::process::Child {
-    let log = std::fs::File::create(job.path("log")).unwrap();
-    let sets = [
-        GRPO,
-        FILTER,
-        "algorithm.filter_groups.max_num_gen_batches=0",
-        "reward.parts=[{ type = \"regex\", pattern = \".*\" }]",
-        "rlhf.val_before_train=false",
-    ];
-    let mut command = command(job, run, 1, &sets);
-    command.stdout(log.try_clone().unwrap()).stderr(log).stdin(Stdio::null()).spawn().unwrap()
+/// A reward that tells answers apart; where a file lies beside it, only those of the validation and of six batches.
+const SOON_BLIND: &str = r#"
+import os
+
+FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "blind")
+calls = 0
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    global calls
+    calls += 1
+    if calls > 5 + 6 * 24 and os.path.exists(FILE):
+        return 1.0
+    return float(sum(map(ord, solution_str)) % 5)
+"#;
+
+fn part(job: &Job, text: &str, more: &str) -> String {
+    std::fs::write(job.path("reward.py"), text).unwrap();
+    let path = job.path("reward.py").display().to_string();
+    format!("reward.parts=[{{ type = \"python\", path = {path:?}, processes = 1{more} }}]")
+}
+
+/// Waits until `is_so`, while the run is under way.
+fn wait(child: &mut Child, what: &str, is_so: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none(), "never {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
 fn a_signal_ends_a_search_that_finds_nothing() {
     let job = job();
-    let mut child = endless(&job, "endless");
-    let begin = Instant::now();
+    let reward = part(&job, SOON_BLIND, "");
+    let sets = [GRPO, FILTER, "algorithm.filter_groups.max_num_gen_batches=0", &reward, "training.steps=8"];
+    let whole = run(&job, "whole", 1, &sets);
+    // After six batches the policy cannot do better or worse, and the search for a group worth learning from has no end.
+    std::fs::write(job.path("blind"), "").unwrap();
+    let log = std::fs::File::create(job.path("log")).unwrap();
+    let mut command = command(&job, "parts", 1, &sets);
+    let mut child = command.stdout(log.try_clone().unwrap()).stderr(log).stdin(Stdio::null()).spawn().unwrap();
+    let parts = job.path("parts");
     let said = |text: &str| std::fs::read_to_string(job.path("log")).unwrap().contains(text);
-    while !said("0 of 6 groups differ in their rewards after 2 batches; generating more") {
-        assert!(
-            begin.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none(),
-            "nothing was reported"
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait(&mut child, "a report", || said("after 9 batches; generating more"));
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let begin = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        assert!(begin.elapsed() < Duration::from_secs(60), "the run did not end");
-        std::thread::sleep(Duration::from_millis(50));
-    };
+    let status = child.wait().unwrap();
     let log = std::fs::read_to_string(job.path("log")).unwrap();
-    // 128 and the signal's number: the same command goes on.
-    assert!(
-        status.code() == Some(130) && events(&job.path("endless")).contains("ended after step 0 of 4"),
-        "{status}: {log}"
-    );
+    // 128 and the signal's number: the same command goes on. The step is given up; the one before is saved, whole.
+    assert!(status.code() == Some(130) && log.contains("stopped by a signal after step"), "{status}: {log}");
+    let last = *metrics(&parts).keys().max().unwrap();
+    assert!(last > 0 && parts.join(format!("checkpoint/driver-{last:08}.json")).is_file(), "step {last}: {log}");
+    std::fs::remove_file(job.path("blind")).unwrap();
+    let resumed = run(&job, "parts", 1, &sets);
+    for step in last + 1..=8 {
+        assert_eq!(of_learning(&resumed[&step]), of_learning(&whole[&step]), "step {step} after {last}");
+    }
 }
 
-/// A reward that has no value for some answers: where `fails` of the completion's first letter and the prompt is true.
+/// A reward that has no value for answers of which `fails` is true.
 fn failing(job: &Job, fails: &str) -> String {
     let text = format!(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    if {fails}:\n        raise \
          ValueError('no judge today')\n    return float(sum(map(ord, solution_str)) % 5)\n"
     );
-    std::fs::write(job.path("reward.py"), text).unwrap();
-    format!(
-        "reward.parts=[{{ type = \"python\", path = {:?}, processes = 1, on_error = \"drop\" }}]",
-        job.path("reward.py").display().to_string()
-    )
+    part(job, &text, ", on_error = \"drop\"")
 }
 
 #[test]
