@@ -189,6 +189,30 @@ impl Algorithm {
         }
     }
 
+    /// Whether a critic learns beside the policy.
+    pub fn needs_critic(&self) -> bool {
+        match self {
+            Algorithm::Ppo(_) => true,
+            Algorithm::Grpo(_) | Algorithm::Rloo(_) | Algorithm::ReinforcePlusPlus(_) => false,
+        }
+    }
+
+    /// Whether anything measures the distance from a frozen model.
+    pub fn needs_reference(&self) -> bool {
+        let shared = self.shared();
+        shared.policy.use_kl_loss || shared.reward.use_kl_in_reward
+    }
+
+    /// Whether an advantage is relative to the other completions of the prompt, so that a completion without others says
+    /// nothing.
+    pub fn compares_group(&self) -> bool {
+        match self {
+            Algorithm::Grpo(_) | Algorithm::Rloo(_) => true,
+            Algorithm::Ppo(_) => false,
+            Algorithm::ReinforcePlusPlus(plus) => plus.baseline,
+        }
+    }
+
     /// Everything that is wrong with the values, alone or together, in words that name the key; empty: nothing.
     pub fn check(&self, limits: Limits) -> Vec<String> {
         let mut found = check::shared(self.shared(), limits);

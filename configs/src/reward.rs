@@ -323,6 +323,16 @@ fn check_function(found: &mut Found, key: &str, function: &RewardFunction) {
         RewardFunction::Overlong { max_tokens, buffer_tokens } => {
             found.within(&format!("{key}.buffer_tokens"), *buffer_tokens, 1, (*max_tokens).max(1));
         }
+        RewardFunction::Command { .. } | RewardFunction::Python { .. } => check_program(found, key, function),
+        RewardFunction::Model { role } => found.require(*role == reward_role(), || {
+            format!("`{key}.role` = \"{role}\"; a job has one reward model, the role \"reward\" (`roles.reward`)")
+        }),
+    }
+}
+
+/// A part whose values a program of the user's gives.
+fn check_program(found: &mut Found, key: &str, function: &RewardFunction) {
+    match function {
         RewardFunction::Command { command, timeout_seconds, processes, calls_in_flight } => {
             found.require(command.first().is_some_and(|program| !program.is_empty()), || {
                 format!("`{key}.command` names no program; write command = [\"python3\", \"reward.py\"]")
@@ -345,7 +355,7 @@ fn check_function(found: &mut Found, key: &str, function: &RewardFunction) {
             found.seconds(&format!("{key}.startup_timeout_seconds"), *startup_timeout_seconds, MAX_SECONDS);
             check_processes(found, key, *timeout_seconds, *processes, *calls_in_flight);
         }
-        RewardFunction::Model { role } => found.not_empty(&format!("{key}.role"), role, "such as \"reward\""),
+        _ => {}
     }
 }
 

@@ -86,9 +86,9 @@ impl SamplingParams {
         found.result()
     }
 
-    /// Whether tokens are drawn from the model's own distribution at the temperature, with nothing cut off.
-    pub fn is_untruncated(&self) -> bool {
-        self.temperature > 0.0 && self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
+    /// Whether `top_k`, `top_p` or `min_p` leave tokens out.
+    pub fn cuts_unlikely_tokens(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }
 }
 

@@ -4,6 +4,7 @@
 //! names them here. Each component is normalised by counts of the whole mini-batch, so that a step's gradient does not
 //! depend on how the batch was cut into micro-batches or ranks. What a token costs under a loss is in [`objective`].
 
+pub mod kl;
 pub mod objective;
 
 use crate::batch::Column;

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tangelo_configs::{EngineConfig, MixerSpec};
-use tangelo_kernels::device::available_memory;
+use tangelo_kernels::device::{available_memory, gpu_memory};
 use tangelo_kernels::op::attention::paged::{BLOCK_TOKENS, LayerShape, PagedSequence};
 use tangelo_kernels::op::{self, Draw, Drawn, PagedBatch, PagedKv};
 use tangelo_models::{Model, PackContext, Past};
@@ -444,15 +444,19 @@ fn num_blocks(
     max_len: usize,
     device: Device,
 ) -> Result<usize, RolloutError> {
-    let bytes = match (config.kv_memory_mib, device) {
-        (0, Device::Cpu) => (available_memory().unwrap_or(0) as f64 * config.kv_memory_fraction) as usize,
-        (0, _) => return Err(RolloutError::Memory("set `rollout.kv_memory_mib` on a GPU".into())),
-        (mib, _) => mib.saturating_mul(1 << 20),
+    let free = || match device {
+        Device::Cpu => available_memory(),
+        // What libtorch keeps for new tensors can be had too.
+        gpu => gpu_memory(gpu).map(|gpu| gpu.free_bytes + gpu.reserved_bytes.saturating_sub(gpu.allocated_bytes)),
+    };
+    let bytes = match config.kv_memory_mib {
+        0 => (free().unwrap_or(0) as f64 * config.kv_memory_fraction) as usize,
+        mib => mib.saturating_mul(1 << 20),
     };
     let most = config.max_num_seqs.saturating_mul(blocks_for(max_len));
     match (bytes / block_bytes).min(most).min(i32::MAX as usize) {
         0 => Err(RolloutError::Memory(format!(
-            "{bytes} bytes hold no block of {BLOCK_TOKENS} tokens, which takes {block_bytes}; raise `rollout.kv_memory_mib`"
+            "{bytes} bytes hold no block of {BLOCK_TOKENS} tokens, which takes {block_bytes}; raise `rollout.engine.kv_memory_mib`"
         ))),
         blocks => Ok(blocks),
     }

@@ -288,15 +288,22 @@ pub enum ImportanceLevel {
 
 /// `[algorithm.filter_groups]`: dynamic sampling. Groups whose completions all have the same reward teach nothing;
 /// they are dropped and others generated in their place (DAPO).
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FilterGroups {
     /// Whether to.
     pub enable: bool,
     /// What must differ within a group.
     pub metric: FilterMetric,
-    /// Generated batches after which too few groups are an error; 0: never.
+    /// Generated batches after which too few groups are an error; 0: never (then a policy that solves all of the prompts,
+    /// or none, generates until it is stopped).
     pub max_num_gen_batches: usize,
+}
+
+impl Default for FilterGroups {
+    fn default() -> FilterGroups {
+        FilterGroups { enable: false, metric: FilterMetric::default(), max_num_gen_batches: 10 }
+    }
 }
 
 /// What must differ within a group for it to be kept.

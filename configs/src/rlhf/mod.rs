@@ -6,6 +6,7 @@
 //! of which has `rollout.sampling.n` completions.
 
 mod plan;
+mod unread;
 
 pub(crate) use plan::resolve_sections;
 pub use plan::{JobPlan, role_folder};
@@ -41,8 +42,8 @@ pub struct Rlhf {
     pub val_before_train: bool,
     /// Steps between validations; 0: only before the first step and after the last.
     pub test_freq: usize,
-    /// How answers of the validation are drawn (verl: val_kwargs): greedy, one each.
-    pub validation: SamplingParams,
+    /// How answers of the validation are drawn (verl: val_kwargs): greedy, one each, else as `[rollout.sampling]` says.
+    pub validation: ValidationSampling,
     /// The longest that a call to the ranks (generating a batch, learning from one) may take, seconds.
     pub verb_timeout_seconds: u64,
     /// Write every rollout to `rollouts/` in the run folder.
@@ -65,12 +66,46 @@ impl Default for Rlhf {
             old_logprobs: OldLogprobs::default(),
             val_before_train: true,
             test_freq: 0,
-            validation: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            validation: ValidationSampling::default(),
             verb_timeout_seconds: 3600,
             save_rollouts: true,
             report_samples: 4,
             val_pass_reward: 1.0,
         }
+    }
+}
+
+/// `[rlhf.validation]`: where answers of the validation are drawn otherwise than those that are learnt from. What ends an
+/// answer is what ends it in training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ValidationSampling {
+    /// Answers per prompt.
+    pub n: usize,
+    /// As `rollout.sampling.temperature`; 0: greedy.
+    pub temperature: f64,
+    /// As `rollout.sampling.top_k`; 0: all.
+    pub top_k: usize,
+    /// As `rollout.sampling.top_p`; 1: all.
+    pub top_p: f64,
+    /// As `rollout.sampling.min_p`; 0: all.
+    pub min_p: f64,
+    /// The longest answer, tokens. Default: `rollout.sampling.max_tokens`.
+    pub max_tokens: Option<usize>,
+}
+
+impl Default for ValidationSampling {
+    fn default() -> ValidationSampling {
+        ValidationSampling { n: 1, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, max_tokens: None }
+    }
+}
+
+impl ValidationSampling {
+    /// What is asked of the engine in a validation, where `sampling` is asked in training.
+    pub fn over(&self, sampling: &SamplingParams) -> SamplingParams {
+        let &ValidationSampling { n, temperature, top_k, top_p, min_p, max_tokens } = self;
+        let max_tokens = max_tokens.unwrap_or(sampling.max_tokens);
+        SamplingParams { n, temperature, top_k, top_p, min_p, max_tokens, ..sampling.clone() }
     }
 }
 
@@ -304,6 +339,6 @@ pub(crate) fn check(
     placement.check(world_size, &mut found);
     found.result()?;
     sampling.check("rollout.sampling")?;
-    rlhf.validation.check("rlhf.validation")?;
+    rlhf.validation.over(sampling).check("rlhf.validation")?;
     rollout.engine.check("rollout.engine")
 }

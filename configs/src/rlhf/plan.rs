@@ -1,6 +1,8 @@
 //! An `rlhf` job resolved: the plan of every role, and where it lives.
 
 use super::{OldLogprobs, PlacementConfig, Rlhf, Role, RoleModel, Roles, Rollout, check};
+use crate::algorithm::ImportanceLevel;
+use crate::check::Found;
 use crate::job::{ComputeType, DeviceChoice, JobConfig, JobType, Model, Parallelism};
 use crate::model::HeadSpec;
 use crate::resolve::resolve_role;
@@ -30,11 +32,15 @@ pub(crate) fn resolve_sections(
     if config.job.kind != JobType::Rlhf {
         return refuse_sections(config).map(|()| resources.world_size);
     }
+    let mut unread = Found::default();
+    super::unread::check(config, config.roles.as_ref().unwrap_or(&Roles::default()), &mut unread);
+    unread.result()?;
     let rlhf = config.rlhf.get_or_insert_default();
     let rollout = config.rollout.get_or_insert_default();
     let placement = config.placement.get_or_insert_default();
     let (prompts, reward) = (config.prompts.get_or_insert_default(), config.reward.get_or_insert_default());
     let (algorithm, roles) = (config.algorithm.get_or_insert_default(), config.roles.get_or_insert_default());
+    rlhf.validation.max_tokens.get_or_insert(rollout.sampling.max_tokens);
     check(rlhf, rollout, placement, resources.world_size)?;
     prompts.check()?;
     reward.check()?;
@@ -44,7 +50,8 @@ pub(crate) fn resolve_sections(
     if !wrong.is_empty() {
         return Err(ConfigError::Values(wrong));
     }
-    check_lengths(config.training.seq_len, prompts, rollout)?;
+    check_lengths(config.training.seq_len, prompts, rollout, rlhf)?;
+    check_correction(rlhf, algorithm)?;
     Ok(placement.ranks_of(role, resources.world_size).1.len())
 }
 
@@ -82,16 +89,32 @@ fn resolve_paths(prompts: &mut Prompts, reward: &mut Reward, roles: &mut Roles, 
     }
 }
 
-fn check_lengths(seq_len: usize, prompts: &Prompts, rollout: &Rollout) -> Result<(), ConfigError> {
-    let (prompt, answer) = (prompts.max_prompt_length, rollout.sampling.max_tokens);
-    if prompt + answer <= seq_len {
-        return Ok(());
-    }
+fn check_lengths(seq_len: usize, prompts: &Prompts, rollout: &Rollout, rlhf: &Rlhf) -> Result<(), ConfigError> {
+    let prompt = prompts.max_prompt_length;
+    let answers = [
+        ("rollout.sampling.max_tokens", rollout.sampling.max_tokens),
+        ("rlhf.validation.max_tokens", rlhf.validation.over(&rollout.sampling).max_tokens),
+    ];
+    let Some((key, answer)) = answers.into_iter().find(|(_, answer)| prompt + answer > seq_len) else { return Ok(()) };
     Err(ConfigError::Values(vec![format!(
-        "`prompts.max_prompt_length` {prompt} + `rollout.sampling.max_tokens` {answer} = {} tokens, above \
-         `training.seq_len` {seq_len}: a prompt with its answer must fit; raise seq_len or lower one of them",
+        "`prompts.max_prompt_length` {prompt} + `{key}` {answer} = {} tokens, above `training.seq_len` {seq_len}: a prompt \
+         with its answer must fit; raise seq_len or lower one of them",
         prompt + answer
     )]))
+}
+
+/// Fails where weights would correct for a distance that nobody measures.
+fn check_correction(rlhf: &Rlhf, algorithm: &Algorithm) -> Result<(), ConfigError> {
+    let corrects = algorithm.shared().rollout_correction.rollout_is != ImportanceLevel::None;
+    if !corrects || rlhf.old_logprobs != OldLogprobs::Rollout {
+        return Ok(());
+    }
+    Err(ConfigError::Values(vec![
+        "`algorithm.rollout_correction.rollout_is` weighs by the trainer's log-probabilities over the engine's, but \
+         `rlhf.old_logprobs` = \"rollout\" takes the engine's for both, so that every weight is 1; set it to \
+         \"recompute\" or \"auto\", or rollout_is to \"none\""
+            .into(),
+    ]))
 }
 
 /// What algorithms must know of generation.
@@ -124,10 +147,21 @@ impl JobPlan {
     fn role_plan(&self, role: Role, resources: &Resources, assets: &dyn ModelAssets) -> Result<Plan, ConfigError> {
         let mut config = self.policy.config.clone();
         let own = self.role_model(role);
+        if role == Role::Reward && own.hf_assets_path.is_none() {
+            return Err(ConfigError::Values(vec![
+                "`reward.parts` has a reward model, but `roles.reward.hf_assets_path` names none: set it to the Hugging Face \
+                 folder of a sequence-classification model with one label"
+                    .into(),
+            ]));
+        }
         if let Some(path) = &own.hf_assets_path {
             config.model = Model { hf_assets_path: Some(path.clone()), ..Model::default() };
             config.checkpoint.initial_load_path = Some(path.clone());
             config.checkpoint.initial_load_in_hf = true;
+            // What a reward model reads is written in its own tokens, where it has a tokenizer.
+            if role == Role::Reward && assets.vocab_size(path).is_ok() {
+                config.data.tokenizer = Some(path.clone());
+            }
         }
         if matches!(role, Role::Critic | Role::Reward) && config.model.head.is_none() {
             config.model.head = Some(HeadSpec::Scalar { bias: false });
@@ -152,6 +186,9 @@ impl JobPlan {
         let paths = [&self.policy.config.model.hf_assets_path, &plan.config.model.hf_assets_path];
         let sizes = paths.map(|path| path.as_deref().and_then(|p| assets.vocab_size(p).ok()));
         let differs = matches!(sizes, [Some(a), Some(b)] if a != b);
+        if role == Role::Reward && sizes[1].is_some() {
+            return Ok(());
+        }
         if policy.vocab_size <= own.vocab_size && !differs {
             return Ok(());
         }
@@ -187,11 +224,8 @@ impl JobPlan {
         let algorithm = self.algorithm();
         match role {
             Role::Policy | Role::Rollout => true,
-            Role::Reference => {
-                let shared = algorithm.shared();
-                shared.policy.use_kl_loss || shared.reward.use_kl_in_reward
-            }
-            Role::Critic => matches!(algorithm, Algorithm::Ppo(_)),
+            Role::Reference => algorithm.needs_reference(),
+            Role::Critic => algorithm.needs_critic(),
             Role::Reward => {
                 self.reward().parts.iter().any(|part| matches!(part.function, RewardFunction::Model { .. }))
             }
@@ -282,6 +316,7 @@ impl JobPlan {
     pub fn engine_is_exact(&self) -> Result<(), String> {
         let (training, topology) = (&self.policy.config.training, &self.policy.topology);
         let (tp, gen_tp) = (topology.size(Group::Tensor), self.rollout().tensor_parallel_degree);
+        let sampling = &self.rollout().sampling;
         let reasons = [
             (training.device == DeviceChoice::Cuda, "kernels of a GPU depend on the batch".to_owned()),
             (
@@ -297,7 +332,8 @@ impl JobPlan {
                 topology.size(Group::Ring) * topology.size(Group::Heads) > 1,
                 "context parallelism sums in another order".to_owned(),
             ),
-            (!self.rollout().sampling.is_untruncated(), "top_k, top_p or min_p cut the distribution".to_owned()),
+            (sampling.cuts_unlikely_tokens(), "top_k, top_p or min_p cut the distribution".to_owned()),
+            (sampling.min_tokens > 0, "min_tokens keeps tokens that end a sample from being drawn".to_owned()),
         ];
         reasons.into_iter().find(|(differs, _)| *differs).map_or(Ok(()), |(_, reason)| Err(reason))
     }

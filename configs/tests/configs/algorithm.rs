@@ -37,7 +37,8 @@ fn defaults_are_those_of_verl() {
         ("rollout_correction.rollout_is_threshold", 2.0.into()),
         ("rollout_correction.rollout_is", "none".into()),
         ("filter_groups.enable", false.into()),
-        ("filter_groups.max_num_gen_batches", 0.into()),
+        // verl's is 0, for ever: a policy that solves all of the prompts would generate for ever.
+        ("filter_groups.max_num_gen_batches", 10.into()),
     ] {
         assert_eq!(at(path), expected, "{path}");
     }

@@ -8,6 +8,7 @@ mod optimizer;
 mod parallel;
 mod presets;
 mod resolve;
+mod rl_draws;
 mod rlhf;
 mod schema;
 mod sft;

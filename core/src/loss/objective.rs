@@ -11,14 +11,10 @@
 //! whole mini-batch, never on its neighbours in a micro-batch. A token outside the mask adds nothing, whatever the model
 //! says there. A ratio of equal log-probabilities is exactly 1. Deliberately absent: tensors, communication.
 
-use super::{Aggregation, KlEstimator, LossComponent, LossSpec};
+use super::kl::LOG_RATIO_BOUND;
+use super::{Aggregation, LossComponent, LossSpec};
 use crate::batch::{Batch, BatchError, Column};
 use std::collections::BTreeMap;
-
-/// Largest distance of log-probabilities that a ratio is made of.
-const MAX_LOG_RATIO: f64 = 20.0;
-/// Largest value of the third estimator of KL.
-const MAX_K3: f64 = 10.0;
 
 /// What the model says at a token. A head gives either the first two or the last; the others are 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -191,7 +187,7 @@ impl Objective {
                 loss
             }
             LossComponent::Kl { estimator, straight_through, coefficient, .. } => {
-                let (kl, slope) = estimate(estimator, t.found.logprob, read(Column::RefLogprob));
+                let (kl, slope) = estimator.estimate(t.found.logprob - read(Column::RefLogprob));
                 let slope = if straight_through { t.found.logprob - read(Column::RefLogprob) } else { slope };
                 slopes.logprob += coefficient * t.weight * slope;
                 metrics[0] += t.weight * kl;
@@ -275,7 +271,7 @@ struct Surrogate {
 
 impl Surrogate {
     fn new(logprob: f64, old: f64, advantage: f64, [low, high]: [f64; 2], dual: Option<f64>) -> Surrogate {
-        let (log_ratio, passes) = clamp(logprob - old, -MAX_LOG_RATIO, MAX_LOG_RATIO);
+        let (log_ratio, passes) = clamp(logprob - old, -LOG_RATIO_BOUND, LOG_RATIO_BOUND);
         let ratio = log_ratio.exp();
         let free = -advantage * ratio;
         let (kept, inside) = clamp(ratio, 1.0 - low, 1.0 + high);
@@ -302,21 +298,6 @@ fn clamp(value: f64, low: f64, high: f64) -> (f64, f64) {
         (high, 0.0)
     } else {
         (value, 1.0)
-    }
-}
-
-/// An estimate of KL(policy || reference), and its slope by the policy's log-probability.
-fn estimate(estimator: KlEstimator, logprob: f64, reference: f64) -> (f64, f64) {
-    let d = logprob - reference;
-    match estimator {
-        KlEstimator::K1 => (d, 1.0),
-        KlEstimator::Abs => (d.abs(), if d == 0.0 { 0.0 } else { d.signum() }),
-        KlEstimator::K2 => (0.5 * d * d, d),
-        KlEstimator::K3 => {
-            let (back, passes) = clamp(-d, -MAX_LOG_RATIO, MAX_LOG_RATIO);
-            let (kl, kept) = clamp(back.exp() - back - 1.0, -MAX_K3, MAX_K3);
-            (kl, kept * passes * (1.0 - back.exp()))
-        }
     }
 }
 

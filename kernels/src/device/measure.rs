@@ -41,6 +41,8 @@ pub struct GpuMemoryUse {
     pub peak_allocated_bytes: u64,
     /// In tensors, or kept for new ones.
     pub reserved_bytes: u64,
+    /// Of the device, taken by no process.
+    pub free_bytes: u64,
 }
 
 /// Lets this process keep the memory that it frees, for its next step. To be called before there are other threads.
@@ -65,16 +67,17 @@ pub fn memory() -> MemoryUse {
 /// Memory of this process' tensors on a GPU; `None` for the CPU, or where libtorch does not tell.
 pub fn gpu_memory(device: Device) -> Option<GpuMemoryUse> {
     let Device::Cuda(index) = device else { return None };
-    let mut bytes = [0i64; 3];
-    // SAFETY: writes three integers, or answers a text that it gave away.
+    let mut bytes = [0i64; 4];
+    // SAFETY: writes four integers, or answers a text that it gave away.
     let error = unsafe { tangelo_gpu_memory(i32::try_from(index).ok()?, bytes.as_mut_ptr()) };
     if !error.is_null() {
         // SAFETY: as above; freed once.
         unsafe { tangelo_free(error) };
         return None;
     }
-    let [allocated_bytes, peak_allocated_bytes, reserved_bytes] = bytes.map(|count| u64::try_from(count).unwrap_or(0));
-    Some(GpuMemoryUse { allocated_bytes, peak_allocated_bytes, reserved_bytes })
+    let [allocated_bytes, peak_allocated_bytes, reserved_bytes, free_bytes] =
+        bytes.map(|count| u64::try_from(count).unwrap_or(0));
+    Some(GpuMemoryUse { allocated_bytes, peak_allocated_bytes, reserved_bytes, free_bytes })
 }
 
 /// Runs `work` and counts the bytes of tensors in main memory that this thread allocates meanwhile: at most, less what it

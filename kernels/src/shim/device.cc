@@ -23,11 +23,14 @@ extern "C" char* tangelo_use_deterministic_operations() {
 
 extern "C" char* tangelo_gpu_memory(int32_t index, int64_t* out) {
   return tangelo::guarded([&] {
-    const auto stats = c10::getDeviceAllocator(c10::DeviceType::CUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(index));
+    auto* allocator = c10::getDeviceAllocator(c10::DeviceType::CUDA);
+    const auto device = static_cast<c10::DeviceIndex>(index);
+    const auto stats = allocator->getDeviceStats(device);
     const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
     out[0] = stats.allocated_bytes[all].current;
     out[1] = stats.allocated_bytes[all].peak;
     out[2] = stats.reserved_bytes[all].current;
+    out[3] = static_cast<int64_t>(allocator->getMemoryInfo(device).first);
   });
 }
 

@@ -343,6 +343,21 @@ impl Cluster {
         self.admin_all(&Admin::Drop { shards }).await
     }
 
+    /// Drops what lies of `whole` and not also of `kept`, before its step ends: shards none of whose rows are kept.
+    ///
+    /// # Errors
+    /// A rank that does not answer.
+    pub async fn drop_unused(&self, whole: &RemoteBatch, kept: &RemoteBatch) -> Result<(), ControlError> {
+        let used = kept.shards();
+        let is_unused = |shard: &Shard| used.binary_search_by_key(&shard.id, |used| used.id).is_err();
+        let shards: Vec<ShardId> = whole.shards().into_iter().filter(is_unused).map(|shard| shard.id).collect();
+        if shards.is_empty() {
+            return Ok(());
+        }
+        self.0.driver.store.drop_shards(&shards, self.step());
+        self.admin_all(&Admin::Drop { shards }).await
+    }
+
     /// The counters of every rank, by rank.
     ///
     /// # Errors

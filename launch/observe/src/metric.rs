@@ -123,7 +123,8 @@ mod tests {
         for line in markdown_table().lines() {
             assert!(text.contains(line), "docs/metrics.md lacks this line:\n{line}");
         }
-        let documented = text.lines().filter(|l| l.starts_with("| `")).count();
+        let own = text.split("## Reinforcement learning").next().unwrap_or_default();
+        let documented = own.lines().filter(|l| l.starts_with("| `")).count();
         assert_eq!(documented, Metric::ALL.len(), "docs/metrics.md lists a metric that is gone");
     }
 }

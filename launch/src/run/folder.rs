@@ -8,9 +8,18 @@ use std::path::{Path, PathBuf};
 use tangelo_configs::Plan;
 use tangelo_observe::files;
 
-/// Keys that a run may not change once it has a checkpoint: they decide what the weights are and which sample comes
-/// next. A name that ends in a dot is a whole section.
-const FIXED: [&str; 6] = ["job.type", "model.", "data.", "training.seq_len", "optimizer.name", "debug.seed"];
+/// Keys that a run may not change once it has a checkpoint: they decide what the weights are, which sample comes next and
+/// what a checkpoint remembers. A name that ends in a dot is a whole section. (Prompts have a fingerprint in checkpoints.)
+const FIXED: [&str; 8] = [
+    "job.type",
+    "model.",
+    "data.",
+    "training.seq_len",
+    "optimizer.name",
+    "debug.seed",
+    "algorithm.type",
+    "algorithm.reward.kl_ctrl",
+];
 
 /// Keys of those sections that may change all the same: they say where something is, not what. Fingerprints in the
 /// prepared folders and in checkpoints tell whether what lies there is the same.
@@ -89,7 +98,8 @@ pub fn check_same_run(plan: &Plan) -> Result<(), LaunchError> {
 
 fn has_checkpoint(folder: &Path) -> bool {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("step-"))
+    let is_one = |name: &str| name.starts_with("step-") || name.starts_with("driver-") && name.ends_with(".json");
+    entries.into_iter().any(|entry| is_one(&entry.file_name().to_string_lossy()))
 }
 
 /// Lines `key: before -> now` of what may not change.
@@ -99,7 +109,9 @@ fn fixed_changes(before: &toml::Table, now: &toml::Table) -> Vec<String> {
     keys.sort();
     keys.dedup();
     let value = |map: &BTreeMap<String, String>, key: &str| map.get(key).cloned().unwrap_or_else(|| "(not set)".into());
-    let changed = keys.into_iter().filter(|key| is_fixed(key) && before.get(*key) != now.get(*key));
+    // To an `rlhf` job the sequence length is a bound: no sample depends on it.
+    let is_free = |key: &str| key == "training.seq_len" && now.get("job.type").is_some_and(|t| t == "\"rlhf\"");
+    let changed = keys.into_iter().filter(|key| is_fixed(key) && !is_free(key) && before.get(*key) != now.get(*key));
     changed.map(|key| format!("{key}: {} -> {}", value(&before, key), value(&now, key))).collect()
 }
 
@@ -119,6 +131,8 @@ fn flat(table: &toml::Table) -> BTreeMap<String, String> {
             value => drop(all.insert(section.clone(), value.to_string())),
         }
     }
+    let kl_ctrl = table.get("algorithm").and_then(|a| a.get("reward")).and_then(|reward| reward.get("kl_ctrl"));
+    all.extend(kl_ctrl.map(|kl_ctrl| ("algorithm.reward.kl_ctrl".to_owned(), kl_ctrl.to_string())));
     let sources = table.get("data").and_then(|data| data.get("sources")).and_then(toml::Value::as_array);
     if let Some(sources) = sources {
         all.insert("data.sources".into(), format!("{} source(s)", sources.len()));
@@ -162,6 +176,31 @@ mod tests {
                 data.shard_tokens: 5 -> 6
                 data.sources.weight: (not set) -> 1.5"#]],
         );
+    }
+
+    #[test]
+    fn what_a_checkpoint_of_reinforcement_learning_remembers_is_fixed() {
+        check(
+            "[job]\ntype = 'rlhf'\n[training]\nseq_len = 8\n[rlhf]\nppo_epochs = 1\n[algorithm]\ntype = 'grpo'\nreward = { overlong_filter = false, kl_ctrl = { kl_coef = 0.1 } }",
+            "[job]\ntype = 'rlhf'\n[training]\nseq_len = 9\n[rlhf]\nppo_epochs = 2\n[algorithm]\ntype = 'ppo'\nreward = { overlong_filter = true, kl_ctrl = { kl_coef = 0.2 } }",
+            expect![[r#"
+                algorithm.reward.kl_ctrl: { kl_coef = 0.1 } -> { kl_coef = 0.2 }
+                algorithm.type: "grpo" -> "ppo""#]],
+        );
+    }
+
+    #[test]
+    fn a_checkpoint_is_known_by_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = |name: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, "").unwrap();
+            let found = has_checkpoint(folder.path());
+            fs::remove_file(path).unwrap();
+            found
+        };
+        assert!(there("step-00000004") && there("driver-00000004.json"));
+        assert!(!there("policy") && !there("driver-00000004.json.partial"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What an algorithm is: the roles it needs, how it scores a batch in three pure parts, the loss that reads the result.
+//! What an algorithm is: how it scores a batch in three pure parts, the loss that reads the result.
 //!
 //! ```text
 //! merged = []                                         the driver's
@@ -25,7 +25,7 @@ use std::fmt;
 use tangelo_core::batch::ragged_f32;
 use tangelo_core::{Batch, BatchError, Column, LossSpec};
 
-/// A model in a job, as algorithms know them.
+/// A model that learns, as algorithms know them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -33,8 +33,6 @@ pub enum Role {
     Policy,
     /// The model that learns to predict returns, token by token.
     Critic,
-    /// The frozen model that the policy should stay close to.
-    Reference,
 }
 
 /// What an algorithm makes of a row: a value per policy token.
@@ -91,19 +89,9 @@ pub trait Algorithm: fmt::Debug + Send + Sync {
         State::initial(self.settings())
     }
 
-    /// The models it needs.
-    fn roles(&self) -> Vec<Role> {
-        let settings = self.settings();
-        let mut roles = vec![Role::Policy];
-        roles.extend(self.has_critic().then_some(Role::Critic));
-        let refers = settings.policy.use_kl_loss || settings.reward.use_kl_in_reward;
-        roles.extend(refers.then_some(Role::Reference));
-        roles
-    }
-
     /// Whether a critic learns beside the policy.
     fn has_critic(&self) -> bool {
-        self.loss(Role::Critic, &self.initial_state()).is_some()
+        self.settings().has_critic
     }
 
     /// The columns that scoring needs. `old_logprob` and `rollout_logprob`, where both are there, are compared too.

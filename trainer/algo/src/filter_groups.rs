@@ -9,7 +9,7 @@ use crate::state::State;
 use crate::statistics::Moments;
 use std::collections::BTreeMap;
 use tangelo_configs::algorithm::{FilterGroups, FilterMetric};
-use tangelo_core::Batch;
+use tangelo_core::{Batch, Column};
 
 /// What to do with the groups generated so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,14 +24,26 @@ pub struct Selection {
     pub generate_more: bool,
 }
 
-/// Each row's group and the reward that [`FilterGroups::metric`] asks for. `seq_final_reward` with KL in the reward
-/// needs the log-probabilities of policy and reference.
-pub fn values(shard: &Batch, settings: &Settings, state: &State) -> Result<Vec<(i64, f64)>, AlgoError> {
+/// The settings under which a row is judged: no weights, which come later, and the distance from the reference only where
+/// it counts.
+fn judging(settings: &Settings) -> Settings {
     let mut settings = settings.clone();
     if settings.filter_groups.metric == FilterMetric::SeqReward {
         settings.reward.use_kl_in_reward = false;
     }
     settings.rollout_correction = Default::default();
+    settings
+}
+
+/// The columns that [`values`] reads.
+pub fn columns(settings: &Settings) -> Vec<Column> {
+    row::columns(&judging(settings))
+}
+
+/// Each row's group and the reward that [`FilterGroups::metric`] asks for. `seq_final_reward` with KL in the reward
+/// needs the log-probabilities of policy and reference.
+pub fn values(shard: &Batch, settings: &Settings, state: &State) -> Result<Vec<(i64, f64)>, AlgoError> {
+    let settings = judging(settings);
     let value = |row: &Row| match settings.filter_groups.metric {
         FilterMetric::SeqReward => row.score,
         FilterMetric::SeqFinalReward => row.reward,

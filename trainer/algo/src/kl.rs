@@ -3,31 +3,12 @@
 use tangelo_configs::algorithm::KlController;
 use tangelo_core::KlEstimator;
 
-/// Log-ratios are kept within this before exponentiation, as in verl.
-pub(crate) const LOG_RATIO_BOUND: f64 = 20.0;
-/// k3 is kept within this, as in verl.
-const K3_BOUND: f64 = 10.0;
 /// A coefficient's relative error from its target counts at most this.
 const ERROR_BOUND: f64 = 0.2;
 
 /// The estimate of KL(policy || reference) at each token.
 pub fn per_token(estimator: KlEstimator, logprob: &[f64], reference: &[f64]) -> Vec<f64> {
-    logprob.iter().zip(reference).map(|(p, r)| estimate(estimator, p - r)).collect()
-}
-
-/// The estimate from `d` = log-probability minus the reference's.
-pub fn estimate(estimator: KlEstimator, d: f64) -> f64 {
-    match estimator {
-        KlEstimator::K1 => d,
-        KlEstimator::Abs => d.abs(),
-        KlEstimator::K2 => 0.5 * d * d,
-        KlEstimator::K3 => k3((-d).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).clamp(-K3_BOUND, K3_BOUND),
-    }
-}
-
-/// exp(r) - 1 - r, of a log-ratio r within bounds.
-pub(crate) fn k3(log_ratio: f64) -> f64 {
-    libm::expm1(log_ratio) - log_ratio
+    logprob.iter().zip(reference).map(|(p, r)| estimator.estimate(p - r).0).collect()
 }
 
 /// The coefficient after a batch of `sequences` at mean distance `kl` (Ziegler et al., arXiv 1909.08593, section 2.2).
@@ -46,11 +27,12 @@ pub fn next_coefficient(controller: &KlController, coefficient: f64, kl: f64, se
 mod tests {
     use super::*;
     use tangelo_configs::algorithm::{AdaptiveKl, FixedKl};
+    use tangelo_core::loss::kl::k3;
 
     #[test]
     fn estimates() {
-        let check = |estimator, d: f64, expected: f64| {
-            let found = estimate(estimator, d);
+        let check = |estimator: KlEstimator, d: f64, expected: f64| {
+            let found = estimator.estimate(d).0;
             // Both sides are a few f64 operations.
             assert!((found - expected).abs() <= 1e-14 * expected.abs().max(1.0), "{estimator:?} {d}: {found}");
         };

@@ -60,7 +60,6 @@ impl Algorithm for Ppo {
                 coefficient: 1.0,
                 aggregation: self.settings.aggregation(critic.loss_agg_mode, critic.loss_scale_factor),
             }])),
-            Role::Reference => None,
         }
     }
 }

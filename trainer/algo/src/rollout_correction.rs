@@ -3,12 +3,12 @@
 //! IcePop: zero outside a band).
 
 use crate::AlgoError;
-use crate::kl::{LOG_RATIO_BOUND, k3};
 use crate::row::{LogprobPair, Row};
 use crate::settings::Settings;
 use crate::statistics::{Merged, Quantity, Statistics};
 use tangelo_configs::algorithm::{ImportanceLevel, RolloutCorrection};
 use tangelo_core::Column;
+use tangelo_core::loss::kl::{LOG_RATIO_BOUND, k3};
 
 /// Means below this do not normalise, as in verl.
 const LEAST_MEAN: f64 = 1e-8;

@@ -16,6 +16,8 @@ pub struct Settings {
     pub rollout_correction: RolloutCorrection,
     /// Dynamic sampling.
     pub filter_groups: FilterGroups,
+    /// Whether a critic learns beside the policy.
+    pub has_critic: bool,
     /// What the job allows.
     pub limits: Limits,
 }
@@ -29,6 +31,7 @@ impl Settings {
             reward: shared.reward.clone(),
             rollout_correction: shared.rollout_correction.clone(),
             filter_groups: shared.filter_groups.clone(),
+            has_critic: config.needs_critic(),
             limits,
         }
     }
@@ -38,7 +41,8 @@ impl Settings {
         mode.resolve(scale, self.limits.max_response_tokens)
     }
 
-    /// The policy's loss: the clipped surrogate, minus the entropy bonus, plus the distance from the reference.
+    /// The policy's loss: the clipped surrogate, minus the entropy bonus, plus the distance from the reference. The entropy
+    /// is measured in any case; with a coefficient of 0 it changes no bit of loss or gradient.
     pub fn policy_loss(&self) -> LossSpec {
         let policy = &self.policy;
         let aggregation = self.aggregation(policy.loss_agg_mode, policy.loss_scale_factor);
@@ -49,9 +53,7 @@ impl Settings {
             corrects_rollout: crate::rollout_correction::corrects(self),
             aggregation,
         }];
-        if policy.entropy_coeff != 0.0 {
-            components.push(LossComponent::Entropy { coefficient: policy.entropy_coeff, aggregation });
-        }
+        components.push(LossComponent::Entropy { coefficient: policy.entropy_coeff, aggregation });
         if policy.use_kl_loss {
             components.push(LossComponent::Kl {
                 estimator: policy.kl_loss_type.estimator(),

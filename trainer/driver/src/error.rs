@@ -36,6 +36,9 @@ pub enum DriverError {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// Rewards left nothing to learn from.
+    #[error("{0}")]
+    Rewards(String),
     /// A call failed, or the job's processes did not meet.
     #[error("{0}")]
     Control(#[from] tangelo_control::ControlError),
@@ -45,6 +48,19 @@ pub enum DriverError {
     /// A batch of the driver's own is not sound.
     #[error("{0}")]
     Batch(#[from] tangelo_core::BatchError),
+    /// Too many updates were skipped.
+    #[error(
+        "step {step}: loss or gradient is not finite, the {skipped}th update skipped (training.max_skipped = {allowed}). \
+         Lower optimizer.lr, or start from an earlier checkpoint with checkpoint.load_step"
+    )]
+    Diverged {
+        /// The step.
+        step: u64,
+        /// Updates skipped so far.
+        skipped: u64,
+        /// How many may be.
+        allowed: u64,
+    },
     /// A checkpoint cannot be used.
     #[error("{0}")]
     Checkpoint(String),
@@ -73,9 +89,13 @@ impl DriverError {
     /// Who has to act.
     pub fn kind(&self) -> FailureKind {
         match self {
-            DriverError::Config(_) => FailureKind::Config,
+            // What helps is another configuration; the same one would fail again.
+            DriverError::Config(_) | DriverError::Diverged { .. } => FailureKind::Config,
             DriverError::Data(_) | DriverError::Row { .. } | DriverError::Prompts(_) => FailureKind::Data,
-            DriverError::Reward { .. } | DriverError::Algorithm(_) | DriverError::Checkpoint(_) => FailureKind::Data,
+            DriverError::Reward { .. }
+            | DriverError::Rewards(_)
+            | DriverError::Algorithm(_)
+            | DriverError::Checkpoint(_) => FailureKind::Data,
             DriverError::Control(error) => error.kind(),
             DriverError::Write { .. } | DriverError::Read { .. } => FailureKind::Device,
             DriverError::Batch(_) | DriverError::Internal(_) => FailureKind::Internal,

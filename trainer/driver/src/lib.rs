@@ -5,9 +5,14 @@
 
 pub mod clock;
 pub mod collect;
+mod columns;
+pub mod course;
 pub mod error;
+pub mod gather;
+pub mod judge;
 pub mod prompts;
 pub mod recipe;
+pub mod replay;
 pub mod reward;
 mod rollout_file;
 pub mod scoring;
@@ -15,6 +20,7 @@ pub mod session;
 pub mod start;
 pub mod state;
 pub mod team;
+pub mod told;
 pub mod tracker;
 mod validation;
 

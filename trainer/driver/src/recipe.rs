@@ -12,6 +12,7 @@
 //! resumed run is the undisturbed one. Deliberately absent: algorithms (`tangelo-algo`) and placement (configuration).
 
 use crate::error::Result;
+use crate::gather::gather;
 use crate::scoring::score;
 use crate::session::Session;
 
@@ -33,14 +34,14 @@ pub async fn run(s: &mut Session) -> Result<Outcome> {
     while s.state.step < s.steps && !s.stop.is_set() {
         s.begin_step();
         // ---- one step ---------------------------------------------------------------------------------------------
-        let rollouts = s.collector.next_batch(&s.team, &mut s.state, &mut s.clock).await?;
-        let batch = s.clock.time("old_log_prob", s.team.annotate(rollouts.batch.clone())).await?;
-        let scoring = score(&s.team, s.algorithm.as_ref(), &batch, &s.state.algorithm);
+        let Some(rollouts) = gather(s).await? else { return s.abandon_step().await };
+        let batch = s.team.annotate(rollouts.batch.clone(), &s.clock).await?;
+        let scoring = score(&s.team, s.course.algorithm.as_ref(), &batch, &s.state.algorithm);
         let (batch, scored, next) = s.clock.time("adv", scoring).await?;
-        for minibatch in s.minibatches(&batch)? {
-            let (policy, critic) = s.lessons();
-            let learnt = s.team.update(&minibatch, policy.as_ref(), critic.as_ref());
-            s.tracker.learnt(s.clock.time("update_actor", learnt).await?);
+        for minibatch in s.course.minibatches(&batch)? {
+            let (policy, critic) = s.course.lessons(&s.state);
+            let learnt = s.team.update(&minibatch, policy.as_ref(), critic.as_ref(), &s.clock).await?;
+            s.learnt(learnt)?;
         }
         s.state.policy_version += 1;
         let moved = s.clock.time("update_weights", s.team.publish(s.state.policy_version)).await?;

@@ -1,25 +1,106 @@
 //! Every rollout of a step as a Parquet file: what was asked and answered, what it was worth, what was learnt from it.
+//!
+//! Rows are in the order of the step's batch; behind them come those that were generated beside and not learnt from, with
+//! the reason in `left_out`. Lists of numbers have one for each id of the completion. Invariant: with the
+//! checkpoint of the step before, a file holds all that the step's update is a function of ([`read`], `crate::replay`).
 
-use crate::collect::Rollout;
+use crate::collect::{LeftOut, Rollout};
+use crate::columns;
+use crate::error::{DriverError, Result};
 use arrow::array::{
-    ArrayRef, Float32Builder, Float64Array, Float64Builder, Int64Array, ListBuilder, MapBuilder, RecordBatch,
-    StringArray, StringBuilder, UInt32Builder, UInt64Array,
+    ArrayRef, AsArray, Float32Builder, Float64Array, Float64Builder, Int64Array, LargeListArray, ListArray,
+    ListBuilder, MapBuilder, RecordBatch, StringArray, StringBuilder, UInt32Builder, UInt64Array,
 };
+use arrow::datatypes::{Float32Type, Float64Type, Int64Type, UInt32Type};
+use arrow::error::ArrowError;
 use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tangelo_control::{Cluster, RemoteBatch};
+use tangelo_core::Column;
 
 /// The rollouts of a step.
 pub struct RolloutFile<'a> {
     /// The step.
     pub step: u64,
-    /// In the order of the batch.
-    pub rollouts: &'a [Rollout],
-    /// Of each rollout, the advantage of every completion token.
-    pub advantages: &'a [Vec<f32>],
+    /// Those that were learnt from, in the order of the batch; then the others.
+    pub rollouts: Vec<&'a Rollout>,
+    /// What was learnt from each.
+    pub learnt: Vec<Learnt>,
+}
+
+/// What a step learnt from one completion.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Learnt {
+    /// Its number among all completions of the run.
+    pub sample_index: i64,
+    /// The version of the weights that drew it.
+    pub policy_version: i64,
+    /// Log-probabilities under the distribution that its tokens were drawn from.
+    pub rollout_logprobs: Vec<f32>,
+    /// Log-probabilities of the policy before the update.
+    pub old_logprobs: Vec<f32>,
+    /// What the update was told of each token.
+    pub advantages: Vec<f32>,
+}
+
+/// A completion as the file tells of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recorded {
+    /// Its prompt's group.
+    pub group: i64,
+    /// The prompt.
+    pub prompt_ids: Vec<u32>,
+    /// What was answered.
+    pub completion_ids: Vec<u32>,
+    /// What it was worth.
+    pub reward: f64,
+    /// What was learnt from it.
+    pub learnt: Learnt,
+}
+
+/// What was learnt from each row of a scored batch, whose completions have this many tokens.
+///
+/// # Errors
+/// Columns that cannot be fetched.
+pub async fn learnt(cluster: &Cluster, batch: &RemoteBatch, completion_tokens: &[usize]) -> Result<Vec<Learnt>> {
+    let lists = [Column::RolloutLogprob, Column::OldLogprob, Column::Advantage];
+    let numbers = [Column::SampleIndex, Column::PolicyVersion];
+    let records = cluster.fetch(batch, &[&lists[..], &numbers[..]].concat()).await?;
+    let [rollout, old, advantage] = lists.map(|column| columns::list(&records, column));
+    let (rollout, old, advantage) = (rollout?, old?, advantage?);
+    let [sample, version] = numbers.map(|column| columns::int64(&records, column));
+    let (sample, version) = (sample?, version?);
+    // A row's targets end with its completion, whether the loss counts it or not.
+    let tail = |of: &LargeListArray, row: usize, tokens: usize| {
+        let values = of.value(row);
+        let values = values.as_primitive::<Float32Type>().values();
+        values[values.len() - tokens..].to_vec()
+    };
+    let one = |(row, &tokens): (usize, &usize)| Learnt {
+        sample_index: sample.value(row),
+        policy_version: version.value(row),
+        rollout_logprobs: tail(&rollout, row, tokens),
+        old_logprobs: tail(&old, row, tokens),
+        advantages: tail(&advantage, row, tokens),
+    };
+    Ok(completion_tokens.iter().enumerate().map(one).collect())
+}
+
+impl Learnt {
+    /// Of a completion that is not learnt from; log-probabilities of it are not fetched.
+    pub fn nothing(rollout: &Rollout) -> Learnt {
+        Learnt {
+            sample_index: rollout.sample_index,
+            policy_version: rollout.policy_version,
+            advantages: vec![0.0; rollout.completion.len()],
+            ..Learnt::default()
+        }
+    }
 }
 
 /// The file of a step.
@@ -43,10 +124,11 @@ pub fn write(folder: &Path, file: &RolloutFile<'_>) -> std::io::Result<()> {
     fs::rename(partial, target)
 }
 
-fn records(file: &RolloutFile<'_>) -> Result<RecordBatch, arrow::error::ArrowError> {
-    let all = file.rollouts;
-    let text =
-        |of: &dyn Fn(&Rollout) -> String| -> ArrayRef { Arc::new(StringArray::from_iter_values(all.iter().map(of))) };
+fn records(file: &RolloutFile<'_>) -> std::result::Result<RecordBatch, ArrowError> {
+    let all = file.rollouts.as_slice();
+    let text = |of: &dyn Fn(&Rollout) -> String| -> ArrayRef {
+        Arc::new(StringArray::from_iter_values(all.iter().map(|r| of(r))))
+    };
     let ids = |of: &dyn Fn(&Rollout) -> Vec<u32>| -> ArrayRef {
         let mut lists = ListBuilder::new(UInt32Builder::new());
         all.iter().for_each(|r| lists.append_value(of(r).into_iter().map(Some)));
@@ -65,12 +147,16 @@ fn records(file: &RolloutFile<'_>) -> Result<RecordBatch, arrow::error::ArrowErr
         ("reward", Arc::new(Float64Array::from_iter_values(all.iter().map(|r| r.scored.total)))),
         ("reward_parts", parts(all)?),
         ("reward_error", text(&|r| r.scored.error.clone().unwrap_or_default())),
-        ("policy_version", Arc::new(UInt64Array::from(vec![file.step - 1; all.len()]))),
-        ("advantages", advantages(file)),
+        ("left_out", text(&|r| r.left_out.map_or("", LeftOut::name).to_owned())),
+        ("sample_index", Arc::new(Int64Array::from_iter_values(file.learnt.iter().map(|l| l.sample_index)))),
+        ("policy_version", Arc::new(Int64Array::from_iter_values(file.learnt.iter().map(|l| l.policy_version)))),
+        ("rollout_logprobs", floats(&file.learnt, |l| &l.rollout_logprobs)),
+        ("old_logprobs", floats(&file.learnt, |l| &l.old_logprobs)),
+        ("advantages", floats(&file.learnt, |l| &l.advantages)),
     ])
 }
 
-fn parts(rollouts: &[Rollout]) -> Result<ArrayRef, arrow::error::ArrowError> {
+fn parts(rollouts: &[&Rollout]) -> std::result::Result<ArrayRef, ArrowError> {
     let mut maps = MapBuilder::new(None, StringBuilder::new(), Float64Builder::new());
     for rollout in rollouts {
         for (name, value) in &rollout.scored.parts {
@@ -82,8 +168,115 @@ fn parts(rollouts: &[Rollout]) -> Result<ArrayRef, arrow::error::ArrowError> {
     Ok(Arc::new(maps.finish()))
 }
 
-fn advantages(file: &RolloutFile<'_>) -> ArrayRef {
+fn floats(learnt: &[Learnt], of: impl Fn(&Learnt) -> &Vec<f32>) -> ArrayRef {
     let mut lists = ListBuilder::new(Float32Builder::new());
-    file.advantages.iter().for_each(|row| lists.append_value(row.iter().copied().map(Some)));
+    learnt.iter().for_each(|row| lists.append_value(of(row).iter().copied().map(Some)));
     Arc::new(lists.finish())
+}
+
+/// The steps whose rollouts are in `folder`, ascending.
+pub fn steps(folder: &Path) -> Vec<u64> {
+    let step = |name: &str| name.strip_prefix("step-")?.strip_suffix(".parquet")?.parse::<u64>().ok();
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut steps: Vec<u64> = entries.filter_map(|entry| step(&entry.file_name().to_string_lossy())).collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// Reads the rollouts that a step learnt from, in the order of its batch.
+///
+/// # Errors
+/// A file that cannot be read, or that lacks a column.
+pub fn read(folder: &Path, step: u64) -> Result<Vec<Recorded>> {
+    let path = path(folder, step);
+    let file = File::open(&path).map_err(|source| DriverError::Read { path: path.clone(), source })?;
+    let damaged = |what: String| DriverError::Checkpoint(format!("{}: {what}", path.display()));
+    let reader = ParquetRecordBatchReaderBuilder::try_new(file).and_then(|builder| builder.build());
+    let mut rows = Vec::new();
+    for batch in reader.map_err(|e| damaged(e.to_string()))? {
+        let batch = batch.map_err(|e| damaged(e.to_string()))?;
+        rows.extend(rows_of(&batch).map_err(|column| {
+            damaged(format!("no column `{column}` as this version writes it: a step of that run cannot be replayed"))
+        })?);
+    }
+    Ok(rows)
+}
+
+/// The rows of a record batch, or the column that is missing.
+fn rows_of(batch: &RecordBatch) -> std::result::Result<Vec<Recorded>, &'static str> {
+    let array = |name: &'static str| batch.column_by_name(name).ok_or(name);
+    let list = |name: &'static str| array(name)?.as_list_opt::<i32>().ok_or(name);
+    let number = |name: &'static str| array(name)?.as_primitive_opt::<Int64Type>().ok_or(name);
+    let (group, sample, version) = (number("group")?, number("sample_index")?, number("policy_version")?);
+    let (prompt, completion) = (list("prompt_ids")?, list("completion_ids")?);
+    let (rollout, old, advantages) = (list("rollout_logprobs")?, list("old_logprobs")?, list("advantages")?);
+    let reward = array("reward")?.as_primitive_opt::<Float64Type>().ok_or("reward")?;
+    let left_out = array("left_out")?.as_string_opt::<i32>().ok_or("left_out")?;
+    let ids = |of: &ListArray, row: usize| of.value(row).as_primitive::<UInt32Type>().values().to_vec();
+    let floats = |of: &ListArray, row: usize| of.value(row).as_primitive::<Float32Type>().values().to_vec();
+    let one = |row: usize| Recorded {
+        group: group.value(row),
+        prompt_ids: ids(prompt, row),
+        completion_ids: ids(completion, row),
+        reward: reward.value(row),
+        learnt: Learnt {
+            sample_index: sample.value(row),
+            policy_version: version.value(row),
+            rollout_logprobs: floats(rollout, row),
+            old_logprobs: floats(old, row),
+            advantages: floats(advantages, row),
+        },
+    };
+    Ok((0..batch.num_rows()).filter(|&row| left_out.value(row).is_empty()).map(one).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prompts::{Prompt, PromptInput, TokenizedPrompt};
+    use crate::reward::Scored;
+
+    fn rollout(group: i64, completion: &[u32], left_out: Option<LeftOut>) -> Rollout {
+        let prompt = Prompt {
+            index: 4,
+            input: PromptInput::Text("What?".into()),
+            ground_truth: "1".into(),
+            data_source: "tests".into(),
+            extra_info: serde_json::Value::Null,
+        };
+        let error = left_out.map(|_| "judge: it is late".to_owned());
+        let scored = Scored { total: 0.5, parts: vec![("judge".into(), 0.5)], error, dropped: left_out.is_some() };
+        let prompt = Arc::new(TokenizedPrompt { prompt: Arc::new(prompt), tokens: vec![1, 2] });
+        let (completion, text) = (completion.to_vec(), "so".to_owned());
+        Rollout { prompt, group, completion, text, scored, sample_index: group + 1, policy_version: 7, left_out }
+    }
+
+    #[test]
+    fn what_is_left_out_is_told_and_not_learnt_from_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (kept, left) = (rollout(3, &[5, 6], None), rollout(8, &[5, 6, 7], Some(LeftOut::NoReward)));
+        let learnt = Learnt {
+            sample_index: 4,
+            policy_version: 7,
+            rollout_logprobs: vec![-0.5, -1.0],
+            old_logprobs: vec![-0.5, -1.25],
+            // The loss left its tokens out; it has an advantage for each all the same.
+            advantages: vec![0.0, 0.0],
+        };
+        let nothing = Learnt::nothing(&left);
+        let file = RolloutFile { step: 9, rollouts: vec![&kept, &left], learnt: vec![learnt.clone(), nothing.clone()] };
+        write(folder.path(), &file).unwrap();
+        assert_eq!(steps(folder.path()), [9]);
+        let recorded = read(folder.path(), 9).unwrap();
+        assert_eq!(recorded.iter().map(|r| (r.group, &r.learnt)).collect::<Vec<_>>(), [(3, &learnt)]);
+        assert_eq!((nothing.advantages.len(), nothing.policy_version, nothing.sample_index), (3, 7, 9));
+        let file = File::open(path(folder.path(), 9)).unwrap();
+        let batch = ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap().next().unwrap().unwrap();
+        let text = |name: &str| {
+            let column = batch.column_by_name(name).unwrap().as_string::<i32>();
+            column.iter().map(|value| value.unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(text("left_out"), ["", "no_reward"]);
+        assert_eq!(text("reward_error"), ["", "judge: it is late"]);
+    }
 }

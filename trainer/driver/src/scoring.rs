@@ -32,8 +32,9 @@ pub async fn score(
 
 async fn call(team: &Team, algorithm: &dyn Algorithm, batch: &RemoteBatch, call: Call) -> Result<Scored> {
     let spec = serde_json::to_value(&call).map_err(|e| DriverError::Internal(e.to_string()))?;
-    // Where both are there, the engine is compared with the trainer.
-    let compared = [Column::OldLogprob, Column::RolloutLogprob].into_iter().filter(|&column| batch.has(column));
+    // Where both are there, the engine is compared with the trainer; where the engine is trusted both are the engine's.
+    let both = [Column::OldLogprob, Column::RolloutLogprob];
+    let compared = both.into_iter().filter(|&column| batch.has(column) && !team.trusts_engine);
     let mut columns: Vec<Column> = algorithm.reads().into_iter().chain(compared).collect();
     columns.sort();
     columns.dedup();

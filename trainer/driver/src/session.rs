@@ -2,23 +2,23 @@
 
 use crate::clock::Clock;
 use crate::collect::{Collector, Rollouts};
+use crate::course::Course;
 use crate::error::{DriverError, Result};
 use crate::recipe::Outcome;
+use crate::rollout_file;
 use crate::state::DriverState;
-use crate::team::{Lesson, Team};
+use crate::team::Team;
 use crate::tracker::Tracker;
 use crate::validation;
-use arrow::array::{Array, AsArray};
-use arrow::datatypes::Float32Type;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
-use tangelo_algo::{Algorithm, Role};
 use tangelo_configs::rlhf::Rlhf;
+use tangelo_control::verbs::mesh;
 use tangelo_control::{Metrics, RemoteBatch};
-use tangelo_core::{Column, LossSpec, LrSchedule};
 
 /// Whether somebody asked to stop.
 #[derive(Clone, Debug, Default)]
@@ -35,8 +35,8 @@ impl Stop {
 pub struct Session {
     /// The roles.
     pub team: Team,
-    /// The algorithm.
-    pub algorithm: Box<dyn Algorithm>,
+    /// What is learnt from a batch.
+    pub course: Course,
     /// Makes rollouts.
     pub collector: Collector,
     /// Writes.
@@ -51,12 +51,8 @@ pub struct Session {
     pub clock: Clock,
     /// `[rlhf]`
     pub settings: Rlhf,
-    /// Divides the logits in sampling, so in the loss too.
-    pub temperature: f64,
-    /// Learning rate of the policy.
-    pub schedule: LrSchedule,
-    /// Learning rate of the critic.
-    pub critic_schedule: LrSchedule,
+    /// Updates that may be skipped because loss or gradient is not finite.
+    pub max_skipped: u64,
     /// Where checkpoints go, every how many steps (0: at the end alone), and how many stay; `None`: nowhere.
     pub checkpoints: Option<Checkpoints>,
     /// Where others see how far the run is.
@@ -72,6 +68,8 @@ pub struct Checkpoints {
     pub interval: u64,
     /// Newest ones kept; 0: all.
     pub keep: usize,
+    /// Those of steps that this divides are kept beside them; 0: none.
+    pub keep_every: u64,
 }
 
 impl Session {
@@ -79,47 +77,33 @@ impl Session {
     pub fn begin_step(&mut self) {
         self.state.step += 1;
         self.current_step.store(self.state.step, Ordering::Relaxed);
+        self.tracker.step_begins(self.state.step);
         self.clock.restart();
         self.team.cluster.begin_step(self.state.step);
     }
 
-    /// A step's mini-batches: whole groups in their order, once per epoch.
+    /// Takes an update's numbers.
     ///
     /// # Errors
-    /// None that a user could cause.
-    pub fn minibatches(&self, batch: &RemoteBatch) -> Result<Vec<RemoteBatch>> {
-        let mut rows_of: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
-        batch.rows().iter().enumerate().for_each(|(row, of)| rows_of.entry(of.group).or_default().push(row));
-        let groups: Vec<Vec<usize>> = rows_of.into_values().collect();
-        let size = match self.settings.ppo_mini_batch_size {
-            0 => groups.len(),
-            size => size,
-        };
-        let one_epoch: Vec<RemoteBatch> = groups
-            .chunks(size.max(1))
-            .map(|groups| batch.select(&groups.concat()))
-            .collect::<std::result::Result<_, _>>()?;
-        Ok((0..self.settings.ppo_epochs).flat_map(|_| one_epoch.clone()).collect())
-    }
-
-    /// What policy and critic are told for a mini-batch of this step.
-    pub fn lessons(&self) -> (Option<Lesson>, Option<Lesson>) {
-        let loss = |role| self.algorithm.loss(role, &self.state.algorithm);
-        let at_temperature = |loss: LossSpec| LossSpec { temperature: self.temperature, ..loss };
-        let step = self.state.step as usize;
-        let warm = step > self.settings.critic_warmup;
-        let policy = loss(Role::Policy).filter(|_| warm).map(at_temperature);
-        let critic = loss(Role::Critic);
-        (
-            policy.map(|loss| Lesson { loss, lr: self.schedule.lr(step) }),
-            critic.map(|loss| Lesson { loss, lr: self.critic_schedule.lr(step) }),
-        )
+    /// More updates were skipped than `training.max_skipped`.
+    pub fn learnt(&mut self, update: Metrics) -> Result<()> {
+        let skipped = ["actor/skipped", "critic/skipped"].map(|name| update.get(name).unwrap_or(0.0) > 0.0);
+        self.tracker.learnt(update);
+        if skipped.contains(&true) {
+            let (step, allowed) = (self.state.step, self.max_skipped);
+            self.state.skipped += 1;
+            self.tracker.skipped(step, "loss or gradient is not finite");
+            if self.state.skipped > allowed {
+                return Err(DriverError::Diverged { step, skipped: self.state.skipped, allowed });
+            }
+        }
+        Ok(())
     }
 
     /// Writes the step's numbers and rollouts.
     ///
     /// # Errors
-    /// The advantages cannot be fetched.
+    /// What was learnt from cannot be fetched.
     pub async fn record(
         &mut self,
         rollouts: &Rollouts,
@@ -127,57 +111,53 @@ impl Session {
         scored: BTreeMap<String, f64>,
         moved: Metrics,
     ) -> Result<()> {
-        let advantages = match self.settings.save_rollouts {
-            true => self.advantages(batch).await?,
-            false => vec![Vec::new(); rollouts.rollouts.len()],
+        let completion_tokens: Vec<usize> = rollouts.rollouts.iter().map(|r| r.completion.len()).collect();
+        let learnt = match self.settings.save_rollouts {
+            true => rollout_file::learnt(&self.team.cluster, batch, &completion_tokens).await?,
+            false => Vec::new(),
         };
+        let readings = |metrics: &Metrics| metrics.0.clone().into_iter().map(|(name, reading)| (name, reading.value()));
         let mut values: BTreeMap<String, f64> = scored;
-        values.extend(rollouts.metrics.iter().cloned());
+        values.extend(readings(&rollouts.told.metrics));
         values.extend(self.tracker.take_learnt());
-        values.extend(moved.0.iter().map(|(name, reading)| (name.clone(), reading.value())));
+        values.extend(readings(&moved));
+        values.extend(self.course.rates(&self.state));
         values.extend(self.clock.metrics());
-        let tokens = batch.num_tokens() as f64;
-        let step = self.state.step;
-        values.extend([
-            ("training/global_step".to_owned(), step as f64),
-            ("training/epoch".to_owned(), self.collector.loader().epoch(self.state.position) as f64),
-            ("actor/lr".to_owned(), self.schedule.lr(step as usize)),
-            ("perf/total_num_tokens".to_owned(), tokens),
-            ("perf/throughput".to_owned(), tokens / self.clock.elapsed() / self.team.cluster.world_size() as f64),
-        ]);
+        values.extend(self.standing(batch)?.into_iter().map(|(name, value)| (name.to_owned(), value)));
         let values: Vec<(String, f64)> = values.into_iter().collect();
-        self.tracker.step(step, &values, rollouts, &advantages);
+        self.tracker.step(self.state.step, &values, rollouts, learnt);
         Ok(())
     }
 
-    /// The advantages of each row's policy tokens.
-    async fn advantages(&self, batch: &RemoteBatch) -> Result<Vec<Vec<f32>>> {
-        let columns = [Column::Advantage, Column::LossMask];
-        let records = self.team.cluster.fetch(batch, &columns).await?;
-        let list = |column: Column| {
-            let found = records.column_by_name(column.name()).and_then(|a| a.as_list_opt::<i64>().cloned());
-            found.ok_or_else(|| DriverError::Internal(format!("scoring made no column {column}")))
-        };
-        let (advantages, mask) = (list(Column::Advantage)?, list(Column::LossMask)?);
-        let of_row = |row: usize| {
-            let (values, mask) = (advantages.value(row), mask.value(row));
-            let both =
-                values.as_primitive::<Float32Type>().values().iter().zip(mask.as_primitive::<Float32Type>().values());
-            both.filter(|(_, m)| **m != 0.0).map(|(a, _)| *a).collect()
-        };
-        Ok((0..advantages.len()).map(of_row).collect())
+    /// Where the run stands, how fast it is, and how even the step's batch is.
+    fn standing(&self, batch: &RemoteBatch) -> Result<Vec<(&'static str, f64)>> {
+        let (step, seconds, tokens) = (self.state.step, self.clock.elapsed(), batch.num_tokens() as f64);
+        let last_prompt = self.state.position.saturating_sub(1);
+        let mut values = vec![
+            ("training/global_step", step as f64),
+            ("training/epoch", self.collector.loader().epoch(last_prompt) as f64),
+            ("perf/total_num_tokens", tokens),
+            ("perf/time_per_step", seconds),
+            ("perf/throughput", tokens / seconds / self.team.cluster.world_size() as f64),
+        ];
+        let parts = self.team.policy.mesh(mesh::TRAIN)?.size();
+        let rows: Vec<u64> = batch.rows().iter().map(|row| u64::from(row.tokens)).collect();
+        values.extend(seqlen(&rows, parts));
+        Ok(values)
     }
 
-    /// Validates where the run begins, if asked to.
+    /// Validates where the run begins, if asked to; where it goes on, if the validation that was due there was not done any
+    /// more.
     ///
     /// # Errors
     /// Whatever a rank or a reward reports.
     pub async fn validate_before_training(&mut self) -> Result<()> {
-        match self.state.step == 0 && self.settings.val_before_train {
-            true => {
-                self.tracker.phase("validating");
-                self.validate().await
-            }
+        let due = match self.state.step {
+            0 => self.settings.val_before_train,
+            step => self.is_validation_due(step) && !self.tracker.went_on_validated,
+        };
+        match due {
+            true => self.validate().await,
             false => Ok(()),
         }
     }
@@ -187,11 +167,15 @@ impl Session {
     /// # Errors
     /// Whatever a rank or a reward reports.
     pub async fn validate_if_due(&mut self) -> Result<()> {
-        let (step, every) = (self.state.step, self.settings.test_freq as u64);
-        match step == self.steps || (every > 0 && step.is_multiple_of(every)) {
+        match self.is_validation_due(self.state.step) {
             true => self.validate().await,
             false => Ok(()),
         }
+    }
+
+    fn is_validation_due(&self, step: u64) -> bool {
+        let every = self.settings.test_freq as u64;
+        step == self.steps || (every > 0 && step.is_multiple_of(every))
     }
 
     /// Answers the validation prompts and records what the answers are worth.
@@ -199,9 +183,10 @@ impl Session {
     /// # Errors
     /// Whatever a rank or a reward reports.
     async fn validate(&mut self) -> Result<()> {
+        self.tracker.phase("validating");
         let start = Instant::now();
-        let mut clock = Clock::default();
-        let asked = self.collector.validation(&self.team, &self.settings.validation, &mut clock);
+        let clock = Clock::default();
+        let asked = self.collector.validation(&self.team, &self.settings.validation, &clock);
         let Some(rollouts) = asked.await? else { return Ok(()) };
         let mut values = validation::metrics(&rollouts, self.settings.val_pass_reward);
         values.push(("timing_s/testing".into(), start.elapsed().as_secs_f64()));
@@ -217,17 +202,40 @@ impl Session {
         let Some(checkpoints) = self.checkpoints.clone() else { return Ok(()) };
         let step = self.state.step;
         let at_interval = checkpoints.interval > 0 && step.is_multiple_of(checkpoints.interval);
-        if !(at_interval || step == self.steps || self.stop.is_set()) {
-            return Ok(());
+        match at_interval || step == self.steps || self.stop.is_set() {
+            true => self.save(&checkpoints).await,
+            false => Ok(()),
         }
+    }
+
+    async fn save(&mut self, checkpoints: &Checkpoints) -> Result<()> {
         let start = Instant::now();
         self.team.save(&checkpoints.folder).await?;
         self.state.write(&checkpoints.folder)?;
-        if checkpoints.keep > 0 {
-            DriverState::prune(&checkpoints.folder, checkpoints.keep)?;
-        }
-        self.tracker.saved(step, start.elapsed().as_secs_f64());
+        DriverState::prune(&checkpoints.folder, checkpoints.keep, checkpoints.keep_every)?;
+        let (step, seconds) = (self.state.step, start.elapsed().as_secs_f64());
+        self.tracker.numbers(step, &[("timing_s/save_checkpoint".into(), seconds)]);
+        self.tracker.saved(step, seconds);
         Ok(())
+    }
+
+    /// A signal came before the step had something to learn from: the run stands where the step before left it, and that
+    /// is saved.
+    ///
+    /// # Errors
+    /// As [`Session::save_if_due`].
+    pub async fn abandon_step(&mut self) -> Result<Outcome> {
+        self.state.step -= 1;
+        let step = self.state.step;
+        self.current_step.store(step, Ordering::Relaxed);
+        self.team.cluster.begin_step(step);
+        if let Some(checkpoints) = self.checkpoints.clone() {
+            let saved = DriverState::steps(&checkpoints.folder)?.contains(&step);
+            if step > 0 && !saved {
+                self.save(&checkpoints).await?;
+            }
+        }
+        self.finish().await
     }
 
     /// The step is over: batches are dropped everywhere.
@@ -237,7 +245,7 @@ impl Session {
     pub async fn end_step(&mut self) -> Result<()> {
         let traffic = self.team.cluster.end_step().await?;
         let values: Vec<(String, f64)> = traffic.0.iter().map(|(name, r)| (name.clone(), r.value())).collect();
-        self.tracker.traffic(self.state.step, &values);
+        self.tracker.numbers(self.state.step, &values);
         Ok(())
     }
 
@@ -249,5 +257,29 @@ impl Session {
         let (step, stopped) = (self.state.step, self.state.step < self.steps);
         self.tracker.done(step);
         Ok(Outcome { step, stopped })
+    }
+}
+
+/// Tokens of a batch whose rows, in their order, are dealt to `parts` ranks, as verl tells them.
+fn seqlen(rows: &[u64], parts: usize) -> [(&'static str, f64); 4] {
+    let sum = |range: Range<usize>| rows[range].iter().sum::<u64>() as f64;
+    let sums: Vec<f64> = (0..parts).map(|p| sum(p * rows.len() / parts..(p + 1) * rows.len() / parts)).collect();
+    let (low, high) = sums.iter().fold((f64::INFINITY, 0f64), |(low, high), &s| (low.min(s), high.max(s)));
+    [
+        ("global_seqlen/min", low),
+        ("global_seqlen/max", high),
+        ("global_seqlen/minmax_diff", high - low),
+        ("global_seqlen/mean", sums.iter().sum::<f64>() / parts as f64),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_per_rank() {
+        let found = seqlen(&[5, 7, 1, 2, 30], 2);
+        assert_eq!(found.map(|(_, value)| value), [12.0, 33.0, 21.0, 22.5]);
     }
 }

@@ -3,6 +3,7 @@
 //! Deliberately absent: where they live. Roles of one pool take turns, roles of different pools work at once; the same
 //! lines say both.
 
+use crate::clock::Clock;
 use crate::error::Result;
 use crate::state::role_folder;
 use std::path::Path;
@@ -37,25 +38,28 @@ pub struct Lesson {
 }
 
 impl Team {
-    /// The batch with the log-probabilities and values that scoring reads, from all roles at once.
+    /// The batch with the log-probabilities and values that scoring reads, from all roles at once. Where the engine's
+    /// log-probabilities are taken for the policy's, or those of a recorded step, they are there already; what is there
+    /// stays.
     ///
     /// # Errors
     /// Whatever a rank reports.
-    pub async fn annotate(&self, batch: RemoteBatch) -> Result<RemoteBatch> {
-        let old = (!self.trusts_engine).then_some((&self.policy, Column::OldLogprob));
-        let reference = self.reference.as_ref().map(|group| (group, Column::RefLogprob));
-        let value = self.critic.as_ref().map(|group| (group, Column::Value));
+    pub async fn annotate(&self, batch: RemoteBatch, clock: &Clock) -> Result<RemoteBatch> {
         let batch = &batch;
-        let column = |asked: Option<(&WorkerGroup, Column)>| {
-            let asked = asked.map(|(group, column)| (group.clone(), column));
+        let column = |group: Option<&WorkerGroup>, column: Column, phase: &'static str| {
+            let group = group.filter(|_| !batch.has(column)).cloned();
             async move {
-                match asked {
-                    Some((group, column)) => group.forward(batch, &[column]).await.map(Some),
-                    None => Ok(None),
-                }
+                let Some(group) = group else { return Ok(None) };
+                let made = group.forward(batch, &[column]).await?;
+                clock.lap(phase);
+                Ok::<_, tangelo_control::ControlError>(Some(made))
             }
         };
-        let (old, reference, value) = tokio::try_join!(column(old), column(reference), column(value))?;
+        let old = column(Some(&self.policy), Column::OldLogprob, "old_log_prob");
+        let reference = column(self.reference.as_ref(), Column::RefLogprob, "ref");
+        let value = column(self.critic.as_ref(), Column::Value, "values");
+        clock.begin_laps();
+        let (old, reference, value) = tokio::try_join!(old, reference, value)?;
         let mut annotated = batch.clone();
         for made in [old, reference, value].into_iter().flatten() {
             annotated = annotated.join(&made)?;
@@ -72,18 +76,23 @@ impl Team {
         minibatch: &RemoteBatch,
         policy: Option<&Lesson>,
         critic: Option<&Lesson>,
+        clock: &Clock,
     ) -> Result<Metrics> {
-        let learn = |group: Option<&WorkerGroup>, lesson: Option<&Lesson>| {
+        let learn = |group: Option<&WorkerGroup>, lesson: Option<&Lesson>, phase: &'static str| {
             let (group, lesson) = (group.cloned(), lesson.cloned());
             async move {
                 let (Some(group), Some(lesson)) = (group, lesson) else { return Ok(Metrics::default()) };
                 let mut metrics = group.forward_backward(minibatch, &lesson.loss).await?;
+                clock.lap(phase);
                 metrics.merge(&group.optim_step(lesson.lr).await?);
+                clock.lap(phase);
                 Ok::<Metrics, tangelo_control::ControlError>(metrics)
             }
         };
-        let (mut metrics, critics) =
-            tokio::try_join!(learn(Some(&self.policy), policy), learn(self.critic.as_ref(), critic))?;
+        clock.begin_laps();
+        let policy = learn(Some(&self.policy), policy, "update_actor");
+        let critic = learn(self.critic.as_ref(), critic, "update_critic");
+        let (mut metrics, critics) = tokio::try_join!(policy, critic)?;
         metrics.merge(&critics);
         Ok(metrics)
     }
@@ -102,7 +111,7 @@ impl Team {
     }
 
     /// The roles that learn, and so have a part in checkpoints.
-    fn learners(&self) -> impl Iterator<Item = &WorkerGroup> {
+    pub fn learners(&self) -> impl Iterator<Item = &WorkerGroup> {
         std::iter::once(&self.policy).chain(&self.critic)
     }
 

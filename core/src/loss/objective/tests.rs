@@ -4,6 +4,7 @@
 use super::*;
 use crate::batch::{ragged_f32, ragged_u32};
 use crate::hash::mix64;
+use crate::loss::KlEstimator;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const AGGREGATIONS: [Aggregation; 5] = [

@@ -211,7 +211,10 @@ fn presets_are_accepted_and_none_is_missing() {
     for preset in ALGORITHMS {
         let Job { algorithm } = toml::from_str(preset.toml).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
         let limits = Limits { max_response_tokens: 20_480, samples_per_prompt: 16 };
-        tangelo_algo::algorithm(&algorithm, limits).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
+        let made = tangelo_algo::algorithm(&algorithm, limits).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
+        // A job makes a critic where the configuration says so; it must have something to learn, and nobody else.
+        let critic = made.loss(Role::Critic, &made.initial_state());
+        assert_eq!(critic.is_some(), algorithm.needs_critic(), "{}", preset.name);
         with_preset.insert(serde_json::to_value(&algorithm).unwrap()["type"].as_str().unwrap().to_owned());
     }
     let schema = schemars::schema_for!(Config).to_value();
@@ -228,12 +231,14 @@ fn roles_columns_and_losses_follow_the_settings() {
         let algorithm = algorithm(toml);
         let names = |columns: Vec<Column>| columns.iter().map(|c| c.name()).collect::<Vec<_>>().join(" ");
         let (reads, writes) = (names(algorithm.reads()), names(algorithm.writes()));
-        expected.assert_eq(&format!("{:?}\nreads {reads}\nwrites {writes}", algorithm.roles()));
+        let config: Config = toml::from_str(toml).unwrap();
+        let roles = format!("critic {} reference {}", config.needs_critic(), config.needs_reference());
+        expected.assert_eq(&format!("{roles}\nreads {reads}\nwrites {writes}"));
     };
     check(
         "type = 'grpo'",
         expect![[r#"
-            [Policy]
+            critic false reference false
             reads tokens loss_mask reward sample_index group_id
             writes advantage token_reward"#]],
     );
@@ -241,7 +246,7 @@ fn roles_columns_and_losses_follow_the_settings() {
         "type = 'ppo'\nreward = { use_kl_in_reward = true, overlong_filter = true }\n\
          rollout_correction = { rollout_is = 'token' }",
         expect![[r#"
-            [Policy, Critic, Reference]
+            critic true reference true
             reads tokens loss_mask old_logprob rollout_logprob ref_logprob value reward sample_index group_id
             writes advantage token_reward return importance_weight loss_mask"#]],
     );
@@ -273,7 +278,6 @@ fn roles_columns_and_losses_follow_the_settings() {
         ppo.loss(Role::Critic, &state).unwrap().components,
         [LossComponent::Value { clip: f64::MAX, coefficient: 1.0, aggregation }]
     );
-    assert_eq!(ppo.loss(Role::Reference, &state), None);
     assert_eq!(algorithm("type = 'rloo'").loss(Role::Critic, &state), None);
 }
 

@@ -8,12 +8,13 @@ use super::generator::{Part, prompt_at};
 use super::{Prompt, RenderPrompt, TokenizedPrompt};
 use crate::error::{DriverError, Result};
 use rayon::prelude::*;
+use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use tangelo_configs::Prompts;
 use tangelo_configs::prompts::{Overlong, PromptGenerator};
-use tangelo_core::hash::mix64;
+use tangelo_core::hash::{hash_bytes, mix64};
 use tangelo_data::order::Permutation;
 
 /// Places named in messages about prompts that are too long.
@@ -155,6 +156,26 @@ impl PromptLoader {
             Source::Generator(generator) => Arc::new(prompt_at(generator, &self.config, Part::Train, index)?),
         };
         self.tokenize(prompt)
+    }
+
+    /// A number that another set of prompts, or another order, does not have: of what the prompts say and are compared with,
+    /// not of where they lie. Validation prompts do not count.
+    pub fn fingerprint(&self) -> u64 {
+        let hash = |value: &Value| hash_bytes(0, value.to_string().as_bytes());
+        let (shuffle, seed) = (self.config.shuffle, self.config.seed);
+        let cut = (self.config.overlong == Overlong::TruncateLeft).then_some(self.config.max_prompt_length);
+        match &self.source {
+            Source::Files(prompts) => {
+                let one =
+                    |p: &Arc<Prompt>| hash(&json!([p.index, p.input, p.ground_truth, p.data_source, p.extra_info]));
+                let hashes: Vec<u64> = prompts.par_iter().map(one).collect();
+                hashes.into_iter().fold(hash(&json!([shuffle, seed, cut])), |all, one| mix64(all ^ one))
+            }
+            Source::Generator(generator) => {
+                let (prefix, suffix) = (&self.config.system_prompt, &self.config.prompt_suffix);
+                hash(&json!([shuffle, seed, cut, generator, self.config.chat, self.config.data_source, prefix, suffix]))
+            }
+        }
     }
 
     /// `count` prompts from `position` on; the next batch starts at `position + count`.

@@ -1,6 +1,7 @@
 //! What a batch of rewards says about each part, for metrics.
 
 use std::time::Duration;
+use tangelo_control::Reading;
 
 /// One part over a batch.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -30,20 +31,24 @@ pub struct PartSummary {
 }
 
 impl PartSummary {
-    /// Names and values for the metrics of a step: `reward/<name>/mean`, ...
-    pub fn metrics(&self) -> Vec<(String, f64)> {
-        [
-            ("mean", self.mean),
-            ("min", self.min),
-            ("max", self.max),
-            ("failed", self.num_failed as f64),
-            ("unanswered", self.num_unanswered as f64),
-            ("restarts", self.num_restarts as f64),
-            ("seconds", self.seconds),
-            ("slowest_seconds", self.slowest_seconds),
-        ]
-        .map(|(key, value)| (format!("reward/{}/{key}", self.name), value))
-        .to_vec()
+    /// Names and values for the metrics of a step: `reward/<name>/mean`, ... They add up over the batches of a step. Where
+    /// nothing was scored there is no mean.
+    pub fn readings(&self) -> Vec<(String, Reading)> {
+        let scored = (self.num_samples - self.num_failed) as f64;
+        let values = [
+            ("mean", Reading::Mean { sum: self.mean * scored, weight: scored }),
+            ("min", Reading::Min(self.min)),
+            ("max", Reading::Max(self.max)),
+        ];
+        let counts = [
+            ("failed", Reading::Sum(self.num_failed as f64)),
+            ("unanswered", Reading::Sum(self.num_unanswered as f64)),
+            ("restarts", Reading::Sum(self.num_restarts as f64)),
+            ("seconds", Reading::Sum(self.seconds)),
+            ("slowest_seconds", Reading::Max(self.slowest_seconds)),
+        ];
+        let values = values.into_iter().filter(|_| scored > 0.0);
+        values.chain(counts).map(|(key, reading)| (format!("reward/{}/{key}", self.name), reading)).collect()
     }
 }
 

@@ -274,3 +274,26 @@ fn generated_prompts_and_their_validation_set() {
     assert_eq!(held.len(), 40);
     assert!(loader.batch(0, 500).unwrap().iter().all(|f| !held.contains(&format!("{:?}", f.prompt.input))));
 }
+
+#[test]
+fn a_fingerprint_is_of_what_prompts_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = lines(6);
+    let fingerprint = |name: &str, text: &str, more: &str| {
+        let file = write(&folder, name, text);
+        let (loader, _) =
+            open(&format!("files = ['{file}']\nanswer_after = '####'\ndata_source = 's'\n{more}"), true).unwrap();
+        loader.fingerprint()
+    };
+    let first = fingerprint("a.jsonl", &text, "");
+    assert_eq!(fingerprint("moved.jsonl", &text, "validation_files = []"), first, "the same rows elsewhere");
+    // As many rows, under the same name.
+    assert_ne!(fingerprint("a.jsonl", &text.replace("q3", "r3"), ""), first);
+    assert_ne!(fingerprint("a.jsonl", &text.replace("#### 3", "#### 4"), ""), first);
+    assert_ne!(fingerprint("a.jsonl", &text, "seed = 1"), first);
+    assert_ne!(fingerprint("a.jsonl", &text, "validation_size = 2"), first, "two rows are trained on no longer");
+    let generated = |toml: &str| open(toml, true).unwrap().0.fingerprint();
+    let task = "generator = { type = 'arithmetic', size = 100 }";
+    assert_eq!(generated(task), generated(&format!("{task}\nvalidation_size = 3")));
+    assert_ne!(generated(task), generated("generator = { type = 'arithmetic', size = 100, max = 9 }"));
+}

@@ -7,6 +7,7 @@ use serde_json::json;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use tangelo_control::Reading;
 use tempfile::TempDir;
 
 /// Answers each call with the length of the line in front of its id's digits: a program in plain shell.
@@ -56,7 +57,7 @@ fn parts_are_weighted_and_summed() {
     let summary = &batch.parts[0];
     assert_eq!((summary.mean, summary.min, summary.max, summary.num_unanswered), (2.0 / 3.0, 0.0, 1.0, 1));
     assert_eq!((batch.parts[3].num_samples, batch.alarms.len()), (0, 0));
-    assert!(batch.parts[0].metrics().contains(&("reward/numeric/unanswered".into(), 1.0)));
+    assert!(batch.parts[0].readings().contains(&("reward/numeric/unanswered".into(), Reading::Sum(1.0))));
 }
 
 #[test]
@@ -174,10 +175,10 @@ fn zeros_in_a_row_raise_an_alarm() {
 #[test]
 fn reward_models_have_their_place_in_the_sum() {
     let reward = config(
-        "[[parts]]\ntype = 'numeric'\n[[parts]]\ntype = 'model'\nname = 'helpful'\nweight = 0.1\nrole = 'rm'\non_error = 'drop'",
+        "[[parts]]\ntype = 'numeric'\n[[parts]]\ntype = 'model'\nname = 'helpful'\nweight = 0.1\nrole = 'reward'\non_error = 'drop'",
     );
     let pipeline = start(&reward);
-    assert_eq!(pipeline.model_parts().collect::<Vec<_>>(), [("helpful", "rm")]);
+    assert_eq!(pipeline.model_parts().collect::<Vec<_>>(), [("helpful", "reward")]);
     let samples = samples(&["#### 1", "#### 2", "#### 1"]);
     let mut pending = pipeline.evaluate(&samples).unwrap();
     pending.set_model("helpful", &[3.0, -3.0, f64::INFINITY]).unwrap();
