@@ -345,7 +345,9 @@ fn check_function(found: &mut Found, key: &str, function: &RewardFunction) {
             found.seconds(&format!("{key}.startup_timeout_seconds"), *startup_timeout_seconds, MAX_SECONDS);
             check_processes(found, key, *timeout_seconds, *processes, *calls_in_flight);
         }
-        RewardFunction::Model { role } => found.not_empty(&format!("{key}.role"), role, "such as \"reward\""),
+        RewardFunction::Model { role } => found.require(*role == reward_role(), || {
+            format!("`{key}.role` = \"{role}\"; a job has one reward model, the role \"reward\" (`roles.reward`)")
+        }),
     }
 }
 

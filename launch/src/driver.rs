@@ -1,6 +1,7 @@
 //! `tangelo driver`: the process that commands the ranks of a reinforcement-learning job, on the first node; on every
 //! other the agent that passes its calls on to the ranks there. `tangelo run` starts it.
 
+use crate::cli::DriverArgs;
 use crate::error::LaunchError;
 use crate::run::load_plan;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -11,6 +12,7 @@ use std::time::Duration;
 use tangelo_configs::{JobPlan, Resources, resolve};
 use tangelo_control::{Agent, Cause, ControlError, Meeting, Membership, RankFailure, Secret};
 use tangelo_core::env;
+use tangelo_driver::replay::{self, Comparison, Replay};
 use tangelo_driver::session::Stop;
 use tangelo_driver::start::{self, StartOptions};
 use tangelo_formats::Assets;
@@ -49,11 +51,11 @@ pub fn file_stem(number: usize) -> String {
 }
 
 /// Runs the job of a resolved configuration to its end; what goes wrong is left where the launcher looks for it.
-pub fn run(config: &Path) -> Result<(), LaunchError> {
+pub fn run(arguments: &DriverArgs) -> Result<(), LaunchError> {
     die_with_launcher();
     let step = Arc::new(AtomicU64::new(0));
     let node = number(env::GROUP_RANK).unwrap_or(0);
-    let result = if node == 0 { drive(config, &step) } else { serve(config) };
+    let result = if node == 0 { drive(arguments, &step) } else { serve(&arguments.config) };
     if let (Err(e), Some(path)) = (&result, std::env::var_os(env::ERROR_FILE)) {
         let record = ErrorRecord {
             rank: of_node(node),
@@ -69,11 +71,11 @@ pub fn run(config: &Path) -> Result<(), LaunchError> {
     result
 }
 
-fn drive(config: &Path, step: &Arc<AtomicU64>) -> Result<(), LaunchError> {
+fn drive(arguments: &DriverArgs, step: &Arc<AtomicU64>) -> Result<(), LaunchError> {
     let world_size = number(env::WORLD_SIZE).unwrap_or(1);
     let local = number(env::LOCAL_WORLD_SIZE).unwrap_or(world_size);
     let resources = Resources::of_this_machine(world_size, local)?;
-    let job = JobPlan::new(load_plan(config, &[], world_size, local, &Assets)?, &resources, &Assets)?;
+    let job = JobPlan::new(load_plan(&arguments.config, &[], world_size, local, &Assets)?, &resources, &Assets)?;
     let options = StartOptions {
         run_id: std::env::var(env::RUN_ID).unwrap_or_else(|_| "tangelo".into()),
         host: std::env::var(env::HOST).unwrap_or_else(|_| "127.0.0.1".into()),
@@ -81,7 +83,12 @@ fn drive(config: &Path, step: &Arc<AtomicU64>) -> Result<(), LaunchError> {
         progress: progress(),
         stop: listen_for_signals()?,
         current_step: step.clone(),
+        restart_count: number(env::RESTART_COUNT).unwrap_or(0),
     };
+    if let (Some(run), Some(step)) = (&arguments.replay, arguments.step) {
+        let compared = runtime()?.block_on(replay::run(&job, options, &Replay::new(run, &job, step)))?;
+        return write_comparison(&job.policy.config.job.dump_folder.join(COMPARISON), &compared);
+    }
     let outcome = runtime()?.block_on(start::run(&job, options))?;
     if outcome.stopped {
         stderr_line(format!("stopped by a signal after step {}; start the same command again to go on", outcome.step));
@@ -130,6 +137,14 @@ fn progress() -> ProgressWriter {
 fn runtime() -> Result<tokio::runtime::Runtime, LaunchError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.map_err(|e| LaunchError::Internal(format!("cannot start a runtime: {e}")))
+}
+
+/// The file that a replay leaves in its folder.
+pub const COMPARISON: &str = "replay.json";
+
+fn write_comparison(path: &Path, compared: &Comparison) -> Result<(), LaunchError> {
+    let text = serde_json::to_string_pretty(compared).map_err(|e| LaunchError::Internal(e.to_string()))?;
+    std::fs::write(path, text).map_err(LaunchError::io("write", path))
 }
 
 /// The first signal lets the step finish and saves; a second one ends the process at once.

@@ -33,7 +33,8 @@ fn main() -> ExitCode {
 fn dispatch(command: &Command) -> Result<ExitCode, LaunchError> {
     match command {
         Command::Run(arguments) => run::run(arguments)?,
-        Command::Driver(arguments) => driver::run(&arguments.config)?,
+        Command::Replay(arguments) => return run::replay(arguments),
+        Command::Driver(arguments) => driver::run(arguments)?,
         Command::Check(arguments) => verbs::check(arguments)?,
         Command::Data(command) => verbs::data(command)?,
         Command::Export(a) => {

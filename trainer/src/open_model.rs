@@ -1,17 +1,18 @@
 //! Models by path: a Hugging Face folder, a GGUF file, a run folder, a checkpoint folder.
 
-use crate::checkpoint::{Checkpoint, Verify, find_usable};
+use crate::checkpoint::{Checkpoint, Verify, complete_steps, find_usable};
 use crate::error::{Result, TrainError};
 use crate::init::{self, TensorSource};
 use crate::worker::kind_of;
 use std::path::{Path, PathBuf};
 use tangelo_configs::job::{ComputeType, DeviceChoice};
 use tangelo_configs::requests::ModelRequest;
-use tangelo_configs::{JobConfig, ModelSpec, num_gpus};
+use tangelo_configs::rlhf::role_folder;
+use tangelo_configs::{JobConfig, ModelSpec, Role, num_gpus};
 use tangelo_formats::Weights;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_models::Model;
-use tangelo_observe::stderr_line;
+use tangelo_observe::{files, stderr_line};
 use tch::Device;
 
 /// Weights by Hugging Face's names, and the architecture they belong to.
@@ -67,11 +68,22 @@ impl Source {
     }
 }
 
-/// The checkpoint folder of a run folder, as its resolved configuration names it.
-fn checkpoint_folder(run: &Path) -> Option<PathBuf> {
-    let text = std::fs::read_to_string(run.join("config.toml")).ok()?;
-    let config: JobConfig = toml::from_str(&text).ok()?;
-    Some(run.join(config.checkpoint.folder))
+/// The folder of checkpoints that `path` stands for: of a run folder as its resolved configuration names it, or `path`
+/// itself. Where roles have folders of their own in it, the policy's.
+fn checkpoint_folder(path: &Path) -> Option<PathBuf> {
+    let config = std::fs::read_to_string(path.join(files::CONFIG)).ok();
+    let config: Option<JobConfig> = config.and_then(|text| toml::from_str(&text).ok());
+    let (folder, is_run) = match &config {
+        Some(config) => (path.join(&config.checkpoint.folder), true),
+        None => (path.to_owned(), false),
+    };
+    let policy = role_folder(&folder, Role::Policy);
+    let holds_steps = |folder: &Path| complete_steps(folder).is_ok_and(|steps| !steps.is_empty());
+    match (holds_steps(&policy), is_run || holds_steps(&folder)) {
+        (true, _) => Some(policy),
+        (false, true) => Some(folder),
+        (false, false) => None,
+    }
 }
 
 fn newest(folder: &Path, step: Option<u64>) -> Result<Checkpoint> {
@@ -86,7 +98,8 @@ fn newest(folder: &Path, step: Option<u64>) -> Result<Checkpoint> {
 
 /// The tokenizer file that a checkpoint's run read its data with.
 fn run_tokenizer(checkpoint: &Checkpoint) -> Result<PathBuf> {
-    let beside = checkpoint.path().ancestors().skip(1).take(2).map(|f| f.join("tokenizer.json")).find(|p| p.is_file());
+    // RUN/checkpoint/step-N, or RUN/checkpoint/ROLE/step-N.
+    let beside = checkpoint.path().ancestors().skip(1).take(3).map(|f| f.join("tokenizer.json")).find(|p| p.is_file());
     let config: Option<JobConfig> = toml::from_str(&checkpoint.manifest().config_toml).ok();
     let named = config.and_then(|c| c.data.tokenizer_path());
     beside.or(named).ok_or_else(|| {

@@ -124,10 +124,21 @@ impl JobPlan {
     fn role_plan(&self, role: Role, resources: &Resources, assets: &dyn ModelAssets) -> Result<Plan, ConfigError> {
         let mut config = self.policy.config.clone();
         let own = self.role_model(role);
+        if role == Role::Reward && own.hf_assets_path.is_none() {
+            return Err(ConfigError::Values(vec![
+                "`reward.parts` has a reward model, but `roles.reward.hf_assets_path` names none: set it to the Hugging Face \
+                 folder of a sequence-classification model with one label"
+                    .into(),
+            ]));
+        }
         if let Some(path) = &own.hf_assets_path {
             config.model = Model { hf_assets_path: Some(path.clone()), ..Model::default() };
             config.checkpoint.initial_load_path = Some(path.clone());
             config.checkpoint.initial_load_in_hf = true;
+            // What a reward model reads is written in its own tokens, where it has a tokenizer.
+            if role == Role::Reward && assets.vocab_size(path).is_ok() {
+                config.data.tokenizer = Some(path.clone());
+            }
         }
         if matches!(role, Role::Critic | Role::Reward) && config.model.head.is_none() {
             config.model.head = Some(HeadSpec::Scalar { bias: false });
@@ -152,6 +163,9 @@ impl JobPlan {
         let paths = [&self.policy.config.model.hf_assets_path, &plan.config.model.hf_assets_path];
         let sizes = paths.map(|path| path.as_deref().and_then(|p| assets.vocab_size(p).ok()));
         let differs = matches!(sizes, [Some(a), Some(b)] if a != b);
+        if role == Role::Reward && sizes[1].is_some() {
+            return Ok(());
+        }
         if policy.vocab_size <= own.vocab_size && !differs {
             return Ok(());
         }

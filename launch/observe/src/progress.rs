@@ -79,12 +79,9 @@ pub enum ProgressEvent {
         /// The whole step, seconds.
         #[serde(default)]
         seconds: Option<f64>,
-        /// Of it, generation.
+        /// Of it, by phase, in their order.
         #[serde(default)]
-        generation_seconds: Option<f64>,
-        /// Of it, updates.
-        #[serde(default)]
-        update_seconds: Option<f64>,
+        phases: Vec<(String, f64)>,
     },
     /// A validation of reinforcement learning is done.
     Validation {

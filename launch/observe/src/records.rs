@@ -146,6 +146,9 @@ pub struct SampleRecord {
     pub prompt: String,
     /// What it wrote, prompt not included.
     pub text: String,
+    /// What is known of it, such as its reward; empty where nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub note: String,
 }
 
 /// Reads every whole line of a file of JSON lines; an absent file is empty.

@@ -185,7 +185,12 @@ mod tests {
         writer.record(4, &[(Metric::Loss, 1.0)]);
         assert!(writer.lines.failed && writer.events.unwrap().failed);
         EventLog::open(&file).append(EventKind::Start, None, "x");
-        SampleLog::open(&file, 0).append(&SampleRecord { step: 1, prompt: String::new(), text: String::new() });
+        SampleLog::open(&file, 0).append(&SampleRecord {
+            step: 1,
+            prompt: String::new(),
+            text: String::new(),
+            note: String::new(),
+        });
     }
 
     #[test]
@@ -201,7 +206,12 @@ mod tests {
         let kinds: Vec<_> = events.iter().map(|e| (e.kind, e.step)).collect();
         assert_eq!(kinds, [(EventKind::Start, None), (EventKind::Skipped, Some(4)), (EventKind::Done, Some(9))]);
 
-        let sample = |step| SampleRecord { step, prompt: "fn main".into(), text: "() {\n\"\u{1f600}\"".into() };
+        let sample = |step| SampleRecord {
+            step,
+            prompt: "fn main".into(),
+            text: "() {\n\"\u{1f600}\"".into(),
+            note: "reward 1".into(),
+        };
         let mut log = SampleLog::open(folder.path(), 0);
         (1..4).for_each(|step| log.append(&sample(step)));
         drop(SampleLog::open(folder.path(), 2));

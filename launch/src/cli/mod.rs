@@ -34,6 +34,8 @@ Examples:
 pub enum Command {
     /// Train: prepare data, start the ranks, watch over them
     Run(run::RunArgs),
+    /// Do one recorded step of a reinforcement-learning run again, alone, and compare
+    Replay(run::ReplayArgs),
     /// Command the ranks of a reinforcement-learning job; `run` starts it
     #[command(hide = true)]
     Driver(DriverArgs),
@@ -63,6 +65,12 @@ pub enum Command {
 pub struct DriverArgs {
     /// The resolved job.
     pub config: PathBuf,
+    /// The run of which one step is to be done again.
+    #[arg(long, requires = "step")]
+    pub replay: Option<PathBuf>,
+    /// That step.
+    #[arg(long)]
+    pub step: Option<u64>,
 }
 
 /// Arguments of `tangelo check`.

@@ -68,6 +68,40 @@ impl RunArgs {
     }
 }
 
+/// Arguments of `tangelo replay`.
+#[derive(Args, Clone, Debug)]
+#[command(after_long_help = "\
+Takes the checkpoint of the step before and the rollouts that the step recorded
+(rollouts/step-N.parquet), does its update again from their tokens, rewards and
+log-probabilities, and prints its metrics beside the recorded ones. Nothing is
+generated, no reward is asked, and nothing of the run is changed.
+
+Examples:
+  tangelo replay runs/grpo --step 41
+  tangelo replay runs/grpo --step 41 --output /tmp/step-41
+
+A step can be replayed whose step before has a checkpoint (checkpoint.interval),
+and the first. It takes as many ranks as the run had.
+
+Exit codes: 0 all is equal bit for bit, 1 something differs, 3 the step cannot be
+replayed; others as those of `tangelo run`.")]
+pub struct ReplayArgs {
+    /// The run folder.
+    pub run: PathBuf,
+    /// The step.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub step: u64,
+    /// The folder for logs and replay.json [default: replay/step-N in the run folder].
+    #[arg(long, short, value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+    /// Show warnings and errors, and the result.
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// The worker binary to use instead of the one beside `tangelo`.
+    #[arg(long, hide = true, value_name = "PATH")]
+    pub worker_binary: Option<PathBuf>,
+}
+
 const EXAMPLES: &str = "\
 Examples:
   tangelo run configs/presets/quickstart.toml --set 'data.sources.0.paths=[\"notes/*.md\"]'

@@ -89,7 +89,8 @@ pub fn check_same_run(plan: &Plan) -> Result<(), LaunchError> {
 
 fn has_checkpoint(folder: &Path) -> bool {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("step-"))
+    let is_one = |name: &str| name.starts_with("step-") || name.starts_with("driver-");
+    entries.into_iter().any(|entry| is_one(&entry.file_name().to_string_lossy()))
 }
 
 /// Lines `key: before -> now` of what may not change.

@@ -13,6 +13,7 @@ mod external;
 mod folder;
 mod logs;
 mod prepare;
+mod replay;
 mod report_failure;
 mod restart;
 mod signals;
@@ -22,6 +23,7 @@ mod terminal;
 mod topology;
 
 pub use logs::Stream;
+pub use replay::replay;
 pub use terminal::{Terminal, short_count, use_colors};
 pub use topology::{Topology, parse_endpoint};
 
@@ -41,7 +43,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use supervise::{Attempt, Outcome};
 use tangelo_configs::job::{DeviceChoice, JobType};
-use tangelo_configs::{JobPlan, ModelAssets, Plan, Resources, resolve};
+use tangelo_configs::{JobPlan, ModelAssets, Plan, Resources, Role, resolve};
 use tangelo_data::DataError;
 use tangelo_formats::Assets;
 use tangelo_observe::records::EventKind;
@@ -111,17 +113,46 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let run_folder = plan.config.job.dump_folder.clone();
     let _lock = folder::lock(&run_folder, topology.node_rank)?;
     folder::check_same_run(&plan)?;
+    let mut roles = Vec::new();
     if plan.config.job.kind == JobType::Rlhf {
-        // Every role fits its ranks, or nothing starts.
-        JobPlan::new(plan.clone(), &resources, &Assets)?;
+        roles = roles_of_ranks(&plan, &resources)?;
     } else {
         prepare_unless_stopped(&plan, &terminal, &signals)?;
     }
     let config = folder::write_config(&plan)?;
     print_config(&plan, &terminal)?;
-    let kind = plan.config.job.kind;
-    let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, kind, signals };
+    let (kind, driver_arguments) = (plan.config.job.kind, Vec::new());
+    let restarting = RestartOptions {
+        max_restarts: arguments.max_restarts,
+        backoff_ms: arguments.restart_backoff_ms,
+        max_backoff_ms: 60_000,
+    };
+    let grace = Duration::from_secs_f64(arguments.grace_seconds);
+    let terminal = &terminal;
+    let job = Job {
+        restarting,
+        grace,
+        terminal,
+        worker,
+        config,
+        run_folder,
+        topology,
+        kind,
+        roles,
+        driver_arguments,
+        signals,
+    };
     job.run_to_the_end()
+}
+
+/// What each rank of a reinforcement-learning job does. Roles that do not fit their ranks are refused before anything starts.
+fn roles_of_ranks(plan: &Plan, resources: &Resources) -> Result<Vec<String>, LaunchError> {
+    let job = JobPlan::new(plan.clone(), resources, &Assets)?;
+    let roles = |rank: usize| {
+        let here = job.roles().into_iter().filter(|&role| job.ranks(role).contains(&rank));
+        here.map(Role::name).collect::<Vec<_>>().join(", ")
+    };
+    Ok((0..job.world_size()).map(roles).collect())
 }
 
 fn print_config(plan: &Plan, terminal: &Terminal) -> Result<(), LaunchError> {
@@ -155,13 +186,20 @@ fn prepare_unless_stopped(plan: &Plan, terminal: &Terminal, signals: &Inbox) -> 
 
 /// Everything that all attempts share.
 struct Job<'a> {
-    arguments: &'a RunArgs,
+    /// Restarts and their waits.
+    restarting: RestartOptions,
+    /// From SIGTERM to SIGKILL when a rank failed.
+    grace: Duration,
     terminal: &'a Terminal,
     worker: PathBuf,
     config: PathBuf,
     run_folder: PathBuf,
     topology: Topology,
     kind: JobType,
+    /// The roles of each rank, where the job has roles.
+    roles: Vec<String>,
+    /// What its driver is told beside the configuration.
+    driver_arguments: Vec<OsString>,
     signals: Inbox,
 }
 
@@ -172,11 +210,7 @@ impl Job<'_> {
         let shown = self.run_folder.display();
         self.terminal.say(&format!("training with {ranks} rank{} in {shown}", if ranks == 1 { "" } else { "s" }));
         events.append(EventKind::Start, None, format!("{ranks} ranks on {} node(s)", self.topology.num_nodes));
-        let options = RestartOptions {
-            max_restarts: self.arguments.max_restarts,
-            backoff_ms: self.arguments.restart_backoff_ms,
-            max_backoff_ms: 60_000,
-        };
+        let options = self.restarting;
         let mut state = RestartState::default();
         loop {
             let logs = self.new_logs()?;
@@ -189,7 +223,7 @@ impl Job<'_> {
             };
             state.failures.push(failure.clone());
             let (decision, reason) = restart::decide(&state, &options, unix_millis());
-            let text = told(&failure, &outcome, &logs, &mut events);
+            let text = self.told(&failure, &outcome, &logs, &mut events);
             let Decision::Restart { at_ms } = decision else {
                 let message = if options.max_restarts > 0 { format!("{text}\nno restart: {reason}") } else { text };
                 return Err(LaunchError::Ranks { kind: failure.kind, message });
@@ -215,13 +249,16 @@ impl Job<'_> {
         let attempt = Attempt {
             worker: self.worker.clone(),
             arguments: train_arguments(&self.config, self.kind),
-            driver: (self.kind == JobType::Rlhf).then(|| vec!["driver".into(), self.config.clone().into()]),
+            driver: (self.kind == JobType::Rlhf).then(|| {
+                let first = ["driver".into(), self.config.clone().into()];
+                first.into_iter().chain(self.driver_arguments.iter().cloned()).collect()
+            }),
             topology: &self.topology,
             host: topology::own_address(&self.topology)?,
             run_id: "tangelo",
-            restarts: (restarts, self.arguments.max_restarts),
+            restarts: (restarts, self.restarting.max_restarts),
             logs,
-            grace: Duration::from_secs_f64(self.arguments.grace_seconds),
+            grace: self.grace,
             terminal: self.terminal,
         };
         self.signals.set_ranks(true);
@@ -241,7 +278,7 @@ impl Job<'_> {
         let name = signal_name(signal);
         events.append(EventKind::Signal, outcome.last_step, name.clone());
         if let Some(failure) = failure_while_ending(&outcome.deaths, outcome.last_step) {
-            let text = told(&failure, outcome, logs, events);
+            let text = self.told(&failure, outcome, logs, events);
             let message = format!("{text}\n{name} had asked it to end");
             return Err(LaunchError::Ranks { kind: failure.kind, message });
         }
@@ -270,6 +307,13 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// Records a failure; the text for the user.
+    fn told(&self, failure: &Failure, outcome: &Outcome, logs: &LogFolder, events: &mut EventLog) -> String {
+        let roles = self.roles.get(failure.rank).map(String::as_str);
+        events.append(EventKind::Failure, failure.step, report_failure::one_line(failure, roles, logs));
+        report_failure::report(failure, roles, outcome, logs)
+    }
+
     /// Waits for a restart, unless a signal says not to.
     fn wait_until(&self, at_ms: u64, events: &mut EventLog) -> Result<(), LaunchError> {
         let deadline = Instant::now() + Duration::from_millis(at_ms.saturating_sub(unix_millis()));
@@ -283,12 +327,6 @@ impl Job<'_> {
         }
         Ok(())
     }
-}
-
-/// Records a failure; the text for the user.
-fn told(failure: &Failure, outcome: &Outcome, logs: &LogFolder, events: &mut EventLog) -> String {
-    events.append(EventKind::Failure, failure.step, report_failure::one_line(failure, logs));
-    report_failure::report(failure, outcome, logs)
 }
 
 fn train_arguments(config: &Path, kind: JobType) -> Vec<OsString> {

@@ -10,9 +10,9 @@ use tangelo_observe::FailureKind;
 
 const LAST_LINES: usize = 12;
 
-/// Who failed first, what it said, where its log is and how that ends.
-pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String {
-    let mut text = headline(failure, logs);
+/// Who failed first, what it said, where its log is and how that ends. `roles` are the rank's, where it has any.
+pub fn report(failure: &Failure, roles: Option<&str>, outcome: &Outcome, logs: &LogFolder) -> String {
+    let mut text = headline(failure, roles, logs);
     if let Some(message) = &failure.message {
         let _ = write!(text, "\n  {}", message.trim_end().replace('\n', "\n  "));
     }
@@ -41,9 +41,9 @@ pub fn report(failure: &Failure, outcome: &Outcome, logs: &LogFolder) -> String 
 }
 
 /// The failure in one line, for the list of events.
-pub fn one_line(failure: &Failure, logs: &LogFolder) -> String {
+pub fn one_line(failure: &Failure, roles: Option<&str>, logs: &LogFolder) -> String {
     let said = failure.message.as_deref().and_then(|m| m.lines().next()).unwrap_or_default();
-    let headline = headline(failure, logs);
+    let headline = headline(failure, roles, logs);
     if said.is_empty() { headline } else { format!("{headline}: {said}") }
 }
 
@@ -54,7 +54,7 @@ fn noticed<'a>(failure: &Failure, outcome: &'a Outcome) -> Option<(usize, &'a st
     failure.message.is_none().then_some((first.rank, first.message.trim_end()))
 }
 
-fn headline(failure: &Failure, logs: &LogFolder) -> String {
+fn headline(failure: &Failure, roles: Option<&str>, logs: &LogFolder) -> String {
     let at = match (last_moment(failure.rank, logs), failure.step, &failure.cause) {
         (Some(moment), ..) => format!(" {moment}"),
         (None, Some(0) | None, _) => String::new(),
@@ -63,6 +63,7 @@ fn headline(failure: &Failure, logs: &LogFolder) -> String {
     };
     let kind = failure.kind;
     let (rank, name, code) = (failure.rank, kind.name(), kind.exit_code());
-    let who = process_name(rank);
+    let roles = roles.map(|roles| format!(" ({roles})")).unwrap_or_default();
+    let who = format!("{}{roles}", process_name(rank));
     format!("{who} failed first{at}: it {} ({name}, exit code {code})", failure.cause)
 }

@@ -172,10 +172,22 @@ impl Terminal {
 
     fn advance(&self, step: u64, steps: u64, event: &ProgressEvent) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let template = || format!("step {{pos}}/{{len}} {} {{msg}}  {{eta}} left", bar_part(self.colors));
-        let (bar, fresh) = state.bar(Shown::Steps, template);
+        let (template, message) = match event {
+            // Steps of minutes, of which much is told: where the line is too short, the times of phases are cut off.
+            ProgressEvent::RlStep { seconds, .. } => {
+                let left = seconds.map(|seconds| format!("{} left", short_time((steps - step) as f64 * seconds)));
+                let parts: Vec<String> = left.into_iter().chain(numbers_of(event)).collect();
+                let color = if self.colors { ".cyan/dim" } else { "" };
+                (format!("step {{pos}}/{{len}} {{bar:10{color}}} {{wide_msg}}"), parts.join("  "))
+            }
+            _ => {
+                let template = format!("step {{pos}}/{{len}} {} {{msg}}  {{eta}} left", bar_part(self.colors));
+                (template, numbers_of(event).join("  "))
+            }
+        };
+        let (bar, fresh) = state.bar(Shown::Steps, || template);
         bar.set_length(steps);
-        bar.set_message(numbers_of(event).join("  "));
+        bar.set_message(message);
         bar.set_position(step);
         if fresh {
             // The first step of a resumed run must not count as this much work in no time.
@@ -265,21 +277,35 @@ fn numbers_of(event: &ProgressEvent) -> Vec<String> {
             parts.extend(memory_bytes.map(|v| format!("{:.2} GiB", v as f64 / (1u64 << 30) as f64)));
             parts
         }
-        ProgressEvent::RlStep { reward, kl, response_length, seconds, generation_seconds, update_seconds, .. } => {
+        ProgressEvent::RlStep { reward, kl, response_length, seconds, phases, .. } => {
             let mut parts = vec![format!("reward {}", fixed(*reward, 3))];
-            parts.extend(kl.map(|v| format!("KL {v:.1e}")));
+            parts.extend(kl.map(|v| if v == 0.0 { "KL 0".to_owned() } else { format!("KL {v:.1e}") }));
             parts.extend(response_length.map(|v| format!("length {v:.0}")));
-            parts.extend(seconds.map(|v| format!("{v:.1} s")));
-            parts.extend(generation_seconds.map(|v| format!("generating {v:.1}")));
-            parts.extend(update_seconds.map(|v| format!("learning {v:.1}")));
+            parts.extend(seconds.map(|v| format!("{v:.1} s{}", phases_of(phases, v))));
             parts
         }
         _ => Vec::new(),
     }
 }
 
+/// `: generating 3.0, learning 8.2`, of phases that take a part of the step that can be seen; else nothing.
+fn phases_of(phases: &[(String, f64)], step: f64) -> String {
+    let seen = phases.iter().filter(|(_, seconds)| *seconds >= 0.01 * step);
+    let seen: Vec<String> = seen.map(|(name, seconds)| format!("{name} {seconds:.1}")).collect();
+    if seen.is_empty() { String::new() } else { format!(": {}", seen.join(", ")) }
+}
+
 fn fixed(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "not finite".into(), |v| format!("{v:.digits$}"))
+}
+
+/// `45 s`, `12 min`, `3.4 h`.
+fn short_time(seconds: f64) -> String {
+    match seconds {
+        s if s < 100.0 => format!("{s:.0} s"),
+        s if s < 6000.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
 }
 
 /// `950`, `12.3k`, `4.56M`.
@@ -318,7 +344,20 @@ mod tests {
             r#"{"event":"amount","name":"exporting","done":4,"total":10,"detail":"4 of 10 parameters"}"#,
             expect!["exporting 40 % 4 of 10 parameters"],
         );
+        check(
+            r#"{"event":"rl_step","step":3,"steps":40,"reward":0.168,"kl":0.0131,"response_length":13.4,"seconds":62.2,"phases":[["generating",30.5],["rewards",0.01],["learning",23.7]]}"#,
+            expect!["step 3/40  reward 0.168  KL 1.3e-2  length 13  62.2 s: generating 30.5, learning 23.7"],
+        );
+        check(
+            r#"{"event":"rl_step","step":3,"steps":40,"kl":0.0,"seconds":0.5}"#,
+            expect!["step 3/40  reward not finite  KL 0  0.5 s"],
+        );
         check(r#"{"event":"skipped","step":9,"reason":"loss NaN"}"#, expect!["step 9 skipped: loss NaN"]);
+    }
+
+    #[test]
+    fn times_are_short() {
+        assert_eq!([45.2, 99.0, 700.0, 12_240.0].map(short_time), ["45 s", "99 s", "12 min", "3.4 h"]);
     }
 
     #[test]

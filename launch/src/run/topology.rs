@@ -20,6 +20,12 @@ pub struct Topology {
 }
 
 impl Topology {
+    /// So many ranks on this machine alone; the port is chosen for each attempt.
+    pub fn alone(ranks: usize) -> Topology {
+        let master_addr = "127.0.0.1".to_owned();
+        Topology { num_nodes: 1, node_rank: 0, ranks_per_node: ranks, master_addr, master_port: 0 }
+    }
+
     /// Ranks in the job.
     pub fn world_size(&self) -> usize {
         self.num_nodes * self.ranks_per_node

@@ -15,7 +15,7 @@ fn said_in(folder: &std::path::Path, arguments: &[&str]) -> Said {
 #[test]
 fn help_of_every_command() {
     expect_file!["help/tangelo.txt"].assert_eq(&said(&["--help"]).stdout);
-    let commands = ["run", "check", "export", "generate", "score", "eval", "report", "schema", "completions"];
+    let commands = ["run", "replay", "check", "export", "generate", "score", "eval", "report", "schema", "completions"];
     let nested = ["tokenizer", "prepare", "inspect"].map(|verb| vec!["data", verb]);
     for words in commands.map(|c| vec![c]).into_iter().chain(nested) {
         let help = said(&[&words[..], &["--help"]].concat());

@@ -87,13 +87,14 @@ pub fn metrics(run: &Path) -> BTreeMap<u64, BTreeMap<String, f64>> {
     steps
 }
 
-/// Numbers that do not tell of time, memory or bytes.
+/// Numbers that do not tell of time, memory, bytes or processes.
 pub fn of_learning(step: &BTreeMap<String, f64>) -> BTreeMap<&str, u64> {
     let learnt = |name: &str| {
         ["actor/", "critic/", "response_length/", "rollout_corr/", "reward/", "val-core/"]
             .iter()
             .any(|begin| name.starts_with(begin))
             && !name.ends_with("seconds")
+            && !name.ends_with("restarts")
     };
     step.iter().filter(|(name, _)| learnt(name)).map(|(name, value)| (name.as_str(), value.to_bits())).collect()
 }
@@ -169,7 +170,7 @@ fn a_killed_rank_is_named_and_nothing_is_left() {
     let status = child.wait().unwrap();
     assert!(!status.success());
     let events = std::fs::read_to_string(folder.join("events.jsonl")).unwrap();
-    assert!(events.contains("SIGKILL") && events.contains("rank 1 failed first"), "{events}");
+    assert!(events.contains("SIGKILL") && events.contains("rank 1 (policy, rollout) failed first"), "{events}");
     assert_eq!(processes_of(&folder), Vec::<String>::new());
 }
 

@@ -10,6 +10,7 @@
 
 use crate::clock::Clock;
 use crate::error::{DriverError, Result};
+use crate::judge::Judge;
 use crate::prompts::{PromptLoader, TokenizedPrompt};
 use crate::reward::{RewardPipeline, Sample, Scored, ScoredBatch};
 use crate::state::DriverState;
@@ -60,6 +61,7 @@ pub struct Collector {
     loader: PromptLoader,
     rewards: Arc<RewardPipeline>,
     tokenizer: TokenizerAssets,
+    judge: Option<Judge>,
     sampling: Sampling,
     prompts_per_step: usize,
     filter: FilterGroups,
@@ -73,6 +75,8 @@ pub struct CollectorParts {
     pub rewards: RewardPipeline,
     /// The policy's.
     pub tokenizer: TokenizerAssets,
+    /// Writes for the reward model, where the job has one.
+    pub judge: Option<Judge>,
     /// How completions are drawn.
     pub sampling: SamplingParams,
     /// What all chance in generation is a function of.
@@ -86,9 +90,9 @@ pub struct CollectorParts {
 impl Collector {
     /// From its parts.
     pub fn new(parts: CollectorParts) -> Collector {
-        let CollectorParts { loader, rewards, tokenizer, sampling, seed, prompts_per_step, filter } = parts;
+        let CollectorParts { loader, rewards, tokenizer, judge, sampling, seed, prompts_per_step, filter } = parts;
         let sampling = Sampling { params: sampling, seed };
-        Collector { loader, rewards: Arc::new(rewards), tokenizer, sampling, prompts_per_step, filter }
+        Collector { loader, rewards: Arc::new(rewards), tokenizer, judge, sampling, prompts_per_step, filter }
     }
 
     /// The prompts.
@@ -152,7 +156,7 @@ impl Collector {
         let columns = [Column::Targets, Column::LossMask, Column::GroupId];
         let records = clock.time("reward", team.cluster.fetch(&batch, &columns)).await?;
         let answers = answers(&records, &known, &self.tokenizer)?;
-        let scored = clock.time("reward", self.reward(team, &batch, &answers)).await?;
+        let scored = clock.time("reward", self.reward(team, &answers)).await?;
         let metrics = numbers(&generated.metrics, &scored);
         let warnings = scored.alarms.iter().map(ToString::to_string).collect();
         let rollouts: Vec<Rollout> =
@@ -161,15 +165,15 @@ impl Collector {
     }
 
     /// Runs the parts of the reward on a thread of their own, and the reward model meanwhile.
-    async fn reward(&self, team: &Team, batch: &RemoteBatch, answers: &[Rollout]) -> Result<ScoredBatch> {
+    async fn reward(&self, team: &Team, answers: &[Rollout]) -> Result<ScoredBatch> {
         let samples: Vec<Sample> = answers.iter().map(sample).collect();
         let models: Vec<String> = self.rewards.model_parts().map(|(part, _)| part.to_owned()).collect();
         let (said, hears) = oneshot::channel::<Vec<f64>>();
-        let model = team.reward_model.as_ref().filter(|_| !models.is_empty());
         let judged = async move {
-            if let Some(model) = model {
+            if let (Some(model), Some(judge)) = (&team.reward_model, &self.judge) {
+                let read = team.cluster.put(&judge.batch(answers)?)?;
                 // Where the rewards failed, nobody listens any more.
-                let _ = said.send(last_values(team, &model.forward(batch, &[Column::Value]).await?).await?);
+                let _ = said.send(last_values(team, &model.forward(&read, &[Column::Value]).await?).await?);
             }
             Ok::<(), DriverError>(())
         };

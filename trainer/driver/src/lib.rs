@@ -5,9 +5,12 @@
 
 pub mod clock;
 pub mod collect;
+pub mod course;
 pub mod error;
+pub mod judge;
 pub mod prompts;
 pub mod recipe;
+pub mod replay;
 pub mod reward;
 mod rollout_file;
 pub mod scoring;

@@ -35,10 +35,10 @@ pub async fn run(s: &mut Session) -> Result<Outcome> {
         // ---- one step ---------------------------------------------------------------------------------------------
         let rollouts = s.collector.next_batch(&s.team, &mut s.state, &mut s.clock).await?;
         let batch = s.clock.time("old_log_prob", s.team.annotate(rollouts.batch.clone())).await?;
-        let scoring = score(&s.team, s.algorithm.as_ref(), &batch, &s.state.algorithm);
+        let scoring = score(&s.team, s.course.algorithm.as_ref(), &batch, &s.state.algorithm);
         let (batch, scored, next) = s.clock.time("adv", scoring).await?;
-        for minibatch in s.minibatches(&batch)? {
-            let (policy, critic) = s.lessons();
+        for minibatch in s.course.minibatches(&batch)? {
+            let (policy, critic) = s.course.lessons(&s.state);
             let learnt = s.team.update(&minibatch, policy.as_ref(), critic.as_ref());
             s.tracker.learnt(s.clock.time("update_actor", learnt).await?);
         }

@@ -2,23 +2,21 @@
 
 use crate::clock::Clock;
 use crate::collect::{Collector, Rollouts};
-use crate::error::{DriverError, Result};
+use crate::course::Course;
+use crate::error::Result;
 use crate::recipe::Outcome;
+use crate::rollout_file;
 use crate::state::DriverState;
-use crate::team::{Lesson, Team};
+use crate::team::Team;
 use crate::tracker::Tracker;
 use crate::validation;
-use arrow::array::{Array, AsArray};
-use arrow::datatypes::Float32Type;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
-use tangelo_algo::{Algorithm, Role};
 use tangelo_configs::rlhf::Rlhf;
 use tangelo_control::{Metrics, RemoteBatch};
-use tangelo_core::{Column, LossSpec, LrSchedule};
 
 /// Whether somebody asked to stop.
 #[derive(Clone, Debug, Default)]
@@ -35,8 +33,8 @@ impl Stop {
 pub struct Session {
     /// The roles.
     pub team: Team,
-    /// The algorithm.
-    pub algorithm: Box<dyn Algorithm>,
+    /// What is learnt from a batch.
+    pub course: Course,
     /// Makes rollouts.
     pub collector: Collector,
     /// Writes.
@@ -51,12 +49,6 @@ pub struct Session {
     pub clock: Clock,
     /// `[rlhf]`
     pub settings: Rlhf,
-    /// Divides the logits in sampling, so in the loss too.
-    pub temperature: f64,
-    /// Learning rate of the policy.
-    pub schedule: LrSchedule,
-    /// Learning rate of the critic.
-    pub critic_schedule: LrSchedule,
     /// Where checkpoints go, every how many steps (0: at the end alone), and how many stay; `None`: nowhere.
     pub checkpoints: Option<Checkpoints>,
     /// Where others see how far the run is.
@@ -72,6 +64,8 @@ pub struct Checkpoints {
     pub interval: u64,
     /// Newest ones kept; 0: all.
     pub keep: usize,
+    /// Those of steps that this divides are kept beside them; 0: none.
+    pub keep_every: u64,
 }
 
 impl Session {
@@ -79,47 +73,15 @@ impl Session {
     pub fn begin_step(&mut self) {
         self.state.step += 1;
         self.current_step.store(self.state.step, Ordering::Relaxed);
+        self.tracker.step_begins(self.state.step);
         self.clock.restart();
         self.team.cluster.begin_step(self.state.step);
-    }
-
-    /// A step's mini-batches: whole groups in their order, once per epoch.
-    ///
-    /// # Errors
-    /// None that a user could cause.
-    pub fn minibatches(&self, batch: &RemoteBatch) -> Result<Vec<RemoteBatch>> {
-        let mut rows_of: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
-        batch.rows().iter().enumerate().for_each(|(row, of)| rows_of.entry(of.group).or_default().push(row));
-        let groups: Vec<Vec<usize>> = rows_of.into_values().collect();
-        let size = match self.settings.ppo_mini_batch_size {
-            0 => groups.len(),
-            size => size,
-        };
-        let one_epoch: Vec<RemoteBatch> = groups
-            .chunks(size.max(1))
-            .map(|groups| batch.select(&groups.concat()))
-            .collect::<std::result::Result<_, _>>()?;
-        Ok((0..self.settings.ppo_epochs).flat_map(|_| one_epoch.clone()).collect())
-    }
-
-    /// What policy and critic are told for a mini-batch of this step.
-    pub fn lessons(&self) -> (Option<Lesson>, Option<Lesson>) {
-        let loss = |role| self.algorithm.loss(role, &self.state.algorithm);
-        let at_temperature = |loss: LossSpec| LossSpec { temperature: self.temperature, ..loss };
-        let step = self.state.step as usize;
-        let warm = step > self.settings.critic_warmup;
-        let policy = loss(Role::Policy).filter(|_| warm).map(at_temperature);
-        let critic = loss(Role::Critic);
-        (
-            policy.map(|loss| Lesson { loss, lr: self.schedule.lr(step) }),
-            critic.map(|loss| Lesson { loss, lr: self.critic_schedule.lr(step) }),
-        )
     }
 
     /// Writes the step's numbers and rollouts.
     ///
     /// # Errors
-    /// The advantages cannot be fetched.
+    /// What was learnt from cannot be fetched.
     pub async fn record(
         &mut self,
         rollouts: &Rollouts,
@@ -127,9 +89,9 @@ impl Session {
         scored: BTreeMap<String, f64>,
         moved: Metrics,
     ) -> Result<()> {
-        let advantages = match self.settings.save_rollouts {
-            true => self.advantages(batch).await?,
-            false => vec![Vec::new(); rollouts.rollouts.len()],
+        let learnt = match self.settings.save_rollouts {
+            true => rollout_file::learnt(&self.team.cluster, batch).await?,
+            false => Vec::new(),
         };
         let mut values: BTreeMap<String, f64> = scored;
         values.extend(rollouts.metrics.iter().cloned());
@@ -141,43 +103,27 @@ impl Session {
         values.extend([
             ("training/global_step".to_owned(), step as f64),
             ("training/epoch".to_owned(), self.collector.loader().epoch(self.state.position) as f64),
-            ("actor/lr".to_owned(), self.schedule.lr(step as usize)),
+            ("actor/lr".to_owned(), self.course.schedule.lr(step as usize)),
             ("perf/total_num_tokens".to_owned(), tokens),
             ("perf/throughput".to_owned(), tokens / self.clock.elapsed() / self.team.cluster.world_size() as f64),
         ]);
         let values: Vec<(String, f64)> = values.into_iter().collect();
-        self.tracker.step(step, &values, rollouts, &advantages);
+        self.tracker.step(step, &values, rollouts, &learnt);
         Ok(())
     }
 
-    /// The advantages of each row's policy tokens.
-    async fn advantages(&self, batch: &RemoteBatch) -> Result<Vec<Vec<f32>>> {
-        let columns = [Column::Advantage, Column::LossMask];
-        let records = self.team.cluster.fetch(batch, &columns).await?;
-        let list = |column: Column| {
-            let found = records.column_by_name(column.name()).and_then(|a| a.as_list_opt::<i64>().cloned());
-            found.ok_or_else(|| DriverError::Internal(format!("scoring made no column {column}")))
-        };
-        let (advantages, mask) = (list(Column::Advantage)?, list(Column::LossMask)?);
-        let of_row = |row: usize| {
-            let (values, mask) = (advantages.value(row), mask.value(row));
-            let both =
-                values.as_primitive::<Float32Type>().values().iter().zip(mask.as_primitive::<Float32Type>().values());
-            both.filter(|(_, m)| **m != 0.0).map(|(a, _)| *a).collect()
-        };
-        Ok((0..advantages.len()).map(of_row).collect())
-    }
-
-    /// Validates where the run begins, if asked to.
+    /// Validates where the run begins, if asked to; where it goes on, if the validation that was due there was not done any
+    /// more.
     ///
     /// # Errors
     /// Whatever a rank or a reward reports.
     pub async fn validate_before_training(&mut self) -> Result<()> {
-        match self.state.step == 0 && self.settings.val_before_train {
-            true => {
-                self.tracker.phase("validating");
-                self.validate().await
-            }
+        let due = match self.state.step {
+            0 => self.settings.val_before_train,
+            step => self.is_validation_due(step) && !self.tracker.went_on_validated,
+        };
+        match due {
+            true => self.validate().await,
             false => Ok(()),
         }
     }
@@ -187,11 +133,15 @@ impl Session {
     /// # Errors
     /// Whatever a rank or a reward reports.
     pub async fn validate_if_due(&mut self) -> Result<()> {
-        let (step, every) = (self.state.step, self.settings.test_freq as u64);
-        match step == self.steps || (every > 0 && step.is_multiple_of(every)) {
+        match self.is_validation_due(self.state.step) {
             true => self.validate().await,
             false => Ok(()),
         }
+    }
+
+    fn is_validation_due(&self, step: u64) -> bool {
+        let every = self.settings.test_freq as u64;
+        step == self.steps || (every > 0 && step.is_multiple_of(every))
     }
 
     /// Answers the validation prompts and records what the answers are worth.
@@ -199,6 +149,7 @@ impl Session {
     /// # Errors
     /// Whatever a rank or a reward reports.
     async fn validate(&mut self) -> Result<()> {
+        self.tracker.phase("validating");
         let start = Instant::now();
         let mut clock = Clock::default();
         let asked = self.collector.validation(&self.team, &self.settings.validation, &mut clock);
@@ -223,9 +174,7 @@ impl Session {
         let start = Instant::now();
         self.team.save(&checkpoints.folder).await?;
         self.state.write(&checkpoints.folder)?;
-        if checkpoints.keep > 0 {
-            DriverState::prune(&checkpoints.folder, checkpoints.keep)?;
-        }
+        DriverState::prune(&checkpoints.folder, checkpoints.keep, checkpoints.keep_every)?;
         self.tracker.saved(step, start.elapsed().as_secs_f64());
         Ok(())
     }

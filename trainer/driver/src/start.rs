@@ -3,7 +3,9 @@
 
 use crate::clock::Clock;
 use crate::collect::{Collector, CollectorParts};
+use crate::course::Course;
 use crate::error::{DriverError, Result};
+use crate::judge::Judge;
 use crate::prompts::{ChatRenderer, LoaderOptions, PromptLoader};
 use crate::recipe::{self, Outcome};
 use crate::reward::{RewardOptions, RewardPipeline};
@@ -21,7 +23,7 @@ use tangelo_configs::{JobPlan, Plan, Role};
 use tangelo_control::{Agent, Cluster, Deadlines, Driver, DriverOptions, Meeting, Placement, RolePlace};
 use tangelo_core::hash::hash_bytes;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
-use tangelo_observe::{ProgressEvent, ProgressWriter};
+use tangelo_observe::{ProgressEvent, ProgressWriter, stderr_line};
 
 /// The most that the driver's own batches (prompts, rewards) may take.
 const STORE_LIMIT_BYTES: usize = 2 << 30;
@@ -40,6 +42,8 @@ pub struct StartOptions {
     pub stop: Stop,
     /// Where others see how far the run is.
     pub current_step: Arc<AtomicU64>,
+    /// How often the job was restarted.
+    pub restart_count: usize,
 }
 
 /// What is opened before anybody is waited for.
@@ -48,6 +52,7 @@ struct Opened {
     loader: PromptLoader,
     rewards: RewardPipeline,
     tokenizer: TokenizerAssets,
+    judge: Option<Judge>,
     fingerprint: String,
 }
 
@@ -77,21 +82,22 @@ pub async fn run(job: &JobPlan, mut options: StartOptions) -> Result<Outcome> {
     outcome
 }
 
-fn meeting(job: &JobPlan) -> Meeting {
+pub(crate) fn meeting(job: &JobPlan) -> Meeting {
     Meeting::new(&job.policy.config.job.dump_folder)
 }
 
 fn open(job: &JobPlan) -> Result<Opened> {
     let algorithm = tangelo_algo::algorithm(job.algorithm(), job.limits())?;
     let tokenizer = tokenizer_of(&job.policy)?;
+    let judge = Judge::new(job, &tokenizer)?;
     let logs = job.policy.config.job.dump_folder.join("logs");
     let rewards = RewardPipeline::start(job.reward(), &RewardOptions { log_folder: Some(logs) })?;
     let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), job.policy.config.data.chat_template.as_deref())?);
     let options = LoaderOptions { need_ground_truth: rewards.needs_ground_truth() };
     let (loader, report) = PromptLoader::open(job.prompts(), options, renderer)?;
-    tangelo_observe::stderr_line(&report);
+    stderr_line(&report);
     let fingerprint = fingerprint(job, &loader)?;
-    Ok(Opened { algorithm, loader, rewards, tokenizer, fingerprint })
+    Ok(Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint })
 }
 
 /// What the order of prompts is a function of.
@@ -105,10 +111,15 @@ fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
         plan.config.data.tokenizer_path().ok_or_else(|| {
             DriverError::Prompts("no tokenizer: set `data.tokenizer` or `model.hf_assets_path`".into())
         })?;
-    tokenizer::load(&path).map_err(|e| DriverError::Prompts(e.to_string()))
+    let mut found = tokenizer::load(&path).map_err(|e| DriverError::Prompts(e.to_string()))?;
+    if let Some(path) = &plan.config.data.chat_template {
+        let text = std::fs::read_to_string(path);
+        found.chat_template = Some(text.map_err(|source| DriverError::Read { path: path.clone(), source })?);
+    }
+    Ok(found)
 }
 
-async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<Driver> {
+pub(crate) async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<Driver> {
     let meeting = meeting(job);
     let secret = meeting.open()?;
     let driver = Driver::listen(DriverOptions {
@@ -134,7 +145,7 @@ fn deadlines(job: &JobPlan) -> Deadlines {
 }
 
 /// The job's pools and roles.
-fn placement(job: &JobPlan) -> Placement {
+pub(crate) fn placement(job: &JobPlan) -> Placement {
     let mut placement = Placement::default();
     for role in job.roles() {
         let (pool, ranks) = (job.pool(role), job.ranks(role));
@@ -145,7 +156,7 @@ fn placement(job: &JobPlan) -> Placement {
     placement
 }
 
-fn team(job: &JobPlan, cluster: &Cluster) -> Result<Team> {
+pub(crate) fn team(job: &JobPlan, cluster: &Cluster) -> Result<Team> {
     let group = |role: Role| cluster.group(role.name());
     let optional = |role: Role| job.has(role).then(|| group(role)).transpose();
     Ok(Team {
@@ -155,27 +166,29 @@ fn team(job: &JobPlan, cluster: &Cluster) -> Result<Team> {
         reference: optional(Role::Reference)?,
         critic: optional(Role::Critic)?,
         reward_model: optional(Role::Reward)?,
-        trusts_engine: job.trusts_engine(),
     })
 }
 
 async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: StartOptions) -> Result<Session> {
-    let plan = &job.policy;
-    let config = &plan.config;
-    let Opened { algorithm, loader, rewards, tokenizer, fingerprint } = opened;
+    let config = &job.policy.config;
+    let Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint } = opened;
+    let course = Course::new(job, algorithm);
     let team = team(job, &cluster)?;
     let folder = job.checkpoint_folder();
     let fresh = DriverState {
         step: 0,
         position: 0,
         policy_version: 0,
-        algorithm: algorithm.initial_state(),
+        algorithm: course.algorithm.initial_state(),
         prompts_fingerprint: fingerprint,
     };
+    // A step asked for is where the job begins; a restart goes on from the newest.
+    let asked = u64::try_from(config.checkpoint.load_step).ok().filter(|_| options.restart_count == 0);
     let state = match config.checkpoint.enable {
-        true => resume(&team, &folder, fresh).await?,
+        true => resume(&team, &folder, fresh, asked).await?,
         false => fresh,
     };
+    keep_tokenizer(&tokenizer, &config.job.dump_folder, state.step > 0)?;
     let tensorboard = config.metrics.enable_tensorboard.then_some(config.metrics.save_tb_folder.as_path());
     let tracker = Tracker::new(TrackerOptions {
         run_folder: &config.job.dump_folder,
@@ -190,6 +203,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         loader,
         rewards,
         tokenizer,
+        judge,
         sampling: job.rollout().sampling.clone(),
         seed: config.debug.seed,
         prompts_per_step: job.rlhf().train_batch_size,
@@ -199,10 +213,11 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         folder,
         interval: config.checkpoint.interval as u64,
         keep: config.checkpoint.keep_latest_k,
+        keep_every: config.checkpoint.keep_every as u64,
     });
     Ok(Session {
         team,
-        algorithm,
+        course,
         collector,
         tracker,
         state,
@@ -210,18 +225,28 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         stop: options.stop,
         clock: Clock::default(),
         settings: job.rlhf().clone(),
-        temperature: job.rollout().sampling.temperature,
-        schedule: plan.schedule(),
-        critic_schedule: job.plan(Role::Critic).unwrap_or(plan).schedule(),
         checkpoints,
         current_step: options.current_step,
     })
 }
 
+/// Keeps the tokenizer in the run folder, so that a run can be moved and still be used. One that is there already is this
+/// run's only where the run goes on.
+fn keep_tokenizer(tokenizer: &TokenizerAssets, run: &Path, resumes: bool) -> Result<()> {
+    if resumes && run.join("tokenizer.json").exists() {
+        return Ok(());
+    }
+    let failed = |e: tangelo_formats::FormatError| DriverError::Prompts(format!("the tokenizer cannot be kept: {e}"));
+    tokenizer.save(run).map_err(failed)
+}
+
 /// Where the run's newest checkpoint is, with every learner's part of it loaded.
-async fn resume(team: &Team, folder: &Path, fresh: DriverState) -> Result<DriverState> {
-    let Some(&step) = DriverState::steps(folder)?.first() else { return Ok(fresh) };
-    let found = DriverState::read(folder, step)?;
+async fn resume(team: &Team, folder: &Path, fresh: DriverState, asked: Option<u64>) -> Result<DriverState> {
+    let roles: Vec<&str> = team.learners().map(|group| group.role()).collect();
+    let mut warn = |warning| stderr_line(format!("warning: {warning}"));
+    let Some(found) = DriverState::find(folder, &roles, asked, &mut warn)? else { return Ok(fresh) };
+    let step = found.step;
+    DriverState::forget_after(folder, step)?;
     if found.prompts_fingerprint != fresh.prompts_fingerprint {
         return Err(DriverError::Checkpoint(format!(
             "{} was trained on other prompts (fingerprint {}, now {}): their order would silently differ. Restore \

@@ -23,8 +23,6 @@ pub struct Team {
     pub critic: Option<WorkerGroup>,
     /// The reward model.
     pub reward_model: Option<WorkerGroup>,
-    /// Whether the engine's log-probabilities are taken for the trainer's.
-    pub trusts_engine: bool,
 }
 
 /// What a role that learns is told for one mini-batch.
@@ -37,12 +35,13 @@ pub struct Lesson {
 }
 
 impl Team {
-    /// The batch with the log-probabilities and values that scoring reads, from all roles at once.
+    /// The batch with the log-probabilities and values that scoring reads, from all roles at once. Where the engine's
+    /// log-probabilities are taken for the policy's, or those of a recorded step, they are there already.
     ///
     /// # Errors
     /// Whatever a rank reports.
     pub async fn annotate(&self, batch: RemoteBatch) -> Result<RemoteBatch> {
-        let old = (!self.trusts_engine).then_some((&self.policy, Column::OldLogprob));
+        let old = (!batch.has(Column::OldLogprob)).then_some((&self.policy, Column::OldLogprob));
         let reference = self.reference.as_ref().map(|group| (group, Column::RefLogprob));
         let value = self.critic.as_ref().map(|group| (group, Column::Value));
         let batch = &batch;
@@ -102,7 +101,7 @@ impl Team {
     }
 
     /// The roles that learn, and so have a part in checkpoints.
-    fn learners(&self) -> impl Iterator<Item = &WorkerGroup> {
+    pub fn learners(&self) -> impl Iterator<Item = &WorkerGroup> {
         std::iter::once(&self.policy).chain(&self.critic)
     }
 

@@ -209,7 +209,7 @@ pub(crate) fn attempt_name() -> String {
 }
 
 /// Tests only: the process dies while the checkpoint of that step is being written.
-fn kill_in_save(fault: Fault) -> Option<crate::checkpoint::SaveObserver> {
+pub(crate) fn kill_in_save(fault: Fault) -> Option<crate::checkpoint::SaveObserver> {
     if fault.kind != FaultKind::KillInSave {
         return None;
     }

@@ -105,7 +105,8 @@ fn finish(
     checkpoints.finish(recorder)?;
     if info.rank == 0 && !stopped && plan.config.checkpoint.last_save_in_hf {
         recorder.phase("exporting");
-        setup::export_last(plan, state.step, recorder)?;
+        let folder = plan.config.job.dump_folder.join(&plan.config.checkpoint.folder);
+        setup::export_last(plan, &folder, state.step, &mut |warning| recorder.warn(state.step, warning))?;
     }
     recorder.done(state.step, plan.config.training.steps as u64);
     Ok(())

@@ -289,7 +289,7 @@ impl Recorder {
     /// What the model wrote.
     pub fn sample(&mut self, step: u64, prompt: &str, text: &str) {
         if let Some(sinks) = &mut self.sinks {
-            sinks.samples.append(&SampleRecord { step, prompt: prompt.into(), text: text.into() });
+            sinks.samples.append(&SampleRecord { step, prompt: prompt.into(), text: text.into(), note: String::new() });
         }
     }
 }

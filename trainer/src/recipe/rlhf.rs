@@ -2,6 +2,7 @@
 
 use super::setup;
 use crate::error::{Result, TrainError};
+use crate::faults::Fault;
 use crate::micro_batch::MicroBatches;
 use crate::open_model;
 use crate::process::{RankInfo, threads_for};
@@ -36,11 +37,19 @@ pub fn run(job: &JobPlan, info: &RankInfo, runtime: &tokio::runtime::Handle) -> 
     device::set_threads(threads_for(training.num_threads, info.local_world_size));
     let world = setup::connect(&job.policy, info, device)?;
     let (mut worker, seats) = Builder { job, info, rank: info.rank, device }.build(world)?;
+    plant(&mut worker, Fault::from_env(info.rank, info.restart_count)?);
     worker.publish()?;
     let member = Membership::from_env().map_err(control_error)?;
     let options = RankOptions { rank: info.rank, seats, store_limit_bytes: STORE_LIMIT_BYTES };
     let rank = runtime.block_on(Rank::start(&member, options)).map_err(control_error)?;
     rank.run(&mut worker).map_err(control_error)
+}
+
+/// Tests only: something will go wrong on this rank.
+fn plant(worker: &mut RlWorker, fault: Option<Fault>) {
+    worker.fault = fault;
+    [&mut worker.policy, &mut worker.critic].into_iter().flatten().for_each(|learner| learner.plant(fault));
+    [&mut worker.reference, &mut worker.reward].into_iter().flatten().for_each(|scorer| scorer.plant(fault));
 }
 
 /// An error of the control plane, by what the user does about it.
@@ -82,6 +91,8 @@ impl Builder<'_> {
             publishing,
             algorithm: algorithm.map_err(|e| TrainError::Config(e.to_string()))?,
             temperature: self.job.rollout().sampling.temperature,
+            step: 0,
+            fault: None,
         };
         Ok((worker, self.seats()?))
     }
@@ -117,11 +128,19 @@ impl Builder<'_> {
         };
         worker.set_micro_batches(MicroBatches::Balanced(self.job.rlhf().ppo_max_token_len_per_rank));
         let is_first = rank == 0;
+        let mut new_head = None;
         setup::give_first_weights(plan, &mut worker, &mut |told| match told {
+            setup::Told::Warning(message) if role == Role::Reward => new_head = Some(message.to_owned()),
             setup::Told::Warning(message) if is_first => stderr_line(format!("warning: role {role}: {message}")),
             setup::Told::Warning(_) | setup::Told::Phase(_) => {}
         })?;
-        Ok(worker)
+        match new_head {
+            Some(message) => Err(TrainError::Config(format!(
+                "role {role}: {message}, so its values would mean nothing; `roles.reward.hf_assets_path` must be a \
+                 sequence-classification model with one label"
+            ))),
+            None => Ok(worker),
+        }
     }
 
     fn layout(&self) -> Result<GenerationLayout> {

@@ -10,7 +10,7 @@ use crate::persist;
 use crate::process::{RankInfo, threads_for};
 use crate::verb::export;
 use crate::worker::TrainWorker;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tangelo_configs::Plan;
@@ -249,7 +249,7 @@ fn initial_path(plan: &Plan) -> Option<PathBuf> {
 
 /// Fails at the first parameter in which a pre-trained model differs from the plan's; names those of a scalar head that it
 /// lacks.
-fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &std::path::Path) -> Result<Vec<String>> {
+fn check_shapes(plan: &Plan, found: &tangelo_configs::ModelSpec, path: &Path) -> Result<Vec<String>> {
     let dtype = tangelo_core::DType::F32;
     let (expected, found) = (plan.model.parameters(dtype), found.parameters(dtype));
     let mut new = Vec::new();
@@ -292,11 +292,11 @@ pub fn keep_tokenizer(plan: &Plan, resumes: bool) -> Result<()> {
     kept.map_err(|e| TrainError::Data(e.to_string()))
 }
 
-/// The newest checkpoint as a Hugging Face folder, `export` in the run folder.
-pub fn export_last(plan: &Plan, step: u64, recorder: &mut Recorder) -> Result<()> {
+/// The checkpoint of `step` in `folder` as a Hugging Face folder, `export` in the run folder; `warn` is told of what is
+/// missing in it.
+pub fn export_last(plan: &Plan, folder: &Path, step: u64, warn: &mut dyn FnMut(&str)) -> Result<()> {
     let run = &plan.config.job.dump_folder;
-    let folder = run.join(&plan.config.checkpoint.folder);
-    let found = find_usable(&folder, Some(step)).map_err(|e| TrainError::Data(e.to_string()))?;
+    let found = find_usable(folder, Some(step)).map_err(|e| TrainError::Data(e.to_string()))?;
     let Some(checkpoint) = found.checkpoint else {
         return Err(TrainError::Data(format!("{} holds no checkpoint of step {step} to export", folder.display())));
     };
@@ -304,7 +304,7 @@ pub fn export_last(plan: &Plan, step: u64, recorder: &mut Recorder) -> Result<()
     let tokenizer = match source.tokenizer(run) {
         Ok(tokenizer) => Some(tokenizer),
         Err(e) => {
-            recorder.warn(step, &format!("the exported model has no tokenizer: {e}"));
+            warn(&format!("the exported model has no tokenizer: {e}"));
             None
         }
     };

@@ -2,14 +2,18 @@
 
 use crate::checkpoint::{Checkpoint, Retention, Saver, SaverOptions, TrainState, Verify, step_folder_name};
 use crate::error::{Result, TrainError};
+use crate::faults::Fault;
 use crate::persist::{self, WritePlan};
-use crate::recipe::checkpointing::attempt_name;
+use crate::recipe::checkpointing::{attempt_name, kill_in_save};
+use crate::recipe::setup;
 use crate::worker::{LossStats, TrainWorker};
 use std::path::Path;
 use std::time::Duration;
+use tangelo_configs::job::Checkpoint as CheckpointConfig;
 use tangelo_configs::{Plan, Role};
 use tangelo_control::{Metrics, Reading};
-use tangelo_core::{Batch, LossSpec};
+use tangelo_core::{Batch, LossSpec, Phase};
+use tangelo_observe::stderr_line;
 
 /// A model that learns, and how it is saved.
 pub struct Learner {
@@ -21,12 +25,21 @@ pub struct Learner {
     saving: Option<(Saver, WritePlan)>,
     /// The step of the checkpoint that the role went on from.
     resumed_from: Option<u64>,
+    /// Tests only.
+    fault: Option<Fault>,
 }
 
 impl Learner {
     /// A role that has its weights.
     pub fn new(role: Role, plan: &Plan, worker: TrainWorker) -> Learner {
-        Learner { role, plan: plan.clone(), worker, loss: LossStats::default(), saving: None, resumed_from: None }
+        let (loss, plan) = (LossStats::default(), plan.clone());
+        Learner { role, plan, worker, loss, saving: None, resumed_from: None, fault: None }
+    }
+
+    /// Tests only: something will go wrong on this rank.
+    pub fn plant(&mut self, fault: Option<Fault>) {
+        self.fault = fault;
+        self.worker.plant(fault);
     }
 
     /// The model.
@@ -62,6 +75,7 @@ impl Learner {
 
     /// Writes the checkpoint of `step` into `folder`, whole or not at all; waits until it is there.
     pub fn save(&mut self, folder: &Path, step: u64) -> Result<()> {
+        self.worker.enter(Phase::Save)?;
         if self.saving.is_none() {
             self.saving = Some(self.open_saver(folder)?);
         }
@@ -81,11 +95,20 @@ impl Learner {
                 "the checkpoint of step {step} was not saved: {e}; make room or mend the folder"
             ))
         };
-        persist::save(&self.worker, writes, saver, state, false).map_err(failed)?;
+        let config = &self.plan.config.checkpoint;
+        let is_last = step >= self.plan.config.training.steps as u64;
+        let weights_only = is_last && config.last_save_model_only;
+        persist::save(&self.worker, writes, saver, state, weights_only).map_err(failed)?;
         saver.finish().map_err(failed)?;
         let comm = &self.plan.config.comm;
-        let [step, waiting] = [comm.train_timeout_seconds, comm.init_timeout_seconds].map(Duration::from_secs);
-        self.worker.wait_for_all(waiting, step)
+        let [deadline, waiting] = [comm.train_timeout_seconds, comm.init_timeout_seconds].map(Duration::from_secs);
+        self.worker.wait_for_all(waiting, deadline)?;
+        match is_last && config.last_save_in_hf && self.role == Role::Policy && self.worker.rank() == 0 {
+            true => {
+                setup::export_last(&self.plan, folder, step, &mut |warning| stderr_line(format!("warning: {warning}")))
+            }
+            false => Ok(()),
+        }
     }
 
     fn open_saver(&self, folder: &Path) -> Result<(Saver, WritePlan)> {
@@ -99,12 +122,12 @@ impl Learner {
             world_size: worker.world().size(),
             attempt,
             resumed_from: self.resumed_from,
-            retention: Retention { keep_latest_k: config.keep_latest_k, keep_every: config.keep_every as u64 },
+            retention: retention(config),
             asynchronous: false,
             rank_deadline: Duration::from_secs(plan.config.comm.init_timeout_seconds),
             config_toml: plan.to_toml().map_err(|e| TrainError::Config(e.to_string()))?,
             model: plan.model.clone(),
-            observer: None,
+            observer: self.fault.and_then(kill_in_save),
         };
         let saver = Saver::start(options).map_err(|e| TrainError::Device(e.to_string()))?;
         Ok((saver, WritePlan::new(plan, worker)))
@@ -115,6 +138,14 @@ impl Learner {
         let path = folder.join(step_folder_name(step));
         let checkpoint = Checkpoint::open(&path, Verify::Full).map_err(|e| TrainError::Data(e.to_string()))?;
         self.resumed_from = Some(step);
-        persist::restore(&mut self.worker, &checkpoint, false)
+        // Where nothing is left to learn, moments may not be there.
+        let weights_only = step >= self.plan.config.training.steps as u64;
+        persist::restore(&mut self.worker, &checkpoint, weights_only)
     }
+}
+
+/// One more than is asked for: the driver writes its part last, so until then the checkpoint before must stay.
+fn retention(config: &CheckpointConfig) -> Retention {
+    let keep_latest_k = if config.keep_latest_k == 0 { 0 } else { config.keep_latest_k + 1 };
+    Retention { keep_latest_k, keep_every: config.keep_every as u64 }
 }

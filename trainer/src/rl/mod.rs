@@ -18,13 +18,14 @@ pub use generator::Generator;
 pub use learner::Learner;
 
 use crate::error::TrainError;
+use crate::faults::Fault;
 use crate::publish::{Published, Publisher};
 use crate::worker::TrainWorker;
 use std::time::Instant;
 use tangelo_algo::{Algorithm, Call};
 use tangelo_configs::Role;
 use tangelo_control::{Context, Control, Job, Metrics, NewColumns, Output, Reading, Request, Worker, WorkerError};
-use tangelo_core::Column;
+use tangelo_core::{Column, Moment};
 use tangelo_kernels::comm::Communicator;
 
 /// The roles of this rank.
@@ -45,6 +46,10 @@ pub struct RlWorker {
     pub algorithm: Box<dyn Algorithm>,
     /// Divides the logits, in sampling as in the loss.
     pub temperature: f64,
+    /// The step of the last call.
+    pub step: u64,
+    /// Tests only.
+    pub fault: Option<Fault>,
 }
 
 type Result<T> = std::result::Result<T, WorkerError>;
@@ -52,6 +57,7 @@ type Result<T> = std::result::Result<T, WorkerError>;
 impl Worker for RlWorker {
     fn call(&mut self, job: &Job, control: &Control) -> Result<Output> {
         let role = role_of(&job.context)?;
+        self.note_step(job.context.step).map_err(refused)?;
         match &job.request {
             Request::ForwardBackward { loss, .. } => {
                 self.learner(role)?.forward_backward(job.batch()?, loss).map(Output::metrics).map_err(refused)
@@ -81,6 +87,19 @@ impl Worker for RlWorker {
 }
 
 impl RlWorker {
+    /// Where a step begins, reports about failures learn of it.
+    fn note_step(&mut self, step: u64) -> crate::error::Result<()> {
+        if step == self.step {
+            return Ok(());
+        }
+        self.step = step;
+        let learners = [&self.policy, &self.critic].into_iter().flatten().map(Learner::worker);
+        learners.chain([&self.reference, &self.reward].into_iter().flatten()).try_for_each(|w| w.begin_step(step))?;
+        let moment = Moment { step, phase: None };
+        self.publishing.iter().for_each(|(_, comm)| comm.enter(moment));
+        self.fault.map_or(Ok(()), |fault| fault.strike(moment))
+    }
+
     fn learner(&mut self, role: Role) -> Result<&mut Learner> {
         let learner = match role {
             Role::Policy => self.policy.as_mut(),

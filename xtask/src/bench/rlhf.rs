@@ -67,6 +67,9 @@ impl Dtype {
     }
 }
 
+/// A number of a step, and what it is called.
+type Part = (&'static str, fn(&Step) -> f64);
+
 /// Seconds of one step, whole and in parts.
 #[derive(Clone, Copy, Debug, Default)]
 struct Step {
@@ -151,7 +154,7 @@ impl Bench<'_> {
                 Ok(())
             })?;
         }
-        let parts: [(&str, fn(&Step) -> f64); 4] = [
+        let parts: [Part; 4] = [
             ("s a step", |step| step.whole),
             ("s of generation", |step| step.generate),
             ("s of scoring", |step| step.score),

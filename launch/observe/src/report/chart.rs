@@ -184,7 +184,12 @@ fn y_range(drawn: &[(&Line, Vec<Bucket>)], from_zero: bool) -> ((f64, f64), bool
     let clipped = usual.is_finite() && usual > low && high - low > 4.0 * (usual - low);
     let high = if clipped { low + 1.5 * (usual - low) } else { high };
     let low = if from_zero { low.min(0.0) } else { low };
-    let margin = if high > low { 0.06 * (high - low) } else { 0.1 * high.abs().max(1e-9) };
+    let margin = match (high > low, high == 0.0) {
+        (true, _) => 0.06 * (high - low),
+        // Nothing but zeros: there is no scale to tell them by.
+        (false, true) => 1.0,
+        (false, false) => 0.1 * high.abs(),
+    };
     let bottom = if from_zero && low >= 0.0 { 0.0 } else { low - margin };
     ((bottom, high + margin), clipped)
 }

@@ -8,6 +8,8 @@ mod page;
 mod rl;
 mod series;
 
+pub use rl::validation_name;
+
 use crate::records::{EventKind, EventRecord, MetricRecord, NamedRecord, SampleRecord, read_lines, read_metrics};
 use crate::{files, unix_seconds};
 use std::io;

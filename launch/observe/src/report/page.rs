@@ -201,7 +201,10 @@ fn samples(samples: &[SampleRecord]) -> String {
         let _ = write!(out, "<details{open}><summary>after step {}</summary>", group[0].step);
         for sample in group {
             let text: String = sample.text.chars().take(MAX_SAMPLE_CHARS).collect();
-            let _ = write!(out, "<pre><span class=\"prompt\">{}</span>{}</pre>", escape(&sample.prompt), escape(&text));
+            let note =
+                if sample.note.is_empty() { String::new() } else { format!("<small>{}</small>", escape(&sample.note)) };
+            let (prompt, text) = (escape(&sample.prompt), escape(&text));
+            let _ = write!(out, "<pre><span class=\"prompt\">{prompt}</span>{text}{note}</pre>");
         }
         out += "</details>\n";
     }

@@ -34,6 +34,11 @@ fn names<'a>(records: &'a [NamedRecord], begin: &str) -> BTreeSet<&'a str> {
     all.filter(|name| name.starts_with(begin)).collect()
 }
 
+/// `gsm8k mean@4` of `val-core/gsm8k/reward/mean@4`.
+pub fn validation_name(metric: &str) -> String {
+    metric.trim_start_matches("val-core/").replace("/reward/", " ")
+}
+
 /// The first and the last reward, and of the validation's means.
 pub fn tiles(records: &[NamedRecord]) -> Vec<(&'static str, String, String)> {
     let told = |label, name: &str| {
@@ -58,10 +63,15 @@ pub fn charts(records: &[NamedRecord], frame: &Frame) -> String {
     };
     let parts = names(records, "reward/").into_iter().filter(|name| name.ends_with("/mean"));
     let parts: Vec<Line> = parts.enumerate().map(part).collect();
+    // One part alone is the reward.
+    let parts = if parts.len() > 1 { parts } else { Vec::new() };
     let checks = names(records, "val-core/").into_iter().enumerate();
-    let checks: Vec<Line> = checks.map(|(i, m)| line(m, m.trim_start_matches("val-core/"), i % 6, true)).collect();
+    let checks: Vec<Line> = checks.map(|(i, m)| line(m, &validation_name(m), i % 6, true)).collect();
     let phases: Vec<Line> =
         PHASES.iter().map(|(phase, color)| line(&format!("timing_s/{phase}"), phase, *color, false)).collect();
+    // A critic that has learnt nothing yet explains less than nothing, by any amount.
+    let mut explained = line("critic/vf_explained_var", "explained", 2, false);
+    explained.series.points.iter_mut().filter(|(_, value)| *value < -1.0).for_each(|(_, value)| *value = -1.0);
     let plain = |title: &str, lines: &[Line]| {
         let any = lines.iter().any(|line| line.series.finite().next().is_some());
         if any { chart::lines(title, Format::Plain, false, lines, frame) } else { String::new() }
@@ -87,7 +97,12 @@ pub fn charts(records: &[NamedRecord], frame: &Frame) -> String {
             "Gradient norm",
             &[line("actor/grad_norm", "policy", 3, false), line("critic/grad_norm", "critic", 1, false)],
         ),
-        plain("Share of clipped tokens", &[line("actor/pg_clipfrac", "clipped", 5, false)]),
+        plain(
+            "Share of clipped tokens",
+            &[line("actor/pg_clipfrac", "policy", 5, false), line("critic/vf_clipfrac", "values", 1, false)],
+        ),
+        plain("Critic: loss of its values", &[line("critic/vf_loss", "values", 1, false)]),
+        plain("Critic: explained variance of returns, from -1", &[explained]),
         plain(
             "Distance of engine and trainer",
             &[

@@ -1,7 +1,7 @@
 //! The report of whole, half, empty and odd runs.
 
 use super::*;
-use crate::{EventLog, Metric, MetricsWriter, SampleLog};
+use crate::{EventLog, Metric, MetricsWriter, NamedMetrics, SampleLog};
 
 fn page(folder: &Path) -> String {
     let path = write(folder).unwrap();
@@ -29,7 +29,8 @@ fn write_run(folder: &Path, steps: u64) {
     }
     events.append(EventKind::Restart, Some(steps / 2), "restart 1");
     let mut samples = SampleLog::open(folder, 0);
-    samples.append(&SampleRecord { step: 5, prompt: "<script>".into(), text: "alert(1)</script>\u{0}".into() });
+    let text = "alert(1)</script>\u{0}".into();
+    samples.append(&SampleRecord { step: 5, prompt: "<script>".into(), text, note: "reward <b>".into() });
     events.append(EventKind::Done, Some(steps), "all ranks ended well");
 }
 
@@ -44,6 +45,7 @@ fn a_whole_run() {
     assert_eq!(page.matches("<svg").count(), 7);
     assert!(page.contains("class=\"status good\">done") && page.contains("class=\"restart\""));
     assert!(page.contains("a &lt;b&gt; &amp; c") && page.contains("2 layers of width 64"));
+    assert!(page.contains("<small>reward &lt;b&gt;</small>"), "nor are notes");
     assert!(page.contains("&lt;script&gt;") && page.contains("alert(1)&lt;/script&gt;"), "samples are not code");
 }
 
@@ -57,6 +59,41 @@ fn a_hundred_thousand_steps_make_no_larger_page_than_a_thousand() {
     // Longer step numbers in the text, and nothing else.
     assert!(sizes[1] < sizes[0] * 6 / 5, "{sizes:?}");
     assert!(sizes[1] < 1 << 19, "{sizes:?}");
+}
+
+#[test]
+fn a_run_of_reinforcement_learning() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut metrics = NamedMetrics::open(folder.path(), None, 0);
+    let check = [("val-core/sums/reward/mean@4", 0.25), ("val-core/sums/reward/pass@4", 0.5)];
+    let named = |all: &[(&str, f64)]| all.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect::<Vec<_>>();
+    metrics.record(0, &named(&check));
+    for step in 1..=3u64 {
+        let reward = step as f64 / 8.0;
+        metrics.record(
+            step,
+            &named(&[
+                ("critic/score/mean", reward),
+                ("reward/numeric/mean", reward),
+                ("reward/length/mean", 0.5),
+                ("actor/ppo_kl", 0.01),
+                ("response_length/mean", 7.5),
+                ("critic/vf_explained_var", -1e6),
+                ("timing_s/gen", 1.0),
+            ]),
+        );
+    }
+    let mut samples = SampleLog::open(folder.path(), 0);
+    let note = "reward 1.05 (numeric 1, length 0.5)".into();
+    samples.append(&SampleRecord { step: 3, prompt: "1 + 1 =\n".into(), text: "2".into(), note });
+    let page = page(folder.path());
+    for part in ["Reward", "sums mean@4", "sums pass@4", "numeric", "KL of an update", "Length of completions"] {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(page.contains("<small>reward 1.05 (numeric 1, length 0.5)</small>"));
+    // A critic that is far off does not flatten its own curve.
+    assert!(!page.contains("-1e6") && page.contains("explained variance"));
+    assert!(page.contains("from 0.125"), "the tile says where the reward came from");
 }
 
 #[test]

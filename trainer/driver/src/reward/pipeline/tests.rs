@@ -174,10 +174,10 @@ fn zeros_in_a_row_raise_an_alarm() {
 #[test]
 fn reward_models_have_their_place_in_the_sum() {
     let reward = config(
-        "[[parts]]\ntype = 'numeric'\n[[parts]]\ntype = 'model'\nname = 'helpful'\nweight = 0.1\nrole = 'rm'\non_error = 'drop'",
+        "[[parts]]\ntype = 'numeric'\n[[parts]]\ntype = 'model'\nname = 'helpful'\nweight = 0.1\nrole = 'reward'\non_error = 'drop'",
     );
     let pipeline = start(&reward);
-    assert_eq!(pipeline.model_parts().collect::<Vec<_>>(), [("helpful", "rm")]);
+    assert_eq!(pipeline.model_parts().collect::<Vec<_>>(), [("helpful", "reward")]);
     let samples = samples(&["#### 1", "#### 2", "#### 1"]);
     let mut pending = pipeline.evaluate(&samples).unwrap();
     pending.set_model("helpful", &[3.0, -3.0, f64::INFINITY]).unwrap();

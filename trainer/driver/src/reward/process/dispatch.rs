@@ -2,7 +2,8 @@
 //!
 //! A process is timed by its oldest call, from when it was sent or became the oldest: for one that answers in order that
 //! is the call's own time, for others it is no shorter. A late call fails, and the others of its process are sent again.
-//! Where a process dies with several calls, each of them is sent again alone, so that only the guilty one fails.
+//! Where a process dies, each of its calls is sent again alone, so that only the guilty one fails: a process that
+//! somebody killed costs no call its answer.
 //!
 //! Invariants: every call ends: answered, failed, or given up with all others after [`Limits::max_failures`] failures
 //! with no answer in between; a process holds at most [`Limits::calls_in_flight`] calls.
@@ -131,13 +132,14 @@ impl Dispatch {
         match before {
             Slot::Up(up) if up.in_flight.is_empty() && up.answered => {}
             Slot::Up(up) => {
-                if up.in_flight.len() == 1 {
+                // The first death of a single call may be chance: it counts where the call is the death of a second one.
+                self.failures += u32::from(up.alone || up.in_flight.len() != 1);
+                if up.alone {
                     let guilty = up.in_flight.into_iter();
                     actions.extend(guilty.map(|id| Action::Fail(id, Failure::Died(reason.to_owned()))));
                 } else {
                     self.suspects.extend(up.in_flight);
                 }
-                self.failures += 1;
             }
             Slot::Starting { .. } => self.failures += 1,
             Slot::Down { .. } => {}

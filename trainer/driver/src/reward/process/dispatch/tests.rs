@@ -102,11 +102,24 @@ fn a_death_is_blamed_on_the_call_that_is_alone() {
 }
 
 #[test]
+fn a_killed_process_costs_its_call_nothing() {
+    let mut pool = Pool::new(1, 1);
+    assert_eq!(pool.calls(0..2), [Action::Send(0, 0)]);
+    assert_eq!(pool.dies(0), [Action::Start(0), Action::Send(0, 0)]);
+    assert_eq!(pool.answered(0, 0), [Action::Send(0, 1)]);
+    // The next one is as innocent as the first, and guilty when its process dies again.
+    assert_eq!(pool.dies(0), [Action::Start(0), Action::Send(0, 1)]);
+    assert_eq!(pool.dies(0), [Action::Fail(1, Failure::Died("boom".into()))]);
+    assert!(!pool.dispatch.is_busy());
+}
+
+#[test]
 fn a_program_that_never_works_is_given_up() {
     let mut pool = Pool::new(1, 1);
     pool.calls(0..20);
     let mut failed = Vec::new();
-    for _ in 0..8 {
+    // Every call is tried twice.
+    for _ in 0..16 {
         failed.extend(pool.dies(0).into_iter().filter(|action| matches!(action, Action::Fail(..))));
     }
     assert_eq!(failed.len(), 20);
