@@ -88,7 +88,7 @@ impl SamplingParams {
 
     /// Whether tokens are drawn from the model's own distribution at the temperature, with nothing cut off.
     pub fn is_untruncated(&self) -> bool {
-        self.temperature > 0.0 && self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
+        self.temperature > 0.0 && self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0 && self.min_tokens == 0
     }
 }
 

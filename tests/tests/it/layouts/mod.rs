@@ -2,6 +2,7 @@
 
 mod calls;
 mod components;
+mod generating;
 mod grpo;
 mod harness;
 mod moving;
