@@ -41,11 +41,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use supervise::{Attempt, Outcome};
 use tangelo_configs::job::{DeviceChoice, JobType};
-use tangelo_configs::{JobPlan, ModelAssets, Plan, Resources, resolve};
+use tangelo_configs::{ConfigError, JobPlan, ModelAssets, Plan, Resources, resolve};
 use tangelo_data::DataError;
 use tangelo_formats::Assets;
 use tangelo_observe::records::EventKind;
 use tangelo_observe::{EventLog, report, unix_millis};
+use tangelo_planner::publish::GenerationLayout;
 
 /// Runs a job.
 pub fn run(arguments: &RunArgs) -> Result<(), LaunchError> {
@@ -113,7 +114,7 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     folder::check_same_run(&plan)?;
     if plan.config.job.kind == JobType::Rlhf {
         // Every role fits its ranks, or nothing starts.
-        JobPlan::new(plan.clone(), &resources, &Assets)?;
+        check_roles(&plan, &resources)?;
     } else {
         prepare_unless_stopped(&plan, &terminal, &signals)?;
     }
@@ -122,6 +123,13 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let kind = plan.config.job.kind;
     let job = Job { arguments, terminal: &terminal, worker, config, run_folder, topology, kind, signals };
     job.run_to_the_end()
+}
+
+/// Every role of a reinforcement-learning job fits its ranks, and generation its model.
+fn check_roles(plan: &Plan, resources: &Resources) -> Result<(), LaunchError> {
+    let job = JobPlan::new(plan.clone(), resources, &Assets)?;
+    GenerationLayout::of_job(&job).map_err(|e| ConfigError::Values(vec![e.to_string()]))?;
+    Ok(())
 }
 
 fn print_config(plan: &Plan, terminal: &Terminal) -> Result<(), LaunchError> {

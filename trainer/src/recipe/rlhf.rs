@@ -131,14 +131,7 @@ impl Builder<'_> {
     }
 
     fn layout(&self) -> Result<GenerationLayout> {
-        let tp = self.job.rollout().tensor_parallel_degree;
-        let layout = match self.job.shares_pool(Role::Policy, Role::Rollout) {
-            true => GenerationLayout::colocated(&self.job.policy.topology, tp),
-            false => GenerationLayout::separate(self.job.ranks(Role::Rollout).len(), tp),
-        };
-        let layout = layout.map_err(|e| TrainError::Config(e.to_string()))?;
-        layout.check(&self.job.policy.model).map_err(|e| TrainError::Config(e.to_string()))?;
-        Ok(layout)
+        GenerationLayout::of_job(self.job).map_err(|e| TrainError::Config(e.to_string()))
     }
 
     fn publisher(&self) -> Result<Publisher> {
