@@ -156,7 +156,7 @@ fn least(plan: &Plan, layout: &GenerationLayout, rank: usize, same: bool) -> usi
 fn weights_arrive_with_their_bits_by_the_fewest_bytes() {
     device::set_threads(1);
     let seed = support::fresh_seed();
-    println!("| training | generation | type | received | peak | shard + bucket | DS-Chat | HybridFlow-V | HybridFlow |");
+    println!("| training | generation | type | received = least | peak | shard + bucket | DS-Chat | HybridFlow-V | HybridFlow |");
     println!("|---|---|---|---|---|---|---|---|---|");
     for line in PAIRS.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let pair = Pair::parse(line, seed);
@@ -195,7 +195,7 @@ impl Default for Row {
 impl Row {
     fn print(&self, line: &str, paper: Option<PaperBytes>) -> String {
         let columns: Vec<&str> = line.split('|').map(str::trim).collect();
-        let paper = paper.map_or("| | ".into(), |p| {
+        let paper = paper.map_or("- | - | -".into(), |p| {
             format!("{:.0} | {:.0} | {:.0}", p.deepspeed_chat, p.hybridflow_v, p.hybridflow)
         });
         let received =
