@@ -138,7 +138,8 @@ impl Engine {
         let layers = layer_shapes(model);
         let (kind, device, spec) = (model.kind(), model.device(), model.spec());
         let max_len = spec.max_position_embeddings;
-        let num_blocks = agreed_blocks(&group, config, PagedKv::bytes_per_block(&layers, kind, device), max_len, device)?;
+        let num_blocks =
+            agreed_blocks(&group, config, PagedKv::bytes_per_block(&layers, kind, device), max_len, device)?;
         let limits =
             Limits { max_num_seqs: config.max_num_seqs, max_num_batched_tokens: config.max_num_batched_tokens };
         let mut engine = Engine {
@@ -479,7 +480,9 @@ fn agreed_blocks(
     let own = num_blocks(config, block_bytes, max_len, device);
     let least = group.least(*own.as_ref().unwrap_or(&0))?;
     match (own?, least) {
-        (_, 0) => Err(RolloutError::Memory("another rank of the group has none for keys and values; see its log".into())),
+        (_, 0) => {
+            Err(RolloutError::Memory("another rank of the group has none for keys and values; see its log".into()))
+        }
         _ => Ok(least),
     }
 }

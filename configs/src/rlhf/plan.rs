@@ -297,7 +297,10 @@ impl JobPlan {
                 topology.size(Group::Ring) * topology.size(Group::Heads) > 1,
                 "context parallelism sums in another order".to_owned(),
             ),
-            (!self.rollout().sampling.is_untruncated(), "top_k, top_p, min_p or min_tokens cut the distribution".to_owned()),
+            (
+                !self.rollout().sampling.is_untruncated(),
+                "top_k, top_p, min_p or min_tokens cut the distribution".to_owned(),
+            ),
         ];
         reasons.into_iter().find(|(differs, _)| *differs).map_or(Ok(()), |(_, reason)| Err(reason))
     }

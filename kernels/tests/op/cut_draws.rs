@@ -16,8 +16,7 @@ struct Rank {
 /// Hidden states, a head, and what each rank makes of them.
 fn ranks(cuts: &[i64], rows: i64, kind: Kind) -> (Tensor, Tensor, Vec<Rank>) {
     let vocabulary: i64 = cuts.iter().sum();
-    let (hidden, head) =
-        (random(&[rows, 64], kind), (random(&[vocabulary, 64], Kind::Float) * 0.4).to_kind(kind));
+    let (hidden, head) = (random(&[rows, 64], kind), (random(&[vocabulary, 64], Kind::Float) * 0.4).to_kind(kind));
     let mut start = 0;
     let rank = |&n: &i64| {
         let own = head.narrow(0, start, n);
@@ -68,8 +67,11 @@ fn the_same_tokens_with_the_log_probabilities_of_scoring() {
                 let model: Vec<f32> = drawn.iter().map(|d| d.logprob).collect();
                 assert_eq!(model, scored(&hidden, &ranks, &tokens(&drawn), 1.0), "{kind:?} {cuts:?}");
                 let sampling: Vec<f32> = drawn.iter().map(|d| d.sampling_logprob).collect();
-                let expected =
-                    if temperature == 0.0 { vec![0.0; 50] } else { scored(&hidden, &ranks, &tokens(&drawn), temperature) };
+                let expected = if temperature == 0.0 {
+                    vec![0.0; 50]
+                } else {
+                    scored(&hidden, &ranks, &tokens(&drawn), temperature)
+                };
                 assert_eq!(sampling, expected, "{kind:?} {cuts:?} at {temperature}");
             }
         }
@@ -98,8 +100,11 @@ fn filters_and_bans_are_those_of_one_rank() {
             if filter.is_filtered(1000) {
                 let drawn = cut::draw(&logits, &draws);
                 assert_eq!(drawn, whole, "{filter:?}");
-                let values: Vec<f64> =
-                    tokens(&drawn).iter().enumerate().map(|(row, &id)| logits.double_value(&[row as i64, id])).collect();
+                let values: Vec<f64> = tokens(&drawn)
+                    .iter()
+                    .enumerate()
+                    .map(|(row, &id)| logits.double_value(&[row as i64, id]))
+                    .collect();
                 assert_eq!(cut::logprobs(&all, kind, &values), scored(&hidden, &ranks, &tokens(&drawn), 1.0));
             } else {
                 let drawn = cut::elect(&all, kind, &draws);
@@ -120,7 +125,9 @@ fn contenders_match_the_reference() {
     seed_freshly();
     let banned: Vec<i64> = (400..500).collect();
     let (_, _, ranks) = ranks(&[400, 37, 563], 40, Kind::Float);
-    for filter in [plain(0), Draw { temperature: 0.5, banned: &banned, ..plain(0) }, Draw { temperature: 0.0, ..plain(0) }] {
+    for filter in
+        [plain(0), Draw { temperature: 0.5, banned: &banned, ..plain(0) }, Draw { temperature: 0.0, ..plain(0) }]
+    {
         let draws: Vec<Draw<'_>> = (0..40).map(|row| Draw { row, key: plain(row).key, ..filter }).collect();
         for rank in &ranks {
             let found = cut::contend(&rank.logits, rank.start, &draws);

@@ -159,7 +159,16 @@ fn two_tensor_ranks_generate_for_other_layouts() {
     let job = job();
     let data_parallel = generating_together(&job, "dp2", &[]);
     let apart = run(&job, "apart", 2, &["parallelism.tensor_parallel_degree=2", "training.steps=3"]);
-    for (name, steps) in [("dp2 to tp2", data_parallel), ("tp2 to whole", apart)] {
+    let pools = [
+        "placement.pools=[{ name = \"train\", ranks = 1 }, { name = \"generate\", ranks = 2 }]",
+        "placement.roles={ rollout = \"generate\" }",
+        "rollout.tensor_parallel_degree=2",
+        "training.steps=3",
+    ];
+    let own_ranks = run(&job, "pools", 3, &pools);
+    for (name, steps) in
+        [("dp2 to tp2", data_parallel), ("tp2 to whole", apart), ("one rank to two of their own", own_ranks)]
+    {
         for (step, values) in steps.iter().filter(|(step, _)| **step > 0) {
             // Old log-probabilities are the trainer's: the ratio is 1, and the distance to the engine's is told.
             assert_eq!(values["actor/ppo_kl"], 0.0, "{name}, step {step}");

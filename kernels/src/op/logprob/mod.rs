@@ -105,8 +105,7 @@ pub fn sample(hidden: &Tensor, head_weight: &Tensor, draws: &[Draw<'_>]) -> Vec<
 impl Draw<'_> {
     /// Whether the filters may drop some of `vocabulary` tokens: then the whole row decides, and not each token for itself.
     pub fn is_filtered(&self, vocabulary: usize) -> bool {
-        self.temperature > 0.0
-            && (self.top_p < 1.0 || self.min_p > 0.0 || (self.top_k > 0 && self.top_k < vocabulary))
+        self.temperature > 0.0 && (self.top_p < 1.0 || self.min_p > 0.0 || (self.top_k > 0 && self.top_k < vocabulary))
     }
 }
 

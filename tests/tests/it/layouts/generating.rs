@@ -86,19 +86,15 @@ fn worker(case: &Case, plan: &Plan, comm: Communicator) -> (TrainWorker, Communi
 
 /// Rows for training, as generation makes them.
 fn rows(requests: &[Request], completions: &[Completion]) -> Batch {
-    let whole: Vec<Vec<u32>> = completions
-        .iter()
-        .map(|c| [requests[c.request as usize].prompt.as_slice(), &c.ids].concat())
-        .collect();
+    let whole: Vec<Vec<u32>> =
+        completions.iter().map(|c| [requests[c.request as usize].prompt.as_slice(), &c.ids].concat()).collect();
     let drawn = |c: &Completion| requests[c.request as usize].prompt.len() - 1;
     let cut = |from: usize| whole.iter().map(|w| w[from..w.len() - 1 + from].to_vec()).collect::<Vec<_>>();
     let each = |value: fn(usize) -> u32| {
         whole.iter().map(|w| (0..w.len() - 1).map(value).collect()).collect::<Vec<Vec<u32>>>()
     };
-    let mask: Vec<Vec<f32>> = completions
-        .iter()
-        .map(|c| [vec![0.0; drawn(c)], vec![1.0; c.ids.len()]].concat())
-        .collect();
+    let mask: Vec<Vec<f32>> =
+        completions.iter().map(|c| [vec![0.0; drawn(c)], vec![1.0; c.ids.len()]].concat()).collect();
     Batch::from_columns(vec![
         (Column::Tokens, ragged_u32(&cut(0))),
         (Column::Targets, ragged_u32(&cut(1))),
@@ -262,7 +258,14 @@ fn parts_that_make_no_model_are_refused() {
     let errors = case.on_all_ranks(|plan, comm| {
         // Both hold the same half.
         let layout = GenerationLayout::separate(2, 2).expect("a layout");
-        let model = generation_model(None, &plan.model, &layout, 0, kind_of(plan.config.training.mixed_precision_param), Device::Cpu);
+        let model = generation_model(
+            None,
+            &plan.model,
+            &layout,
+            0,
+            kind_of(plan.config.training.mixed_precision_param),
+            Device::Cpu,
+        );
         Engine::parallel(&model, &options(4, 32), &[EOS], None, comm).unwrap_err().to_string()
     });
     for error in errors {
@@ -302,13 +305,14 @@ fn after_training(case: &Case, plan: &Plan, comm: Communicator, tp: usize, folde
 }
 
 /// Training layout, ranks that share a model in generation, type.
-const TRANSITIONS: [(&str, usize, &str); 7] = [
+const TRANSITIONS: [(&str, usize, &str); 8] = [
     ("gqa dp2", 2, "float32"),
     ("gqa dp2 z2.2.2", 1, "bfloat16"),
     ("gqa tp2", 1, "float32"),
     ("gqa pp2", 2, "bfloat16"),
     ("qwen pp2 tp2", 2, "float32"),
     ("qwen dp2 tp2", 4, "bfloat16"),
+    ("gqa dp2 tp2", 2, "float32"),
     ("odd rep2 dp2 z1.1.2 cp2", 2, "bfloat16"),
 ];
 

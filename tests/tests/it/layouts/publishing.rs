@@ -156,7 +156,9 @@ fn least(plan: &Plan, layout: &GenerationLayout, rank: usize, same: bool) -> usi
 fn weights_arrive_with_their_bits_by_the_fewest_bytes() {
     device::set_threads(1);
     let seed = support::fresh_seed();
-    println!("| training | generation | type | received = least | peak | shard + bucket | DS-Chat | HybridFlow-V | HybridFlow |");
+    println!(
+        "| training | generation | type | received = least | peak | shard + bucket | DS-Chat | HybridFlow-V | HybridFlow |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|");
     for line in PAIRS.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let pair = Pair::parse(line, seed);
@@ -169,7 +171,12 @@ fn weights_arrive_with_their_bits_by_the_fewest_bytes() {
             assert_eq!(arrived.moved.received_bytes, least, "{line}: rank {}", arrived.rank);
             // The shard, what one bucket sends and receives, and the largest view's copy where a type is changed.
             let bound = arrived.own + BUCKET as u64 * width;
-            assert!(arrived.allocated <= bound, "{line}: rank {}: {} of {bound} bytes", arrived.rank, arrived.allocated);
+            assert!(
+                arrived.allocated <= bound,
+                "{line}: rank {}: {} of {bound} bytes",
+                arrived.rank,
+                arrived.allocated
+            );
             most.received = most.received.max(least);
             most.fewest = most.fewest.min(least);
             (most.allocated, most.bound) = (most.allocated, most.bound).max((arrived.allocated, bound));
@@ -198,8 +205,11 @@ impl Row {
         let paper = paper.map_or("- | - | -".into(), |p| {
             format!("{:.0} | {:.0} | {:.0}", p.deepspeed_chat, p.hybridflow_v, p.hybridflow)
         });
-        let received =
-            if self.fewest == self.received { self.received.to_string() } else { format!("{} to {}", self.fewest, self.received) };
+        let received = if self.fewest == self.received {
+            self.received.to_string()
+        } else {
+            format!("{} to {}", self.fewest, self.received)
+        };
         format!("| {} | {received} | {} | {} | {paper} |", columns.join(" | "), self.allocated, self.bound)
     }
 }

@@ -12,9 +12,9 @@
 pub mod reference;
 
 use super::{Draw, Drawn, as_rows};
+use crate::ffi;
 use crate::op::distribution::{self, TokenStats};
 use crate::op::{accumulate_kind, has_cpu_kernels, linear};
-use crate::ffi;
 use tch::{Device, Kind, Tensor};
 
 /// Numbers of a contender: the token (-1 where this rank's are all banned), how far it leads (comparable between ranks), its
@@ -79,9 +79,7 @@ pub fn draw(logits: &Tensor, draws: &[Draw<'_>]) -> Vec<Drawn> {
     let asked = as_rows(draws);
     let mut sampled = vec![ffi::SampledToken::default(); draws.len()];
     // SAFETY: all pointers outlive the call; `sampled` has room for one token per draw.
-    ffi::check(unsafe {
-        ffi::tangelo_draw(ffi::borrow(logits), asked.as_ptr(), asked.len(), sampled.as_mut_ptr())
-    });
+    ffi::check(unsafe { ffi::tangelo_draw(ffi::borrow(logits), asked.as_ptr(), asked.len(), sampled.as_mut_ptr()) });
     sampled.into_iter().map(Drawn::from).collect()
 }
 
@@ -112,7 +110,8 @@ fn contenders(all: &Tensor, draws: usize) -> Vec<Vec<Contender>> {
 fn winner(ranks: &[Vec<Contender>], draw: usize) -> usize {
     let mut best: Option<(usize, Contender)> = None;
     for (rank, contender) in ranks.iter().map(|draws| draws[draw]).enumerate().filter(|(_, c)| c[TOKEN] >= 0.0) {
-        let leads = |b: &Contender| contender[LEAD] > b[LEAD] || contender[LEAD] == b[LEAD] && contender[TOKEN] < b[TOKEN];
+        let leads =
+            |b: &Contender| contender[LEAD] > b[LEAD] || contender[LEAD] == b[LEAD] && contender[TOKEN] < b[TOKEN];
         if best.is_none_or(|(_, b)| leads(&b)) {
             best = Some((rank, contender));
         }
