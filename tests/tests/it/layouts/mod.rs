@@ -1,5 +1,6 @@
 //! Every layout against one rank in float64: losses and the gradient of every parameter, two steps each.
 
+mod aborts;
 mod calls;
 mod components;
 mod generating;
