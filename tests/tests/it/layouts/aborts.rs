@@ -1,5 +1,5 @@
-//! A group of tensor ranks that generate together is told to stop by its driver, at any moment: both stop before the same
-//! step, and go on to work together.
+//! One of two tensor ranks that generate together is told to stop, at any moment: both stop before the same step, and go on
+//! to work together. Each rank has a driver of its own here, so that the other is never told.
 
 use super::harness::{Case, no_one_else_draws};
 use crate::support;
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use tangelo_configs::{EngineConfig, SamplingParams};
 use tangelo_control::verbs::mesh;
 use tangelo_control::{
-    Agent, Cause, Cluster, Deadlines, Driver, DriverOptions, Placement, Rank, RankOptions, RemoteBatch, Request,
-    Sampling, Seat, Secret, WorkerGroup,
+    Agent, Cause, Cluster, Control, ControlError, Deadlines, Driver, DriverOptions, Job, Placement, Rank, RankOptions,
+    RemoteBatch, Request, Sampling, Scored, Seat, Secret, WorkerGroup,
 };
 use tangelo_core::batch::{per_sequence_i64, ragged_u32};
 use tangelo_core::{Batch, Column};
@@ -37,84 +37,118 @@ fn generator(case: &Case, comm: Communicator) -> Generator {
     Generator::new(model, engine, true, false)
 }
 
-/// Two ranks on threads, of which the first answers.
-async fn start(case: &Case) -> (Cluster, Vec<std::thread::JoinHandle<()>>) {
-    let driver = Driver::listen(DriverOptions {
-        job: "test".into(),
-        secret: Secret::generate().unwrap(),
-        host: "127.0.0.1".into(),
-        num_nodes: 1,
-        world_size: 2,
-        store_limit_bytes: STORE_BYTES,
-        deadlines: Deadlines { verb: PATIENCE, admin: PATIENCE, ..Deadlines::default() },
-    });
-    let driver = driver.await.unwrap();
-    tokio::spawn(Agent::start(&driver.member(0)).await.unwrap().run());
-    let mut ranks = Vec::new();
-    for (rank, comm) in local::group(2, &CommOptions::default()).into_iter().enumerate() {
-        let seat = Seat { index: 0, size: 1, answers: rank == 0 };
+/// A rank on a thread, with its driver.
+struct Side {
+    cluster: Cluster,
+    rollout: WorkerGroup,
+    prompts: RemoteBatch,
+    rank: std::thread::JoinHandle<()>,
+}
+
+impl Side {
+    async fn start(case: &Case, comm: Communicator) -> Side {
+        let driver = Driver::listen(DriverOptions {
+            job: "test".into(),
+            secret: Secret::generate().unwrap(),
+            host: "127.0.0.1".into(),
+            num_nodes: 1,
+            world_size: 1,
+            store_limit_bytes: STORE_BYTES,
+            deadlines: Deadlines { verb: PATIENCE, admin: PATIENCE, ..Deadlines::default() },
+        });
+        let driver = driver.await.unwrap();
+        tokio::spawn(Agent::start(&driver.member(0)).await.unwrap().run());
+        let seat = Seat { index: 0, size: 1, answers: true };
         let seats = BTreeMap::from([("rollout".to_owned(), BTreeMap::from([(mesh::GENERATE.to_owned(), seat)]))]);
-        let options = RankOptions { rank, seats, store_limit_bytes: STORE_BYTES };
+        let options = RankOptions { rank: 0, seats, store_limit_bytes: STORE_BYTES };
         let started = Rank::start(&driver.member(0), options).await.unwrap();
         let case = case.clone();
-        ranks.push(std::thread::spawn(move || {
+        let rank = std::thread::spawn(move || {
             let mut generator = generator(&case, comm);
-            let mut serve = move |job: &tangelo_control::Job, control: &tangelo_control::Control| match &job.request {
+            let mut serve = move |job: &Job, control: &Control| match &job.request {
                 Request::Generate { sampling, .. } => {
                     generator.generate(job.batch()?, sampling, control, job.context.answers)
                 }
                 other => panic!("{} is not asked here", other.name()),
             };
             started.run(&mut serve).expect("a rank ends well");
-        }));
+        });
+        let cluster = driver.assemble(Placement::colocated(&["rollout"], 1), PATIENCE).await.unwrap();
+        cluster.begin_step(1);
+        let prompts = cluster.put(&prompts()).unwrap();
+        Side { rollout: cluster.group("rollout").unwrap(), cluster, prompts, rank }
     }
-    (driver.assemble(Placement::colocated(&["rollout"], 2), PATIENCE).await.unwrap(), ranks)
+
+    /// Asks for completions, and looks for what becomes of it later.
+    fn generate(&self, sampling: &Sampling) -> tokio::task::JoinHandle<Result<Scored, ControlError>> {
+        let (rollout, prompts, sampling) = (self.rollout.clone(), self.prompts.clone(), sampling.clone());
+        tokio::spawn(async move { rollout.generate(&prompts, &sampling).await })
+    }
+
+    async fn tokens(&self, made: Scored) -> Vec<u32> {
+        let batch = made.batch.expect("rows");
+        let records = self.cluster.fetch(&batch, &[Column::Tokens]).await.expect("its tokens");
+        Batch::new(records).expect("rows of tokens").u32_values(Column::Tokens).expect("the column")
+    }
+
+    async fn until_it_runs(&self) {
+        let begin = Instant::now();
+        while !self.rollout.health().await.unwrap().iter().all(|(_, health)| health.running.is_some()) {
+            assert!(begin.elapsed() < PATIENCE, "generation did not begin");
+        }
+    }
 }
 
-async fn tokens(cluster: &Cluster, rollout: &WorkerGroup, prompts: &RemoteBatch) -> Vec<u32> {
+fn prompts() -> Batch {
+    Batch::from_columns(vec![
+        (Column::Tokens, ragged_u32(&[vec![1, 2, 3], vec![4], vec![5, 6]])),
+        (Column::GroupId, per_sequence_i64(vec![0, 1, 2])),
+    ])
+    .unwrap()
+}
+
+/// A few tokens of three samples: the same on both ranks.
+async fn tokens(sides: &[Side; 2]) -> Vec<u32> {
     let params = SamplingParams { n: 3, max_tokens: 8, ..SamplingParams::default() };
-    let made = rollout.generate(prompts, &Sampling { params, seed: 5 }).await.expect("completions");
-    let batch = made.batch.expect("rows of the rank that answers");
-    let records = cluster.fetch(&batch, &[Column::Tokens]).await.expect("its tokens");
-    Batch::new(records).expect("rows of tokens").u32_values(Column::Tokens).expect("the column")
-}
-
-async fn until_it_runs(rollout: &WorkerGroup) {
-    let begin = Instant::now();
-    while !rollout.health().await.unwrap().iter().all(|(_, health)| health.running.is_some()) {
-        assert!(begin.elapsed() < PATIENCE, "generation did not begin");
+    let calls = sides.each_ref().map(|side| side.generate(&Sampling { params: params.clone(), seed: 5 }));
+    let mut found = Vec::new();
+    for (side, call) in sides.iter().zip(calls) {
+        found.push(side.tokens(call.await.unwrap().expect("completions")).await);
     }
+    assert_eq!(found[0], found[1]);
+    found.remove(0)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_abort_ends_generation_on_all_tensor_ranks_and_leaves_them_working() {
+async fn an_abort_of_one_tensor_rank_ends_generation_on_all_and_leaves_them_working() {
     device::set_threads(1);
     let seed = support::fresh_seed();
     let mut case = Case::parse("gqa", seed);
     case.set("model", &["max_position_embeddings=4096", "initializer_range=0.2"]);
-    let (cluster, ranks) = start(&case).await;
-    let rollout = cluster.group("rollout").unwrap();
-    cluster.begin_step(1);
-    let prompts = Batch::from_columns(vec![
-        (Column::Tokens, ragged_u32(&[vec![1, 2, 3], vec![4], vec![5, 6]])),
-        (Column::GroupId, per_sequence_i64(vec![0, 1, 2])),
-    ]);
-    let prompts = cluster.put(&prompts.unwrap()).unwrap();
-    let expected = tokens(&cluster, &rollout, &prompts).await;
-    for pause in 0..4 {
-        let endless = SamplingParams { max_tokens: 4000, ignore_eos: true, ..SamplingParams::default() };
-        let call = tokio::spawn({
-            let (rollout, prompts) = (rollout.clone(), prompts.clone());
-            async move { rollout.generate(&prompts, &Sampling { params: endless, seed: 1 }).await }
-        });
-        until_it_runs(&rollout).await;
-        tokio::time::sleep(Duration::from_millis(7 * pause)).await;
-        rollout.abort().await.unwrap();
-        let error = call.await.unwrap().unwrap_err();
-        // The rank that heard of it is named, not one that followed.
-        assert_eq!(error.call().unwrap().failure.cause, Cause::Aborted, "{error}");
-        assert_eq!(tokens(&cluster, &rollout, &prompts).await, expected, "after abort {pause}");
+    let options = CommOptions { timeout: Duration::from_secs(20), ..CommOptions::default() };
+    let [first, second] = <[Communicator; 2]>::try_from(local::group(2, &options)).expect("two ranks");
+    let (first, second) = tokio::join!(Side::start(&case, first), Side::start(&case, second));
+    let sides = [first, second];
+    let expected = tokens(&sides).await;
+    for (told, pause) in [(0, 0), (1, 0), (0, 9), (1, 17)] {
+        let params = SamplingParams { max_tokens: 4000, ignore_eos: true, ..SamplingParams::default() };
+        let calls = sides.each_ref().map(|side| side.generate(&Sampling { params: params.clone(), seed: 1 }));
+        sides[0].until_it_runs().await;
+        sides[1].until_it_runs().await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        sides[told].rollout.abort().await.unwrap();
+        for (rank, call) in calls.into_iter().enumerate() {
+            let error = call.await.unwrap().unwrap_err();
+            let failure = &error.call().unwrap().failure;
+            match rank == told {
+                true => assert_eq!(failure.cause, Cause::Aborted, "{error}"),
+                false => assert!(error.to_string().contains("another rank of its tensor group"), "{error}"),
+            }
+        }
+        assert_eq!(tokens(&sides).await, expected, "after rank {told} was told");
     }
-    cluster.shutdown().await.unwrap();
-    ranks.into_iter().for_each(|rank| rank.join().unwrap());
+    for side in sides {
+        side.cluster.shutdown().await.unwrap();
+        side.rank.join().unwrap();
+    }
 }
