@@ -130,6 +130,19 @@ unsafe extern "C" {
         count: usize,
         out: *mut SampledToken,
     ) -> Message;
+    pub(crate) fn tangelo_draw(
+        logits: TensorRef,
+        asked: *const SampleRow,
+        count: usize,
+        out: *mut SampledToken,
+    ) -> Message;
+    pub(crate) fn tangelo_contend(
+        logits: TensorRef,
+        start: i64,
+        asked: *const SampleRow,
+        count: usize,
+        out: *mut [f64; CONTENDER_WIDTH],
+    ) -> Message;
     pub(crate) fn tangelo_token_logprobs(
         hidden: TensorRef,
         head: TensorRef,
@@ -266,6 +279,9 @@ pub(crate) struct SampledToken {
     pub logprob: f64,
     pub sampling_logprob: f64,
 }
+
+/// Numbers of the shim's `Contender`.
+pub(crate) const CONTENDER_WIDTH: usize = 8;
 
 /// The instruction set the CPU kernels use here: `avx512`, `avx2` or `generic`. The environment variable
 /// `TANGELO_CPU_KERNELS` asks for a lesser one.

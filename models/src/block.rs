@@ -121,21 +121,9 @@ impl Block {
         self.rope == other.rope
     }
 
-    /// `x` `[T, D]` to `[T, D]`. With a `past`, the tokens continue the sequences that it holds.
-    pub fn forward(
-        &self,
-        w: &BlockWeights,
-        x: &Tensor,
-        pack: &PackContext,
-        angles: &Angles,
-        past: Option<LayerPast<'_>>,
-    ) -> Tensor {
-        let flow = Flow { x: x.shallow_clone(), work: Vec::new() };
-        self.run(Parts::BLOCK, w, flow, pack, angles, past).x
-    }
-
     /// Some parts of the block. Norms and residuals take this rank's tokens, products and attention those that it was
-    /// given in between; see [`Part`] for what each part reads and leaves.
+    /// given in between; see [`Part`] for what each part reads and leaves. With a `past`, the tokens continue the sequences
+    /// that it holds.
     pub fn run(
         &self,
         parts: Parts,

@@ -7,7 +7,8 @@ use crate::weights::{UnitWeights, Weight};
 use std::ops::Range;
 use tangelo_configs::model::{EMBEDDING, FINAL_NORM, HeadSpec, LM_HEAD, SCORE, SCORE_BIAS};
 use tangelo_configs::{BlockSpec, MixerSpec, ModelSpec, Sharding};
-use tangelo_core::{DType, Group, IndexBox, ParamMeta, Parts, Placement, Unit};
+use tangelo_core::{DType, Group, IndexBox, ParamMeta, Part, Parts, Placement, Unit};
+use tangelo_kernels::comm::{CommError, Communicator};
 use tangelo_kernels::op;
 use tch::{Device, Kind, Tensor};
 
@@ -322,16 +323,31 @@ impl Model {
     }
 
     /// Hidden states `[R, D]` after the final norm of the tokens `rows` of `pack`, all of which continue the sequences that
-    /// `past` holds; no gradients.
-    pub fn hidden_after(&self, pack: &PackContext, past: &mut dyn Past, rows: &[i64]) -> Tensor {
+    /// `past` holds; no gradients. A part of a model needs the group of `tensor` ranks that hold the other parts, all of which
+    /// must make the call with the same tokens; each gets the same bits, those of training in that group.
+    ///
+    /// # Errors
+    /// A rank of the group that failed.
+    pub fn hidden_after(
+        &self,
+        pack: &PackContext,
+        past: &mut dyn Past,
+        rows: &[i64],
+        tensor: Option<&Communicator>,
+    ) -> Result<Tensor, CommError> {
+        let sum = |partial: &Tensor| tensor.map_or(Ok(()), |comm| comm.all_reduce(partial));
         tch::no_grad(|| {
             let angles = self.angles(&pack.positions);
-            let mut x = self.embed(&pack.tokens);
+            let mut flow = Flow { x: self.embed(&pack.tokens), work: Vec::new() };
+            sum(&flow.x)?;
             for (layer, block) in self.blocks.iter().enumerate() {
-                let past = LayerPast { past: &mut *past, layer };
-                x = block.forward(&self.block_weights[layer], &x, pack, angles.of(layer), Some(past));
+                for parts in BETWEEN_SUMS {
+                    let past = LayerPast { past: &mut *past, layer };
+                    flow = block.run(parts, &self.block_weights[layer], flow, pack, angles.of(layer), Some(past));
+                    flow.work.iter().try_for_each(sum)?;
+                }
             }
-            self.final_norm(&x.index_select(0, &Tensor::from_slice(rows).to_device(self.device)))
+            Ok(self.final_norm(&flow.x.index_select(0, &Tensor::from_slice(rows).to_device(self.device))))
         })
     }
 
@@ -342,13 +358,21 @@ impl Model {
             let start = state.num_tokens as u32;
             let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
             let pack = PackContext::new(tokens, &positions, vec![0, tokens.len() as i64], self.device);
-            let last = self.hidden_after(&pack, state, &[tokens.len() as i64 - 1]);
+            let last = self.hidden_after(&pack, state, &[tokens.len() as i64 - 1], None);
+            let last = last.expect("one rank waits for nobody");
             state.num_tokens += tokens.len();
             let logits = op::linear(&last, &self.head().weight.value, None, None, None).squeeze_dim(0);
             if self.kind == Kind::Double { logits } else { logits.to_kind(Kind::Float) }
         })
     }
 }
+
+/// The parts of a block, cut where each tensor rank has made its share of a sum.
+const BETWEEN_SUMS: [Parts; 3] = [
+    Parts { first: Part::InputNorm, last: Part::Output },
+    Parts { first: Part::AttentionResidual, last: Part::FeedForward },
+    Parts { first: Part::FeedForwardResidual, last: Part::FeedForwardResidual },
+];
 
 /// A block as one of `tensor_degree` ranks computes it: its share of heads and of the feed-forward's features.
 fn local_block(spec: &BlockSpec, tensor_degree: usize) -> BlockSpec {

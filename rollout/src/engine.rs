@@ -1,6 +1,7 @@
 //! The engine: one step at a time, plan, forward pass, draw.
 
 use crate::blocks::blocks_for;
+use crate::group::TensorGroup;
 use crate::sequence::{Asked, Sequence};
 use crate::{
     Completion, FinishReason, Limits, Request, RolloutError, Scheduler, SequenceId, StepPlan, StoppedBy, TextSource,
@@ -9,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tangelo_configs::{EngineConfig, MixerSpec};
+use tangelo_kernels::comm::Communicator;
 use tangelo_kernels::device::{available_memory, gpu_memory};
 use tangelo_kernels::op::attention::paged::{BLOCK_TOKENS, LayerShape, PagedSequence};
 use tangelo_kernels::op::{self, Draw, Drawn, PagedBatch, PagedKv};
@@ -66,6 +68,7 @@ impl EngineStats {
 
 /// See the crate's page. An engine lives on the thread of its device.
 pub struct Engine {
+    group: TensorGroup,
     max_num_seqs: usize,
     layers: Vec<LayerShape>,
     kind: Kind,
@@ -114,15 +117,33 @@ impl Engine {
         eos_token_ids: &[u32],
         text: Option<TextSource>,
     ) -> Result<Engine, RolloutError> {
+        Engine::parallel(model, config, eos_token_ids, text, Communicator::single_on(model.device()))
+    }
+
+    /// One rank's engine of a model whose parts the ranks of `group` hold, in their order. Every rank of it must make the same
+    /// calls with the same requests: [`Engine::parallel`], [`Engine::add`], [`Engine::step`], [`Engine::abort`] and the
+    /// others. What one of them was told alone, such as to stop, goes through [`Engine::any`] first.
+    ///
+    /// # Errors
+    /// As [`Engine::new`]; parts that do not make a model; a rank that is lost.
+    pub fn parallel(
+        model: &Model,
+        config: &EngineConfig,
+        eos_token_ids: &[u32],
+        text: Option<TextSource>,
+        group: Communicator,
+    ) -> Result<Engine, RolloutError> {
         config.check("rollout")?;
-        let layers = whole_layers(model)?;
+        let group = TensorGroup::new(group, model)?;
+        let layers = layer_shapes(model);
         let (kind, device, spec) = (model.kind(), model.device(), model.spec());
         let max_len = spec.max_position_embeddings;
-        let bytes = PagedKv::bytes_per_block(&layers, kind, device);
-        let num_blocks = num_blocks(config, bytes, max_len, device)?;
+        let num_blocks =
+            agreed_blocks(&group, config, PagedKv::bytes_per_block(&layers, kind, device), max_len, device)?;
         let limits =
             Limits { max_num_seqs: config.max_num_seqs, max_num_batched_tokens: config.max_num_batched_tokens };
         let mut engine = Engine {
+            group,
             max_num_seqs: config.max_num_seqs,
             layers,
             kind,
@@ -140,6 +161,14 @@ impl Engine {
         };
         engine.acquire_kv();
         Ok(engine)
+    }
+
+    /// Whether something is so on any rank of the group; every rank must ask at the same place between two steps.
+    ///
+    /// # Errors
+    /// A rank that is lost.
+    pub fn any(&self, own: bool) -> Result<bool, RolloutError> {
+        self.group.any(own)
     }
 
     /// Takes a request; it is served from the next step on.
@@ -162,7 +191,8 @@ impl Engine {
     /// One step with the model's weights as they are now.
     ///
     /// # Errors
-    /// Memory that was given back; logits that are not finite; a tokenizer that fails. The engine is of no use then.
+    /// Memory that was given back; logits that are not finite; a tokenizer that fails; a rank of the group that is lost. The
+    /// engine is of no use then.
     pub fn step(&mut self, model: &Model) -> Result<StepReport, RolloutError> {
         let started = Instant::now();
         let Some(kv) = self.kv.take() else {
@@ -172,8 +202,9 @@ impl Engine {
         };
         let plan = self.scheduler.plan();
         plan.copies.iter().for_each(|copy| kv.copy_block(copy.from as usize, copy.to as usize));
-        let drawn = if plan.work.is_empty() { Vec::new() } else { self.compute(model, &kv, &plan) };
+        let drawn = if plan.work.is_empty() { Ok(Vec::new()) } else { self.compute(model, &kv, &plan) };
         self.kv = Some(kv);
+        let drawn = drawn?;
         let num_drawn = drawn.len();
         let blocks = self.scheduler.blocks();
         let used = blocks.num_blocks() - blocks.num_free();
@@ -304,7 +335,12 @@ impl Engine {
     }
 
     /// The forward pass over all of the step's tokens, and the tokens drawn from it.
-    fn compute(&mut self, model: &Model, kv: &PagedKv, plan: &StepPlan) -> Vec<(SequenceId, Drawn)> {
+    fn compute(
+        &mut self,
+        model: &Model,
+        kv: &PagedKv,
+        plan: &StepPlan,
+    ) -> Result<Vec<(SequenceId, Drawn)>, RolloutError> {
         let (mut tokens, mut positions, mut rows, mut up_to_date) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut batch = PagedBatch::default();
         for work in &plan.work {
@@ -325,24 +361,30 @@ impl Engine {
             }
         }
         let pack = PackContext::part(&tokens, &positions, Vec::new(), self.device);
-        let hidden = model.hidden_after(&pack, &mut PagedPast { kv, batch: &batch }, &rows);
+        let mut past = PagedPast { kv, batch: &batch };
+        let hidden = model.hidden_after(&pack, &mut past, &rows, self.group.comm())?;
         self.draw(model, &hidden, &up_to_date)
     }
 
     /// Draws a token for each sequence from its row of `hidden`, and for each sample that is forked off now.
-    fn draw(&mut self, model: &Model, hidden: &Tensor, ids: &[SequenceId]) -> Vec<(SequenceId, Drawn)> {
+    fn draw(
+        &mut self,
+        model: &Model,
+        hidden: &Tensor,
+        ids: &[SequenceId],
+    ) -> Result<Vec<(SequenceId, Drawn)>, RolloutError> {
         let mut rows: Vec<(SequenceId, usize)> = Vec::new();
         for (row, &id) in ids.iter().enumerate() {
             rows.push((id, row));
             rows.extend(self.fork(id).into_iter().map(|child| (child, row)));
         }
         if rows.is_empty() {
-            return Vec::new();
+            return Ok(Vec::new());
         }
         let sequences = &self.sequences;
         let draws: Vec<Draw<'_>> = rows.iter().map(|&(id, row)| draw_of(&sequences[&id], row)).collect();
-        let drawn = op::sample(hidden, &model.head().weight.value, &draws);
-        rows.into_iter().map(|(id, _)| id).zip(drawn).collect()
+        let drawn = self.group.draw(hidden, &model.head().weight.value, &draws)?;
+        Ok(rows.into_iter().map(|(id, _)| id).zip(drawn).collect())
     }
 
     /// Forks the other samples of a prompt off, now that it is computed.
@@ -418,24 +460,31 @@ fn draw_of(sequence: &Sequence, row: usize) -> Draw<'_> {
     }
 }
 
-/// Keys and values of each layer. The engine computes a step by itself, so it needs every layer and every row.
-fn whole_layers(model: &Model) -> Result<Vec<LayerShape>, RolloutError> {
-    let spec = model.spec();
-    let whole = model.num_blocks() == spec.blocks.len() && model.ids() == (0..spec.vocab_size as i64);
-    if !whole {
-        return Err(RolloutError::Model(format!(
-            "this rank holds layers {:?} of {} and vocabulary rows {:?} of {}; generation wants every layer whole",
-            model.layers(),
-            spec.blocks.len(),
-            model.ids(),
-            spec.vocab_size
-        )));
-    }
+/// Keys and values of each layer, as far as this rank holds them.
+fn layer_shapes(model: &Model) -> Vec<LayerShape> {
     let shape = |layer: usize| {
         let MixerSpec::Attention(a) = &model.block_shape(layer).spec().mixer;
         LayerShape { num_kv_heads: a.num_kv_heads, head_dim: a.head_dim }
     };
-    Ok(model.layers().map(shape).collect())
+    model.layers().map(shape).collect()
+}
+
+/// Blocks that every rank of the group has memory for: schedules are functions of it.
+fn agreed_blocks(
+    group: &TensorGroup,
+    config: &EngineConfig,
+    block_bytes: usize,
+    max_len: usize,
+    device: Device,
+) -> Result<usize, RolloutError> {
+    let own = num_blocks(config, block_bytes, max_len, device);
+    let least = group.least(*own.as_ref().unwrap_or(&0))?;
+    match (own?, least) {
+        (_, 0) => {
+            Err(RolloutError::Memory("another rank of the group has none for keys and values; see its log".into()))
+        }
+        _ => Ok(least),
+    }
 }
 
 fn num_blocks(

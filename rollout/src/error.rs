@@ -1,6 +1,7 @@
 //! What can go wrong, by what the caller does about it.
 
 use tangelo_configs::ConfigError;
+use tangelo_kernels::comm::CommError;
 
 /// Why the engine refuses.
 #[derive(Debug, thiserror::Error)]
@@ -34,9 +35,12 @@ pub enum RolloutError {
         /// The weights.
         version: u64,
     },
-    /// The model is a part that the engine cannot run.
+    /// The model, or what the ranks of a group hold of it, is not one that the engine can run.
     #[error("the engine cannot run this model: {0}")]
     Model(String),
+    /// A rank that holds another part of the model failed.
+    #[error("generation: {0}")]
+    Peer(#[from] CommError),
     /// The tokenizer failed.
     #[error("stop texts: {0}")]
     Text(String),

@@ -19,12 +19,16 @@
 //! weights that drew them. The weights are the caller's: the engine borrows them for a step and owns the keys' and values'
 //! memory alone, which it gives back on demand.
 //!
+//! Where several ranks hold a model together, each has an engine of its own over its part ([`Engine::parallel`]) and is asked
+//! the same; they take the same steps and draw the same tokens.
+//!
 //! Deliberately absent: text (a [`TextStream`] brings it where stop texts need it), chat templates, a cache of prompts
 //! across requests, and where weights come from.
 
 mod blocks;
 mod engine;
 mod error;
+mod group;
 mod request;
 mod scheduler;
 mod sequence;

@@ -1,5 +1,6 @@
 // Drawing tokens from hidden states, and log-probabilities of given ones, on the CPU; no graph. Logits are products whose
-// rows do not depend on each other, and everything after works on one row, so nothing depends on the batch.
+// rows do not depend on each other, and everything after works on one row, so nothing depends on the batch. Where ranks hold
+// parts of the vocabulary, each names its contender and what the others must know of its part.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -22,6 +23,13 @@ struct SampledToken {
   int64_t token;
   double logprob;           // of the model, at temperature 1
   double sampling_logprob;  // of the distribution that was drawn from
+};
+
+// The winner among the tokens that one rank holds, -1 where all of them are banned: how far it leads, comparable between
+// ranks, and its logit; of all tokens here the largest logit and the sum of exp(logit - largest); the same three at the
+// draw's temperature, without banned tokens.
+struct Contender {
+  double token, lead, logit, largest, sum, tempered, tempered_largest, tempered_sum;
 };
 
 }  // extern "C"
@@ -49,6 +57,36 @@ void set_value(const Tensor& logits, char* row, int64_t token, float value) {
     reinterpret_cast<at::BFloat16*>(row)[token] = at::BFloat16(value);
   }
 }
+
+// Minus infinity in place of the logits of banned tokens, as long as it lives. The row's first token is `start`.
+struct Ban {
+  Ban(const Tensor& logits, char* row, int64_t start, const SampleRow& asked)
+      : logits(logits), row(row), start(start), asked(asked) {
+    for (int64_t b = 0; b < asked.num_banned; b++) {
+      if (!is_here(b)) continue;
+      hidden.push_back(value_at(logits, row, asked.banned[b] - start));
+      count += hidden.back() != -INF;
+      set_value(logits, row, asked.banned[b] - start, -INF);
+    }
+  }
+
+  ~Ban() {
+    for (int64_t b = asked.num_banned; b-- > 0;) {
+      if (!is_here(b)) continue;
+      set_value(logits, row, asked.banned[b] - start, hidden.back());
+      hidden.pop_back();
+    }
+  }
+
+  bool is_here(int64_t b) const { return asked.banned[b] >= start && asked.banned[b] - start < logits.size(1); }
+
+  const Tensor& logits;
+  char* row;
+  int64_t start;
+  const SampleRow& asked;
+  std::vector<float> hidden;
+  int64_t count = 0;  // different tokens
+};
 
 // Fills `c` with the tokens within `depth` (in units of the tempered logits) of the largest, likeliest first.
 void collect(const cpu::Typed& kernels, const char* row, int64_t width, float highest, float inverse, double depth,
@@ -116,34 +154,52 @@ SampledToken draw_filtered(const cpu::Typed& kernels, const SampleRow& asked, co
   }
 }
 
-// `normaliser` is that of the untouched logits at temperature 1.
 SampledToken draw(const cpu::Typed& kernels, const SampleRow& asked, const Tensor& logits, const char* row,
-                  double normaliser, Candidates& candidates) {
+                  Candidates& candidates) {
   const int64_t width = logits.size(1);
   if (asked.temperature == 0) return {kernels.argmax_row(row, width), 0.0, 0.0};
   const bool filtered = asked.top_p < 1 || asked.min_p > 0 || (asked.top_k > 0 && asked.top_k < width);
   if (filtered) return draw_filtered(kernels, asked, logits, row, candidates);
   const float inverse = static_cast<float>(1.0 / asked.temperature);
-  double tempered = normaliser;
-  const int64_t token = kernels.race_row(row, width, inverse, asked.key, &tempered);
-  return {token, 0.0, double(value_at(logits, row, token) * inverse) - tempered};
+  const cpu::Race race = kernels.race_row(row, width, 0, inverse, asked.key);
+  const double tempered = std::log(double(race.sum)) + double(race.largest);
+  return {race.token, 0.0, double(value_at(logits, row, race.token) * inverse) - tempered};
 }
 
 // All draws from one row of logits.
 void draw_row(const cpu::Typed& kernels, const Tensor& logits, char* row, const SampleRow* asked,
               const std::vector<int64_t>& draws, SampledToken* out, Candidates& candidates) {
   const double normaliser = kernels.log_normaliser(row, logits.size(1), 1.0f);
-  std::vector<float> hidden;
   for (int64_t i : draws) {
-    hidden.clear();
-    for (int64_t b = 0; b < asked[i].num_banned; b++) {
-      hidden.push_back(value_at(logits, row, asked[i].banned[b]));
-      set_value(logits, row, asked[i].banned[b], -INF);
+    {
+      const Ban ban(logits, row, 0, asked[i]);
+      out[i] = draw(kernels, asked[i], logits, row, candidates);
     }
-    out[i] = draw(kernels, asked[i], logits, row, normaliser, candidates);
-    for (int64_t b = asked[i].num_banned; b-- > 0;) set_value(logits, row, asked[i].banned[b], hidden[b]);
     out[i].logprob = double(value_at(logits, row, out[i].token)) - normaliser;
   }
+}
+
+// Who wins a draw among the tokens of one rank, and what its part says. `stats` are those of the untouched logits at
+// temperature 1.
+Contender contend(const cpu::Typed& kernels, const SampleRow& asked, const Tensor& logits, char* row, int64_t start,
+                  const float* stats) {
+  Contender c = {-1, -INF, -INF, stats[0], stats[1], -INF, -INF, 0};
+  const Ban ban(logits, row, start, asked);
+  if (ban.count == logits.size(1)) return c;
+  int64_t won;
+  if (asked.temperature == 0) {
+    won = kernels.argmax_row(row, logits.size(1));
+    c.lead = value_at(logits, row, won);
+  } else {
+    const float inverse = static_cast<float>(1.0 / asked.temperature);
+    const cpu::Race race = kernels.race_row(row, logits.size(1), start, inverse, asked.key);
+    won = race.token;
+    c.lead = std::log(double(race.speed)) + double(race.largest);
+    c.tempered = value_at(logits, row, won) * inverse;
+    c.tempered_largest = race.largest, c.tempered_sum = race.sum;
+  }
+  c.token = start + won, c.logit = value_at(logits, row, won);
+  return c;
 }
 
 void check(const Tensor& hidden, const Tensor& head) {
@@ -153,11 +209,15 @@ void check(const Tensor& hidden, const Tensor& head) {
               ", head of type ", head.scalar_type());
 }
 
-void check_draw(const SampleRow& asked, int64_t rows, int64_t vocabulary) {
+void check_asked(const SampleRow& asked, int64_t rows) {
   TORCH_CHECK(asked.row >= 0 && asked.row < rows, "sample: hidden row ", asked.row, " of ", rows);
   TORCH_CHECK(asked.temperature >= 0 && asked.top_k >= 0 && asked.top_p > 0 && asked.min_p >= 0 && asked.min_p <= 1,
               "sample: temperature ", asked.temperature, ", top_k ", asked.top_k, ", top_p ", asked.top_p, ", min_p ",
               asked.min_p);
+}
+
+void check_draw(const SampleRow& asked, int64_t rows, int64_t vocabulary) {
+  check_asked(asked, rows);
   TORCH_CHECK(asked.num_banned < vocabulary, "sample: every token is banned");
   for (int64_t b = 0; b < asked.num_banned; b++) {
     TORCH_CHECK(asked.banned[b] >= 0 && asked.banned[b] < vocabulary, "sample: banned token ", asked.banned[b],
@@ -165,22 +225,46 @@ void check_draw(const SampleRow& asked, int64_t rows, int64_t vocabulary) {
   }
 }
 
-void sample(const Tensor& hidden, const Tensor& head, const SampleRow* asked, size_t count, SampledToken* out) {
-  const int64_t rows = hidden.size(0), vocabulary = head.size(0);
-  auto logits = at::empty({rows, vocabulary}, hidden.options());
-  linear_rows(logits, hidden, head, Tensor());
+// The draws of each row.
+std::vector<std::vector<int64_t>> draws_of_rows(int64_t rows, const SampleRow* asked, size_t count) {
   std::vector<std::vector<int64_t>> draws(rows);
-  for (size_t i = 0; i < count; i++) {
-    check_draw(asked[i], rows, vocabulary);
-    draws[asked[i].row].push_back(i);
-  }
+  for (size_t i = 0; i < count; i++) draws[asked[i].row].push_back(i);
+  return draws;
+}
+
+void draw_rows(const Tensor& logits, const SampleRow* asked, size_t count, SampledToken* out) {
+  const int64_t rows = logits.size(0), row_bytes = logits.size(1) * logits.element_size();
+  for (size_t i = 0; i < count; i++) check_draw(asked[i], rows, logits.size(1));
+  const auto draws = draws_of_rows(rows, asked, count);
   const auto& kernels = kernels_for(logits);
-  const int64_t row_bytes = vocabulary * logits.element_size();
   char* data = static_cast<char*>(logits.data_ptr());
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     Candidates candidates;
     for (int64_t row = begin; row < end; row++) {
       draw_row(kernels, logits, data + row * row_bytes, asked, draws[row], out, candidates);
+    }
+  });
+}
+
+void sample(const Tensor& hidden, const Tensor& head, const SampleRow* asked, size_t count, SampledToken* out) {
+  auto logits = at::empty({hidden.size(0), head.size(0)}, hidden.options());
+  linear_rows(logits, hidden, head, Tensor());
+  draw_rows(logits, asked, count, out);
+}
+
+void contend_rows(const Tensor& logits, int64_t start, const SampleRow* asked, size_t count, Contender* out) {
+  const int64_t rows = logits.size(0), width = logits.size(1), row_bytes = width * logits.element_size();
+  for (size_t i = 0; i < count; i++) check_asked(asked[i], rows);
+  const auto draws = draws_of_rows(rows, asked, count);
+  const auto& kernels = kernels_for(logits);
+  char* data = static_cast<char*>(logits.data_ptr());
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      float stats[4];
+      kernels.distribution_row(data + row * row_bytes, width, -1, 1.0f, stats);
+      for (int64_t i : draws[row]) {
+        out[i] = contend(kernels, asked[i], logits, data + row * row_bytes, start, stats);
+      }
     }
   });
 }
@@ -216,6 +300,24 @@ char* tangelo_sample(const at::Tensor* hidden, const at::Tensor* head, const Sam
     at::NoGradGuard no_grad;
     tangelo::check(*hidden, *head);
     tangelo::sample(hidden->contiguous(), *head, asked, count, out);
+  });
+}
+
+// Draws from whole rows of logits, which are as they were afterwards.
+char* tangelo_draw(const at::Tensor* logits, const SampleRow* asked, size_t count, SampledToken* out) {
+  return tangelo::guarded([&] {
+    TORCH_CHECK(logits->dim() == 2 && logits->is_contiguous() && logits->size(1) > 0, "sample: logits of shape ",
+                logits->sizes(), ", expected contiguous rows");
+    tangelo::draw_rows(*logits, asked, count, out);
+  });
+}
+
+// The logits of tokens `start` and those after it.
+char* tangelo_contend(const at::Tensor* logits, int64_t start, const SampleRow* asked, size_t count, Contender* out) {
+  return tangelo::guarded([&] {
+    TORCH_CHECK(logits->dim() == 2 && logits->is_contiguous(), "sample: logits of shape ", logits->sizes(),
+                ", expected contiguous rows");
+    tangelo::contend_rows(*logits, start, asked, count, out);
   });
 }
 

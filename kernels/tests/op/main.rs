@@ -7,6 +7,7 @@
 
 mod attention;
 mod common;
+mod cut_draws;
 mod distribution;
 mod logprob;
 mod loss;

@@ -43,11 +43,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use supervise::{Attempt, Outcome};
 use tangelo_configs::job::{DeviceChoice, JobType};
-use tangelo_configs::{JobPlan, ModelAssets, Plan, Resources, Role, resolve};
+use tangelo_configs::{ConfigError, JobPlan, ModelAssets, Plan, Resources, Role, resolve};
 use tangelo_data::DataError;
 use tangelo_formats::Assets;
 use tangelo_observe::records::EventKind;
 use tangelo_observe::{EventLog, report, unix_millis};
+use tangelo_planner::publish::GenerationLayout;
 
 /// Runs a job.
 pub fn run(arguments: &RunArgs) -> Result<(), LaunchError> {
@@ -145,10 +146,11 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     job.run_to_the_end()
 }
 
-/// What each rank of a reinforcement-learning job does. Roles that do not fit their ranks are refused before anything
-/// starts.
+/// What each rank of a reinforcement-learning job does. Roles that do not fit their ranks, and generation that does not fit
+/// its model, are refused before anything starts.
 fn roles_of_ranks(plan: &Plan, resources: &Resources) -> Result<Vec<String>, LaunchError> {
     let job = JobPlan::new(plan.clone(), resources, &Assets)?;
+    GenerationLayout::of_job(&job).map_err(|e| ConfigError::Values(vec![e.to_string()]))?;
     let roles = |rank: usize| {
         let here = job.roles().into_iter().filter(|&role| job.ranks(role).contains(&rank));
         here.map(Role::name).collect::<Vec<_>>().join(", ")

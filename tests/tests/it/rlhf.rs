@@ -126,6 +126,61 @@ fn the_engines_log_probabilities_are_the_trainers() {
     }
 }
 
+/// Two ranks that generate together, in a job of the given training layout.
+fn generating_together(job: &Job, name: &str, sets: &[&str]) -> BTreeMap<u64, BTreeMap<String, f64>> {
+    run(job, name, 2, &[&["rollout.tensor_parallel_degree=2", "training.steps=3"], sets].concat())
+}
+
+#[test]
+fn two_tensor_ranks_generate_what_two_tensor_ranks_train() {
+    let job = job();
+    let training = "parallelism.tensor_parallel_degree=2";
+    for dtype in ["float32", "bfloat16"] {
+        let dtype_set = format!("training.mixed_precision_param={dtype:?}");
+        let taken = generating_together(&job, dtype, &[training, &dtype_set]);
+        let again = format!("{dtype}-again");
+        let computed = generating_together(&job, &again, &[training, &dtype_set, "rlhf.old_logprobs=\"recompute\""]);
+        for step in 1..=3 {
+            let (taken, computed) = (&taken[&step], &computed[&step]);
+            assert_eq!(taken["actor/ppo_kl"], 0.0, "{dtype}, step {step}: {taken:?}");
+            // The pass is left out, and finds the same to the bit where it is asked for.
+            let time = "timing_s/old_log_prob";
+            assert!(taken[time] < computed[time], "{dtype}, step {step}: {} against {}", taken[time], computed[time]);
+            assert_eq!(computed["training/rollout_probs_diff_max"], 0.0, "{dtype}, step {step}");
+            for (name, value) in of_learning(taken) {
+                assert!(of_learning(computed).get(name).is_none_or(|&other| other == value), "{dtype}, {step}: {name}");
+            }
+            assert_eq!(taken["reshard/received_bytes"], 0.0, "each rank generates with what it trains");
+        }
+    }
+}
+
+#[test]
+fn two_tensor_ranks_generate_for_other_layouts() {
+    let job = job();
+    let data_parallel = generating_together(&job, "dp2", &[]);
+    let apart = run(&job, "apart", 2, &["parallelism.tensor_parallel_degree=2", "training.steps=3"]);
+    let pools = [
+        "placement.pools=[{ name = \"train\", ranks = 1 }, { name = \"generate\", ranks = 2 }]",
+        "placement.roles={ rollout = \"generate\" }",
+        "rollout.tensor_parallel_degree=2",
+        "training.steps=3",
+    ];
+    let own_ranks = run(&job, "pools", 3, &pools);
+    for (name, steps) in
+        [("dp2 to tp2", data_parallel), ("tp2 to whole", apart), ("one rank to two of their own", own_ranks)]
+    {
+        for (step, values) in steps.iter().filter(|(step, _)| **step > 0) {
+            // Old log-probabilities are the trainer's: the ratio is 1, and the distance to the engine's is told.
+            assert_eq!(values["actor/ppo_kl"], 0.0, "{name}, step {step}");
+            let distance = values["training/rollout_probs_diff_max"];
+            // Sums over ranks are grouped otherwise: fp32 rounding (6e-8) through two layers.
+            assert!((0.0..1e-4).contains(&distance), "{name}, step {step}: {distance}");
+            assert!(values["rollout/generated_tokens"] > 0.0);
+        }
+    }
+}
+
 #[test]
 fn a_resumed_run_is_the_undisturbed_one() {
     let job = job();
@@ -239,6 +294,7 @@ fn what_users_get_wrong_is_said() {
     check(&["placement.pools=[{ name = \"a\", ranks = 3 }]"], &["placement.pools", "3", "2"]);
     check(&["prompts.max_prompt_length=90"], &["prompts.max_prompt_length", "training.seq_len", "98"]);
     check(&["rlhf.ppo_mini_batch_size=4"], &["rlhf.ppo_mini_batch_size", "does not divide"]);
+    check(&["rollout.tensor_parallel_degree=3"], &["rollout.tensor_parallel_degree = 3", "2 ranks"]);
     check(&["rlhf.max_staleness=1"], &["rlhf.max_staleness", "0"]);
     check(&["algorithm.type=\"rloo\"", "rollout.sampling.n=1"], &["rloo", "2"]);
     check(&["rlhf.train_batch=4"], &["rlhf.train_batch", "rlhf.train_batch_size"]);

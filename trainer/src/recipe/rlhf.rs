@@ -78,7 +78,8 @@ impl Builder<'_> {
             _ => None,
         };
         let (reference, reward) = (train(Role::Reference)?, train(Role::Reward)?);
-        let rollout = self.generator(policy.as_ref())?;
+        let rollout = comms.remove(Role::Rollout.name());
+        let rollout = rollout.map(|group| self.generator(policy.as_ref(), group)).transpose()?;
         let publishing =
             comms.remove(PUBLISH).map(|comm| Ok::<_, TrainError>((self.publisher()?, comm))).transpose()?;
         let algorithm = tangelo_algo::algorithm(self.job.algorithm(), self.job.limits());
@@ -102,7 +103,8 @@ impl Builder<'_> {
         self.job.has(role) && self.job.ranks(role).contains(&self.rank)
     }
 
-    /// One for each role that trains or scores here, and one for weights on their way.
+    /// One for each role that trains or scores here, one for the ranks that generate together, and one for weights on their
+    /// way.
     fn communicators(&self, world: &Communicator) -> Result<BTreeMap<&'static str, Communicator>> {
         let key = self.rank as i64;
         let mut splits: Vec<(&'static str, Option<u32>, i64)> = Vec::new();
@@ -111,6 +113,10 @@ impl Builder<'_> {
                 splits.push((role.name(), self.has(role).then_some(0), key));
             }
         }
+        let layout = self.layout()?;
+        let place = self.has(Role::Rollout).then(|| self.rank - self.job.ranks(Role::Rollout).start);
+        let (replica, part) = (place.map(|p| layout.replica(p) as u32), place.map_or(0, |p| layout.part(p) as i64));
+        splits.push((Role::Rollout.name(), replica, part));
         let hands_over = self.has(Role::Policy) || self.has(Role::Rollout);
         splits.push((PUBLISH, hands_over.then_some(0), key));
         let opened = world.split_many(&splits)?;
@@ -144,14 +150,7 @@ impl Builder<'_> {
     }
 
     fn layout(&self) -> Result<GenerationLayout> {
-        let tp = self.job.rollout().tensor_parallel_degree;
-        let layout = match self.job.shares_pool(Role::Policy, Role::Rollout) {
-            true => GenerationLayout::colocated(&self.job.policy.topology, tp),
-            false => GenerationLayout::separate(self.job.ranks(Role::Rollout).len(), tp),
-        };
-        let layout = layout.map_err(|e| TrainError::Config(e.to_string()))?;
-        layout.check(&self.job.policy.model).map_err(|e| TrainError::Config(e.to_string()))?;
-        Ok(layout)
+        GenerationLayout::of_job(self.job).map_err(|e| TrainError::Config(e.to_string()))
     }
 
     fn publisher(&self) -> Result<Publisher> {
@@ -172,27 +171,19 @@ impl Builder<'_> {
         Ok(Publisher::new(way, members, kind))
     }
 
-    fn generator(&self, policy: Option<&Learner>) -> Result<Option<Generator>> {
-        if !self.has(Role::Rollout) {
-            return Ok(None);
-        }
+    /// This rank's part of generation, in a replica of the model whose ranks are `group`.
+    fn generator(&self, policy: Option<&Learner>, group: Communicator) -> Result<Generator> {
         let (layout, spec) = (self.layout()?, &self.job.policy.model);
-        if layout.tp() > 1 {
-            return Err(TrainError::Config(format!(
-                "`rollout.tensor_parallel_degree` = {}; only 1 is offered yet: a rank generates with the whole model",
-                layout.tp()
-            )));
-        }
         let place = self.rank - self.job.ranks(Role::Rollout).start;
         let kind = kind_of(self.job.rollout_dtype());
         let model = generation_model(policy.map(Learner::worker), spec, &layout, place, kind, self.device);
         let tokenizer = setup::job_tokenizer(&self.job.policy)?;
-        let engine = self.engine(&model, &tokenizer)?;
+        let engine = self.engine(&model, &tokenizer, group)?;
         let shares_memory = Role::ALL.into_iter().any(|role| role != Role::Rollout && self.has(role));
-        Ok(Some(Generator::new(model, engine, shares_memory, self.job.trusts_engine())))
+        Ok(Generator::new(model, engine, shares_memory, self.job.trusts_engine()))
     }
 
-    fn engine(&self, model: &Model, tokenizer: &TokenizerAssets) -> Result<Engine> {
+    fn engine(&self, model: &Model, tokenizer: &TokenizerAssets, group: Communicator) -> Result<Engine> {
         let mut ends = model.spec().eos_token_ids.clone();
         ends.extend(&tokenizer.eos_token_ids);
         ends.sort_unstable();
@@ -204,7 +195,8 @@ impl Builder<'_> {
             // Ranks of a node share its memory, and none knows what the others are about to take.
             config.kv_memory_fraction /= self.generating_beside().max(1) as f64;
         }
-        Engine::new(model, &config, &ends, Some(text)).map_err(|e| TrainError::Device(e.to_string()))
+        let engine = Engine::parallel(model, &config, &ends, Some(text), group);
+        engine.map_err(|e| TrainError::Device(e.to_string()))
     }
 
     /// How many ranks of this node generate.

@@ -1,5 +1,8 @@
 //! A rank's end of generation: prompts in, rows for training out.
 //!
+//! Ranks that hold the model together get the same prompts and make the same rows; one of them answers. Told to stop, they
+//! agree between two steps of the engine, so that all stop before the same one.
+//!
 //! A row is a prompt with one completion, less its last token. Per-token columns speak of the target: `loss_mask` is 1
 //! where the target was drawn, `rollout_logprob` is its log-probability under the distribution it was drawn from.
 
@@ -11,7 +14,7 @@ use tangelo_core::batch::{per_sequence_i64, ragged_f32, ragged_u32};
 use tangelo_core::hash::mix64;
 use tangelo_core::{Batch, Column, FailureKind};
 use tangelo_models::Model;
-use tangelo_rollout::{Completion, Engine, FinishReason, Request, RolloutError};
+use tangelo_rollout::{Completion, Engine, FinishReason, Request, RolloutError, StepReport};
 
 /// A model with its engine.
 pub struct Generator {
@@ -42,8 +45,15 @@ impl Generator {
         self.engine.set_version(version);
     }
 
-    /// Completes every prompt of the batch (`tokens`, `group_id`), `n` rows each in their order.
-    pub fn generate(&mut self, prompts: &Batch, sampling: &Sampling, control: &Control) -> Result<Output, WorkerError> {
+    /// Completes every prompt of the batch (`tokens`, `group_id`), `n` rows each in their order; nothing comes back where
+    /// another rank of the group `answers`.
+    pub fn generate(
+        &mut self,
+        prompts: &Batch,
+        sampling: &Sampling,
+        control: &Control,
+        answers: bool,
+    ) -> Result<Output, WorkerError> {
         let groups = prompts.i64_values(Column::GroupId).map_err(internal)?;
         let prompts = rows_of(prompts)?;
         self.engine.acquire_kv();
@@ -53,6 +63,9 @@ impl Generator {
             self.engine.release_kv();
         }
         let mut completions = result?;
+        if !answers {
+            return Ok(Output::default());
+        }
         completions.sort_by_key(|c| (c.request, c.index));
         let mut output = Output::columns(self.rows(&prompts, &groups, &completions, sampling.params.n)?);
         output.metrics = numbers(&completions, before, self.engine.stats());
@@ -72,13 +85,12 @@ impl Generator {
             let request = Request { id: row as u64, prompt: prompt.clone(), sampling: sampling.params.clone(), seed };
             if let Err(e) = self.engine.add(request) {
                 self.abort_all(row as u64);
-                return Err(failed(&e));
+                return Err(failed(e));
             }
         }
         let mut completions = Vec::new();
         while !self.engine.is_idle() {
-            let stepped = control.check().and_then(|()| self.engine.step(&self.model).map_err(|e| failed(&e)));
-            match stepped {
+            match self.step(control) {
                 Ok(report) => completions.extend(report.completions),
                 Err(e) => {
                     self.abort_all(prompts.len() as u64);
@@ -87,6 +99,16 @@ impl Generator {
             }
         }
         Ok(completions)
+    }
+
+    /// One step, unless any rank of the group was told to stop.
+    fn step(&mut self, control: &Control) -> Result<StepReport, WorkerError> {
+        let told = control.check();
+        if self.engine.any(told.is_err()).map_err(failed)? {
+            told?;
+            return Err(WorkerError::new(FailureKind::Peer, "another rank of its tensor group was told to stop"));
+        }
+        self.engine.step(&self.model).map_err(failed)
     }
 
     fn abort_all(&mut self, requests: u64) {
@@ -191,9 +213,10 @@ fn numbers(
 }
 
 /// An error of the engine, by what the user does about it.
-fn failed(error: &RolloutError) -> WorkerError {
+fn failed(error: RolloutError) -> WorkerError {
     let message = error.to_string();
     match error {
+        RolloutError::Peer(error) => refused(TrainError::from(error)),
         RolloutError::Config(_) | RolloutError::Request { .. } => refused(TrainError::Config(message)),
         RolloutError::Memory(_) => refused(TrainError::Device(message)),
         RolloutError::NotFinite { .. } | RolloutError::Text(_) => refused(TrainError::Data(message)),

@@ -70,7 +70,7 @@ impl Worker for RlWorker {
             }
             Request::Generate { sampling, .. } => {
                 let generator = self.rollout.as_mut().ok_or_else(|| lacks(Role::Rollout))?;
-                generator.generate(job.batch()?, sampling, control)
+                generator.generate(job.batch()?, sampling, control, job.context.answers)
             }
             Request::Save { folder } => {
                 self.learner(role)?.save(folder, job.context.step).map(|()| Output::default()).map_err(refused)

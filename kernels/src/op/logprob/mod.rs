@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod reference;
+pub mod vocab_parallel;
 
 use tangelo_core::hash::mix64;
 use tch::{Kind, Tensor};
@@ -86,7 +87,7 @@ pub fn sample(hidden: &Tensor, head_weight: &Tensor, draws: &[Draw<'_>]) -> Vec<
             draws.iter().map(|draw| reference::draw(&logits.get(draw.row as i64), draw)).collect()
         });
     }
-    let asked: Vec<ffi::SampleRow> = draws.iter().map(as_row).collect();
+    let asked = as_rows(draws);
     let mut sampled = vec![ffi::SampledToken::default(); draws.len()];
     // SAFETY: all pointers outlive the call; `sampled` has room for one token per draw.
     ffi::check(unsafe {
@@ -98,16 +99,24 @@ pub fn sample(hidden: &Tensor, head_weight: &Tensor, draws: &[Draw<'_>]) -> Vec<
             sampled.as_mut_ptr(),
         )
     });
-    let drawn = |s: ffi::SampledToken| Drawn {
-        token: s.token as u32,
-        logprob: s.logprob as f32,
-        sampling_logprob: s.sampling_logprob as f32,
-    };
-    sampled.into_iter().map(drawn).collect()
+    sampled.into_iter().map(Drawn::from).collect()
 }
 
-fn as_row(draw: &Draw<'_>) -> ffi::SampleRow {
-    ffi::SampleRow {
+impl Draw<'_> {
+    /// Whether the filters may drop some of `vocabulary` tokens: then the whole row decides, and not each token for itself.
+    pub fn is_filtered(&self, vocabulary: usize) -> bool {
+        self.temperature > 0.0 && (self.top_p < 1.0 || self.min_p > 0.0 || (self.top_k > 0 && self.top_k < vocabulary))
+    }
+}
+
+impl From<ffi::SampledToken> for Drawn {
+    fn from(s: ffi::SampledToken) -> Drawn {
+        Drawn { token: s.token as u32, logprob: s.logprob as f32, sampling_logprob: s.sampling_logprob as f32 }
+    }
+}
+
+fn as_rows(draws: &[Draw<'_>]) -> Vec<ffi::SampleRow> {
+    let as_row = |draw: &Draw<'_>| ffi::SampleRow {
         row: draw.row as i64,
         top_k: draw.top_k as i64,
         temperature: draw.temperature,
@@ -116,5 +125,6 @@ fn as_row(draw: &Draw<'_>) -> ffi::SampleRow {
         key: draw.key,
         banned: draw.banned.as_ptr(),
         num_banned: draw.banned.len() as i64,
-    }
+    };
+    draws.iter().map(as_row).collect()
 }

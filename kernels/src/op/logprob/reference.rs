@@ -1,5 +1,6 @@
 //! Log-probabilities and draws in plain operations.
 
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::{Draw, Drawn};
@@ -34,8 +35,8 @@ pub(crate) fn chunks(num_tokens: i64, chunk_tokens: i64) -> impl Iterator<Item =
     (0..num_tokens).step_by(chunk_tokens as usize).map(move |start| (start, chunk_tokens.min(num_tokens - start)))
 }
 
-/// Exponential variables `[V]` of a key, in float64: the same function of (key, token) as the kernels'.
-pub fn race_times(vocabulary: i64, key: [u32; 2], device: Device) -> Tensor {
+/// Exponential variables of a key and each of `tokens`, in float64: the same function of (key, token) as the kernels'.
+pub fn race_times(tokens: Range<i64>, key: [u32; 2], device: Device) -> Tensor {
     let word = |x: Tensor| x.bitwise_and(0xffff_ffff_i64);
     let mixed = |mut x: Tensor| {
         for (shift, factor) in [(16, 0x7feb_352d_i64), (15, 0x846c_a68b)] {
@@ -45,7 +46,7 @@ pub fn race_times(vocabulary: i64, key: [u32; 2], device: Device) -> Tensor {
         let shifted = x.bitwise_right_shift(&Tensor::from(16_i64).to_device(device));
         x.bitwise_xor_tensor(&shifted)
     };
-    let tokens = Tensor::arange(vocabulary, (Kind::Int64, device));
+    let tokens = Tensor::arange_start(tokens.start, tokens.end, (Kind::Int64, device));
     let first = mixed(tokens.bitwise_xor(i64::from(key[0])));
     let bits = mixed(word(first + i64::from(key[1])));
     let u = (bits.to_kind(Kind::Double) + 0.5) / (1u64 << 32) as f64;
@@ -67,7 +68,7 @@ pub fn draw(logits: &Tensor, asked: &Draw<'_>) -> Drawn {
     } else {
         let tempered = (allowed / asked.temperature).to_kind(Kind::Double).softmax(-1, Kind::Double);
         let kept = keep(&tempered, asked);
-        let speeds = &kept / race_times(vocabulary, asked.key, logits.device());
+        let speeds = &kept / race_times(0..vocabulary, asked.key, logits.device());
         let token = speeds.argmax(0, false).int64_value(&[]);
         (token, (kept.double_value(&[token]) / kept.sum(Kind::Double).double_value(&[])).ln())
     };

@@ -32,6 +32,13 @@ struct PagedShape {
   int64_t window;        // keys a query sees, itself included; at least offset + num_queries for all
 };
 
+// An exponential race among a row's tokens: who wins, how fast beside a token of the largest logit, that logit, and the sum
+// of exp(logit - largest).
+struct Race {
+  int64_t token;
+  float speed, largest, sum;
+};
+
 struct Typed {
   // y = x / rms(x) * weight for rows [begin, end) of width D; stores 1 / rms in `inverse`. With a residual,
   // `sum` receives x + residual, rounded, and is what is normalised.
@@ -93,13 +100,12 @@ struct Typed {
   // `q` and `out` point at the group's first head. `scratch` as paged_attention_scratch says.
   void (*paged_attention)(const PagedShape& shape, const void* q, float* pages, const int32_t* table, void* out,
                           int64_t first, int64_t rows, float* scratch);
-  // Of a row of logits divided by a temperature: ln of the sum of exponentials; the log-probability of `target`; the
-  // token that an exponential race draws, together with the former; the first of the largest; those that reach
-  // `threshold` (undivided).
+  // Of a row of logits divided by a temperature: ln of the sum of exponentials; the log-probability of `target`; what an
+  // exponential race draws from the tokens from `first` on; the first of the largest; those that reach `threshold`
+  // (undivided).
   double (*log_normaliser)(const void* logits, int64_t width, float inverse_temperature);
   double (*logprob_row)(const void* logits, int64_t width, int64_t target, float inverse_temperature);
-  int64_t (*race_row)(const void* logits, int64_t width, float inverse_temperature, const uint32_t* key,
-                      double* log_normaliser);
+  Race (*race_row)(const void* logits, int64_t width, int64_t first, float inverse_temperature, const uint32_t* key);
   int64_t (*argmax_row)(const void* logits, int64_t width);
   int64_t (*above_row)(const void* logits, int64_t width, float threshold, float* values, int32_t* tokens);
 };

@@ -1,6 +1,6 @@
 //! Which part of the model each generation rank holds.
 
-use tangelo_configs::{MixerSpec, ModelSpec, Sharding};
+use tangelo_configs::{JobPlan, MixerSpec, ModelSpec, Role, Sharding};
 use tangelo_core::{Axis, DeviceMesh, Group, Topology, ZeroScopes};
 use thiserror::Error;
 
@@ -45,6 +45,20 @@ pub struct GenerationLayout {
 }
 
 impl GenerationLayout {
+    /// That of a job: on the ranks that train where these generate too, else on the rollout's own.
+    ///
+    /// # Errors
+    /// A degree that does not fit the pool or the policy's model.
+    pub fn of_job(job: &JobPlan) -> Result<GenerationLayout, GenerationLayoutError> {
+        let tp = job.rollout().tensor_parallel_degree;
+        let layout = match job.shares_pool(Role::Policy, Role::Rollout) {
+            true => GenerationLayout::colocated(&job.policy.topology, tp),
+            false => GenerationLayout::separate(job.ranks(Role::Rollout).len(), tp),
+        }?;
+        layout.check(&job.policy.model)?;
+        Ok(layout)
+    }
+
     /// On the ranks that train: those whose training shards lie in the same part of the width get that part, and ranks close
     /// to one another make a replica.
     pub fn colocated(training: &Topology, tp: usize) -> Result<GenerationLayout, GenerationLayoutError> {

@@ -53,6 +53,7 @@ pub struct Found {
 }
 
 /// A layout of the table.
+#[derive(Clone)]
 pub struct Case {
     pub model: &'static str,
     /// Whether Muon updates the hidden matrices; else AdamW does.

@@ -1,7 +1,9 @@
 //! Every layout against one rank in float64: losses and the gradient of every parameter, two steps each.
 
+mod aborts;
 mod calls;
 mod components;
+mod generating;
 mod grpo;
 mod harness;
 mod moving;

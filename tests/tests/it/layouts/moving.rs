@@ -62,9 +62,14 @@ pub fn hand_on(case: &Case, plan: &Plan, comm: Communicator, from: Option<&Check
             worker.optim_step(LR, &loss).unwrap();
         }
     }
+    save(&worker, plan, to);
+}
+
+/// One rank's part of a checkpoint of step 1.
+pub fn save(worker: &TrainWorker, plan: &Plan, to: &Path) {
     let mut saver = Saver::start(SaverOptions {
         folder: to.to_path_buf(),
-        rank,
+        rank: worker.rank(),
         world_size: worker.world().size(),
         attempt: "test".into(),
         resumed_from: None,
@@ -76,8 +81,8 @@ pub fn hand_on(case: &Case, plan: &Plan, comm: Communicator, from: Option<&Check
         observer: None,
     })
     .unwrap();
-    let writes = WritePlan::new(plan, &worker);
-    persist::save(&worker, &writes, &mut saver, state_after_one_step(), false).unwrap();
+    let writes = WritePlan::new(plan, worker);
+    persist::save(worker, &writes, &mut saver, state_after_one_step(), false).unwrap();
     saver.finish().unwrap();
 }
 

@@ -1,5 +1,6 @@
 //! From training layouts to generation layouts: every weight arrives with the bits it has, by the fewest bytes, in the
-//! least memory; beside the formulas of HybridFlow's table 2 where the layout is pure p-t-d.
+//! least memory; beside the formulas of HybridFlow's table 2 where the layout is pure p-t-d. The first test prints the table
+//! of docs/resharding.md.
 
 use super::harness::{Case, no_one_else_draws};
 use crate::support;
@@ -10,7 +11,7 @@ use tangelo_core::{DType, Level};
 use tangelo_kernels::comm::{CommOptions, Communicator, local};
 use tangelo_kernels::device;
 use tangelo_models::Model;
-use tangelo_planner::publish::{GenerationLayout, Publish, paper_bytes};
+use tangelo_planner::publish::{GenerationLayout, PaperBytes, Publish, paper_bytes};
 use tangelo_trainer::TrainWorker;
 use tangelo_trainer::init::part_of;
 use tangelo_trainer::publish::{Members, Published, Publisher, generation_model};
@@ -155,21 +156,61 @@ fn least(plan: &Plan, layout: &GenerationLayout, rank: usize, same: bool) -> usi
 fn weights_arrive_with_their_bits_by_the_fewest_bytes() {
     device::set_threads(1);
     let seed = support::fresh_seed();
+    println!(
+        "| training | generation | type | received = least | peak | shard + bucket | DS-Chat | HybridFlow-V | HybridFlow |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
     for line in PAIRS.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let pair = Pair::parse(line, seed);
         let plan = pair.case.plan();
         let truth = whole_model(&plan, seed);
         let (layout, width) = (pair.layout(&plan), pair.kind.elt_size_in_bytes() as u64);
-        let mut received = 0;
+        let mut most = Row::default();
         for arrived in pair.run(&plan, &truth) {
             let least = least(&plan, &layout, arrived.rank, pair.own.is_none()) as u64 * width;
             assert_eq!(arrived.moved.received_bytes, least, "{line}: rank {}", arrived.rank);
             // The shard, what one bucket sends and receives, and the largest view's copy where a type is changed.
-            let most = arrived.own + BUCKET as u64 * width;
-            assert!(arrived.allocated <= most, "{line}: rank {}: {} of {most} bytes", arrived.rank, arrived.allocated);
-            received = received.max(arrived.moved.received_bytes);
+            let bound = arrived.own + BUCKET as u64 * width;
+            assert!(
+                arrived.allocated <= bound,
+                "{line}: rank {}: {} of {bound} bytes",
+                arrived.rank,
+                arrived.allocated
+            );
+            most.received = most.received.max(least);
+            most.fewest = most.fewest.min(least);
+            (most.allocated, most.bound) = (most.allocated, most.bound).max((arrived.allocated, bound));
         }
-        println!("{line:44} {:>7} bytes received{}", received, beside(&plan, &pair, received));
+        println!("{}", most.print(line, beside(&plan, &pair, most.received)));
+    }
+}
+
+/// What the ranks of a pair received, and the peak of parameter memory beyond training's beside its bound; bytes.
+struct Row {
+    fewest: u64,
+    received: u64,
+    allocated: u64,
+    bound: u64,
+}
+
+impl Default for Row {
+    fn default() -> Row {
+        Row { fewest: u64::MAX, received: 0, allocated: 0, bound: 0 }
+    }
+}
+
+impl Row {
+    fn print(&self, line: &str, paper: Option<PaperBytes>) -> String {
+        let columns: Vec<&str> = line.split('|').map(str::trim).collect();
+        let paper = paper.map_or("- | - | -".into(), |p| {
+            format!("{:.0} | {:.0} | {:.0}", p.deepspeed_chat, p.hybridflow_v, p.hybridflow)
+        });
+        let received = if self.fewest == self.received {
+            self.received.to_string()
+        } else {
+            format!("{} to {}", self.fewest, self.received)
+        };
+        format!("| {} | {received} | {} | {} | {paper} |", columns.join(" | "), self.allocated, self.bound)
     }
 }
 
@@ -182,12 +223,12 @@ fn whole_model(plan: &Plan, seed: u64) -> Mutex<Model> {
 }
 
 /// The paper's formulas, where they hold: every axis but p, t and d is 1, nothing is cut over d, t_g divides t.
-fn beside(plan: &Plan, pair: &Pair, received: u64) -> String {
+fn beside(plan: &Plan, pair: &Pair, received: u64) -> Option<PaperBytes> {
     let (t, topology) = (&plan.config.parallelism, &plan.topology);
     let tp = t.tensor_parallel_degree;
     let pure = topology.scopes.parameters == 1 && t.context_parallel_degree == 1 && pair.own.is_none();
     if !pure || !tp.is_multiple_of(pair.tp) {
-        return String::new();
+        return None;
     }
     let p = t.pipeline_parallel_degree;
     let d = topology.mesh.world_size() / (p * tp);
@@ -195,10 +236,7 @@ fn beside(plan: &Plan, pair: &Pair, received: u64) -> String {
     let paper = paper_bytes(model_bytes, [p, tp, d], pair.tp);
     // Norms and biases of sums are whole on every tensor rank, stages differ in size, key heads may be fewer than ranks.
     assert!(received as f64 <= 1.6 * paper.hybridflow + 1.0, "{received} against {paper:?}");
-    format!(
-        "; DS-Chat {:.0}, HybridFlow-V {:.0}, HybridFlow {:.0}",
-        paper.deepspeed_chat, paper.hybridflow_v, paper.hybridflow
-    )
+    Some(paper)
 }
 
 fn elements(spec: &ModelSpec) -> usize {
