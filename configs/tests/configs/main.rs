@@ -8,6 +8,7 @@ mod optimizer;
 mod parallel;
 mod presets;
 mod resolve;
+mod rl_jobs;
 mod rlhf;
 mod schema;
 mod sft;

@@ -63,6 +63,7 @@ pub struct Collector {
     sampling: Sampling,
     prompts_per_step: usize,
     filter: FilterGroups,
+    least_groups: usize,
 }
 
 /// What a collector is made of.
@@ -81,14 +82,17 @@ pub struct CollectorParts {
     pub prompts_per_step: usize,
     /// Dynamic sampling.
     pub filter: FilterGroups,
+    /// Prompts without which some rank of a role would have nothing to do: groups are never split.
+    pub least_groups: usize,
 }
 
 impl Collector {
     /// From its parts.
     pub fn new(parts: CollectorParts) -> Collector {
-        let CollectorParts { loader, rewards, tokenizer, sampling, seed, prompts_per_step, filter } = parts;
+        let CollectorParts { loader, rewards, tokenizer, sampling, seed, prompts_per_step, filter, least_groups } =
+            parts;
         let sampling = Sampling { params: sampling, seed };
-        Collector { loader, rewards: Arc::new(rewards), tokenizer, sampling, prompts_per_step, filter }
+        Collector { loader, rewards: Arc::new(rewards), tokenizer, sampling, prompts_per_step, filter, least_groups }
     }
 
     /// The prompts.
@@ -99,7 +103,8 @@ impl Collector {
     /// The next step's rollouts: as many groups as a step has, of those worth training on.
     ///
     /// # Errors
-    /// Whatever a rank reports; a reward whose `on_error` is `stop`; too many batches without a group worth training on.
+    /// Whatever a rank reports; a reward whose `on_error` is `stop`; too many batches without a group worth training on; so
+    /// few groups that some rank would have none.
     pub async fn next_batch(&self, team: &Team, state: &mut DriverState, clock: &mut Clock) -> Result<Rollouts> {
         let mut gathered: Vec<Rollouts> = Vec::new();
         loop {
@@ -111,9 +116,21 @@ impl Collector {
             let values: Vec<(i64, f64)> = all.rollouts.iter().map(|r| (r.group, r.scored.total)).collect();
             let selection = filter_groups::select(&self.filter, &values, self.prompts_per_step, gathered.len())?;
             if !selection.generate_more || !self.filter.enable {
+                self.check_left(selection.kept.len())?;
                 return all.of_groups(&selection.kept);
             }
         }
+    }
+
+    fn check_left(&self, groups: usize) -> Result<()> {
+        let (least, asked) = (self.least_groups, self.prompts_per_step);
+        if groups >= least {
+            return Ok(());
+        }
+        Err(DriverError::Prompts(format!(
+            "{groups} of this step's {asked} prompts are left to learn from, for the others have no answer that could be \
+             scored, but {least} data-parallel ranks want one each; mend the reward, or raise `rlhf.train_batch_size`"
+        )))
     }
 
     /// Completions of the validation prompts, with their rewards.
@@ -255,6 +272,9 @@ impl Rollouts {
     /// The rows that are not dropped, with their rewards beside them.
     fn with_rewards(self, team: &Team) -> Result<Rollouts> {
         let kept: Vec<usize> = (0..self.rollouts.len()).filter(|&row| !self.rollouts[row].scored.dropped).collect();
+        if kept.is_empty() {
+            return Err(none_left(&self.rollouts));
+        }
         let mut kept = self.rows(&kept)?;
         let rewards: Vec<f32> = kept.rollouts.iter().map(|r| r.scored.total as f32).collect();
         let none: Vec<Vec<u32>> = vec![Vec::new(); rewards.len()];
@@ -279,6 +299,19 @@ impl Rollouts {
         let rows: Vec<usize> =
             (0..self.rollouts.len()).filter(|&row| kept.contains(&self.rollouts[row].group)).collect();
         self.rows(&rows)
+    }
+}
+
+/// Every answer was dropped.
+fn none_left(rollouts: &[Rollout]) -> DriverError {
+    let first = rollouts.iter().find_map(|rollout| rollout.scored.error.clone()).unwrap_or_default();
+    let (part, reason) = first.split_once(": ").unwrap_or(("*", &first));
+    DriverError::Reward {
+        part: part.to_owned(),
+        reason: format!(
+            "none of {} answers could be scored, and `on_error` = \"drop\" leaves nothing to learn from; the first: {reason}",
+            rollouts.len()
+        ),
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod collect;
 pub mod error;
+pub mod preview;
 pub mod prompts;
 pub mod recipe;
 pub mod reward;

@@ -51,6 +51,8 @@ pub struct Session {
     pub clock: Clock,
     /// `[rlhf]`
     pub settings: Rlhf,
+    /// Prompts without which some rank of a role would have nothing to do.
+    pub least_groups: usize,
     /// Divides the logits in sampling, so in the loss too.
     pub temperature: f64,
     /// Learning rate of the policy.
@@ -61,6 +63,16 @@ pub struct Session {
     pub checkpoints: Option<Checkpoints>,
     /// Where others see how far the run is.
     pub current_step: Arc<AtomicU64>,
+}
+
+/// Groups by `size`; what is left in the end, where it is fewer than `least`, goes with those before it.
+fn mini_batches<T>(groups: &[T], size: usize, least: usize) -> impl Iterator<Item = &[T]> {
+    let size = size.max(1);
+    let (whole, rest) = (groups.len() / size, groups.len() % size);
+    let joins = rest > 0 && rest < least && whole > 0;
+    let count = if joins { whole } else { groups.len().div_ceil(size) };
+    let end = move |index: usize| if index + 1 == count { groups.len() } else { (index + 1) * size };
+    (0..count).map(move |index| &groups[index * size..end(index)])
 }
 
 /// Saving.
@@ -95,8 +107,7 @@ impl Session {
             0 => groups.len(),
             size => size,
         };
-        let one_epoch: Vec<RemoteBatch> = groups
-            .chunks(size.max(1))
+        let one_epoch: Vec<RemoteBatch> = mini_batches(&groups, size, self.least_groups)
             .map(|groups| batch.select(&groups.concat()))
             .collect::<std::result::Result<_, _>>()?;
         Ok((0..self.settings.ppo_epochs).flat_map(|_| one_epoch.clone()).collect())
@@ -249,5 +260,24 @@ impl Session {
         let (step, stopped) = (self.state.step, self.state.step < self.steps);
         self.tracker.done(step);
         Ok(Outcome { step, stopped })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes(groups: usize, size: usize, least: usize) -> Vec<usize> {
+        mini_batches(&vec![(); groups], size, least).map(<[()]>::len).collect()
+    }
+
+    #[test]
+    fn what_is_left_of_a_step_with_dropped_groups_is_enough_for_every_rank() {
+        assert_eq!(sizes(8, 4, 2), [4, 4]);
+        assert_eq!(sizes(7, 4, 2), [4, 3]);
+        assert_eq!(sizes(5, 4, 2), [5]);
+        assert_eq!(sizes(5, 4, 1), [4, 1]);
+        assert_eq!(sizes(3, 4, 2), [3]);
+        assert_eq!(sizes(9, 4, 2), [4, 5]);
     }
 }

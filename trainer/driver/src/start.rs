@@ -20,6 +20,7 @@ use tangelo_algo::Algorithm;
 use tangelo_configs::{JobPlan, Plan, Role};
 use tangelo_control::{Agent, Cluster, Deadlines, Driver, DriverOptions, Meeting, Placement, RolePlace};
 use tangelo_core::hash::hash_bytes;
+use tangelo_formats::chat::TemplateChoice;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_observe::{ProgressEvent, ProgressWriter};
 
@@ -86,12 +87,32 @@ fn open(job: &JobPlan) -> Result<Opened> {
     let tokenizer = tokenizer_of(&job.policy)?;
     let logs = job.policy.config.job.dump_folder.join("logs");
     let rewards = RewardPipeline::start(job.reward(), &RewardOptions { log_folder: Some(logs) })?;
-    let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), job.policy.config.data.chat_template.as_deref())?);
+    let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), template_choice(job))?);
     let options = LoaderOptions { need_ground_truth: rewards.needs_ground_truth() };
     let (loader, report) = PromptLoader::open(job.prompts(), options, renderer)?;
     tangelo_observe::stderr_line(&report);
+    check_counts(job, report.num_train, report.num_validation)?;
     let fingerprint = fingerprint(job, &loader)?;
     Ok(Opened { algorithm, loader, rewards, tokenizer, fingerprint })
+}
+
+/// Fewer prompts than a step asks would be asked several times in one batch, and fewer of the validation than ranks that
+/// generate would leave some idle.
+fn check_counts(job: &JobPlan, training: u64, validation: u64) -> Result<()> {
+    let (asked, replicas) = (job.rlhf().train_batch_size, job.generation_replicas());
+    if training < asked as u64 {
+        return Err(DriverError::Prompts(format!(
+            "there are {training} prompts to train on, fewer than a step asks (`rlhf.train_batch_size` = {asked}): some would \
+             be asked twice at once; add prompts or lower it"
+        )));
+    }
+    if (1..replicas as u64).contains(&validation) {
+        return Err(DriverError::Prompts(format!(
+            "the validation has {validation} prompts, but {replicas} ranks generate, each at least one; raise \
+             `prompts.validation_size`, or set it to 0"
+        )));
+    }
+    Ok(())
 }
 
 /// What the order of prompts is a function of.
@@ -100,7 +121,13 @@ fn fingerprint(job: &JobPlan, loader: &PromptLoader) -> Result<String> {
     Ok(format!("{:016x}", hash_bytes(loader.len(), &text)))
 }
 
-fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
+/// Which chat template the job means.
+pub(crate) fn template_choice(job: &JobPlan) -> TemplateChoice<'_> {
+    let data = &job.policy.config.data;
+    TemplateChoice { file: data.chat_template.as_deref(), name: data.chat_template_name.as_deref() }
+}
+
+pub(crate) fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
     let path =
         plan.config.data.tokenizer_path().ok_or_else(|| {
             DriverError::Prompts("no tokenizer: set `data.tokenizer` or `model.hf_assets_path`".into())
@@ -194,6 +221,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         seed: config.debug.seed,
         prompts_per_step: job.rlhf().train_batch_size,
         filter: job.algorithm().shared().filter_groups.clone(),
+        least_groups: job.most_parts(),
     });
     let checkpoints = config.checkpoint.enable.then_some(Checkpoints {
         folder,
@@ -210,6 +238,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         stop: options.stop,
         clock: Clock::default(),
         settings: job.rlhf().clone(),
+        least_groups: job.most_parts(),
         temperature: job.rollout().sampling.temperature,
         schedule: plan.schedule(),
         critic_schedule: job.plan(Role::Critic).unwrap_or(plan).schedule(),
