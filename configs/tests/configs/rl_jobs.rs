@@ -97,7 +97,7 @@ enable = true
         job.toml:13:1: `rlhf.ppo_mini_batch_size` = 4 does not divide `rlhf.train_batch_size` = 9: a step's batch falls into whole mini-batches; take a divisor, or 0 for one
         job.toml:12:1: `rlhf.max_staleness` = 1; only 0 is offered yet: rollouts of the policy that learns
         job.toml:17:1: `rollout.sampling.top_p` is 1.5; expected above 0 and at most 1 (1: off)
-        job.toml:29:8: `roles.critic` is set, but the job has no critic: only `algorithm.type` = "ppo" has one; remove the table
+        job.toml:30:1: `roles.critic.lr` is set, but the job has no critic: only `algorithm.type` = "ppo" has one; remove the key
         job.toml:23:1: `reward.parts.0.pattern` is empty; set it, such as '\d+'
         job.toml:28:1: `algorithm.policy.clip_ratio_c` = 0.5; the dual clip's bound must be above 1, or 0 for none
         job.toml:26:1: `algorithm.type` = "rloo" compares the completions of one prompt, but there is 1 per prompt; generate at least 2
@@ -201,14 +201,14 @@ fn keys_that_nobody_would_read_are_refused() {
         &["roles.reference.hf_assets_path=ref"],
         1,
         expect![
-            "`roles.reference` is set, but the job has no reference: neither `algorithm.policy.use_kl_loss` nor `algorithm.reward.use_kl_in_reward` is true; remove the table"
+            "--set roles.reference.hf_assets_path=ref: `roles.reference.hf_assets_path` is set, but the job has no reference: neither `algorithm.policy.use_kl_loss` nor `algorithm.reward.use_kl_in_reward` is true; remove the key"
         ],
     );
     check(
         &["roles.reward.hf_assets_path=rm"],
         1,
         expect![[
-            r#"job.toml:19:10: `roles.reward` is set, but the job has no reward: no part of `reward.parts` has type = "model"; remove the table"#
+            r#"--set roles.reward.hf_assets_path=rm: `roles.reward.hf_assets_path` is set, but the job has no reward: no part of `reward.parts` has type = "model"; remove the key"#
         ]],
     );
     check(
@@ -235,6 +235,8 @@ fn keys_that_nobody_would_read_are_refused() {
     check(
         &["algorithm.type=grpo", "algorithm.policy.use_kl_loss=true", "roles.reference.lr=1e-6"],
         1,
-        expect!["--set algorithm.policy.use_kl_loss=true: `algorithm.policy.use_kl_loss`: missing field `type`"],
+        expect![
+            "--set roles.reference.lr=1e-6: `roles.reference.lr` is set, but a reference never learns; remove the key"
+        ],
     );
 }

@@ -218,7 +218,7 @@ fn what_is_trained_where_it_generates_is_held_once() {
 
 #[test]
 fn an_update_takes_what_its_own_tokens_and_head_take() {
-    let job = job(1, &["algorithm.type=ppo"]);
+    let job = job(1, &["algorithm.type=ppo", "rollout.engine.max_num_seqs=2"]);
     let plan = update_plan(&job, Role::Policy).unwrap();
     assert_eq!((plan.config.training.local_batch_size, plan.config.training.seq_len), (6, 79));
     assert_eq!(plan.gradient_accumulation_steps, 3);
