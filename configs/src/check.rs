@@ -24,25 +24,30 @@ const MAX_NEWTON_SCHULZ_STEPS: usize = 99;
 pub(crate) const MAX_LAYERS: usize = 1 << 12;
 
 /// Bounds of single values and rules between sections that need no architecture.
-pub(crate) fn check_values(c: &JobConfig) -> Result<(), ConfigError> {
-    let mut found = Found::default();
-    training(&mut found, c);
-    schedule(&mut found, c);
-    optimizer(&mut found, c);
-    parallelism(&mut found, &c.parallelism);
-    data(&mut found, c);
-    chat(&mut found, c);
-    recompute(&mut found, c);
-    saving(&mut found, c);
-    validation(&mut found, c);
-    model_keys(&mut found, &c.model);
+pub(crate) fn check_values(found: &mut Found, c: &JobConfig) {
+    training(found, c);
+    schedule(found, c);
+    optimizer(found, c);
+    parallelism(found, &c.parallelism);
+    data(found, c);
+    chat(found, c);
+    recompute(found, c);
+    saving(found, c);
+    validation(found, c);
+    model_keys(found, &c.model);
     found.at_least("metrics.log_freq", c.metrics.log_freq, 1);
     found.at_least("comm.init_timeout_seconds", c.comm.init_timeout_seconds as usize, 1);
     found.at_least("comm.train_timeout_seconds", c.comm.train_timeout_seconds as usize, 1);
     found.require(c.debug.seed <= MAX_TOML_INTEGER, || {
         format!("`debug.seed` = {} is above {MAX_TOML_INTEGER}, the largest integer of a TOML file", c.debug.seed)
     });
-    found.result()
+}
+
+/// Whether every degree is a number of ranks, so that their product means something.
+pub(crate) fn degrees_are_sound(p: &Parallelism) -> bool {
+    let mut found = Found::default();
+    parallelism(&mut found, p);
+    found.is_empty()
 }
 
 fn training(found: &mut Found, c: &JobConfig) {
@@ -219,12 +224,15 @@ fn sources(found: &mut Found, list: &str, sources: &[DataSource]) {
 
 /// Keys of the other kind of job would be read by nobody.
 fn chat(found: &mut Found, c: &JobConfig) {
+    found.require(c.data.chat_template.is_none() || c.data.chat_template_name.is_none(), || {
+        "`data.chat_template` and `data.chat_template_name` are both set; remove one".into()
+    });
     let lists = [("data.sources", &c.data.sources), ("validation.sources", &c.validation.sources)];
     let all =
         || lists.iter().flat_map(|(list, all)| all.iter().enumerate().map(move |(i, s)| (format!("{list}.{i}"), s)));
     if c.job.kind != JobType::Sft {
         // Prompts of reinforcement learning are rendered by a chat template too.
-        let is_read = |key: &str| c.job.kind == JobType::Rlhf && key == "chat_template";
+        let is_read = |key: &str| c.job.kind == JobType::Rlhf && key.starts_with("chat_template");
         let data = c.data.chat_keys().map(|(key, is_set)| (format!("data.{key}"), is_set && !is_read(key)));
         let each = all().flat_map(|(at, s)| s.chat_keys().map(|(key, is_set)| (format!("{at}.{key}"), is_set)));
         for (key, _) in data.into_iter().chain(each).filter(|(_, is_set)| *is_set) {
@@ -492,6 +500,25 @@ impl Found {
 
     fn factor(&mut self, key: &str, value: f64) {
         self.require(value.is_finite() && value >= 1.0, || format!("`{key}` = {value}; it must be at least 1"));
+    }
+
+    /// What `result` holds; values that are wrong join the others, so that a user sees them all at once.
+    ///
+    /// # Errors
+    /// What is wrong with something else than values.
+    pub(crate) fn take<T>(&mut self, result: Result<T, ConfigError>) -> Result<Option<T>, ConfigError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(ConfigError::Values(messages)) => {
+                self.0.extend(messages);
+                Ok(None)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    pub(crate) fn add(&mut self, messages: impl IntoIterator<Item = String>) {
+        self.0.extend(messages);
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -157,15 +157,15 @@ pub struct Model {
 pub struct Optimizer {
     /// Which.
     pub name: OptimizerName,
-    /// Peak learning rate.
+    /// Peak learning rate; 2e-5 where an `sft` job does not say it, 1e-6 where an `rlhf` job does not.
     pub lr: f64,
     /// Decay of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay of the second moment; 0.999 where an `rlhf` job does not say it.
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay, on matrices only.
+    /// Decoupled weight decay, on matrices only; 0.01 where an `rlhf` job does not say it.
     pub weight_decay: f64,
     /// Decay of Muon's momentum (our own key, like the three below; with the meanings of `torch.optim.Muon`).
     pub muon_momentum: f64,
@@ -213,11 +213,12 @@ pub enum MuonAdjustLr {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LrScheduler {
-    /// Steps from 0 to the peak, linearly.
+    /// Steps from 0 to the peak, linearly; 0 where an `rlhf` job does not say it.
     pub warmup_steps: usize,
     /// Length of the whole schedule; `training.steps` where absent.
     pub total_steps: Option<usize>,
-    /// Part of the schedule spent decaying, at its end (WSD); 0 is constant, absent: all of it after the warm-up.
+    /// Part of the schedule spent decaying, at its end (WSD); 0 is constant, absent: all of it after the warm-up, of an
+    /// `rlhf` job 0.
     pub decay_ratio: Option<f64>,
     /// Shape of the decay.
     pub decay_type: DecayType,
@@ -424,7 +425,8 @@ pub struct Validation {
     pub steps: i64,
     /// Sample this many tokens from each of `prompts` after an evaluation (our own key); 0: none.
     pub sample_tokens: usize,
-    /// What samples continue (our own key).
+    /// What samples continue; in an `sft` job each is a message of the user, or messages as a JSON list, rendered by the
+    /// chat template (our own key).
     pub prompts: Vec<String>,
 }
 

@@ -12,6 +12,7 @@
 pub mod algorithm;
 mod architecture;
 mod check;
+mod defaults;
 mod error;
 pub mod flavor;
 pub mod hf_config;
@@ -32,6 +33,7 @@ pub mod rlhf;
 pub mod sampling;
 pub mod schema;
 pub mod sharding;
+mod types;
 
 pub use algorithm::Algorithm;
 pub use error::{ConfigError, Origin, Place, TextError};

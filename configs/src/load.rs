@@ -9,6 +9,7 @@ use crate::error::{ConfigError, Origin, Place, TextError};
 use crate::known::Known;
 use crate::nearest::nearest;
 use crate::places::Places;
+use crate::types::wrong_types;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
@@ -49,6 +50,7 @@ fn finish(mut merged: Layer, sets: &[String], origin: &Origin) -> Result<JobConf
     for set in sets {
         apply_set(&mut merged, set)?;
     }
+    crate::defaults::lay_under(&mut merged.values);
     let config = JobConfig::deserialize(merged.values).map_err(|e| at(origin, None, e.message().to_owned()))?;
     Ok(JobConfig { places: merged.places, ..config })
 }
@@ -103,14 +105,34 @@ fn check_text(text: &str, origin: &Origin) -> Result<(Layer, JobConfig), ConfigE
         unknown.sort_by_key(|e| e.place.position);
         return Err(ConfigError::Text(unknown));
     }
+    let values = toml::from_str::<Table>(text).map_err(|e| at(origin, None, e.message().to_owned()))?;
     let config = toml::from_str::<JobConfig>(text).map_err(|e| {
         let span = e.span().unwrap_or(0..0);
-        let key = key_at(spanned.get_ref(), span.start).join(".");
-        at(origin, place(span.start), explain(&key, e.message()))
+        let error = |offset: usize, key: &str, message: &str| TextError {
+            place: Place { origin: origin.clone(), position: place(offset) },
+            message: explain(key, message),
+        };
+        let first = error(span.start, &key_at(spanned.get_ref(), span.start).join("."), e.message());
+        let pieces = wrong_types(&values, spanned.get_ref());
+        ConfigError::Text(with_others(first, pieces.iter().map(|p| error(p.offset, &p.key, &p.message)).collect()))
     })?;
-    let values = toml::from_str::<Table>(text).map_err(|e| at(origin, None, e.message().to_owned()))?;
     let places = Places::of(spanned.get_ref(), origin, |offset| line_and_column(text, offset));
     Ok((Layer { values, places }, config))
+}
+
+/// All errors, in the order of the text. The whole knows best where its first one is: it stands for the last part that
+/// begins no later; where the parts by themselves are right, it says all there is to say.
+fn with_others(first: TextError, mut all: Vec<TextError>) -> Vec<TextError> {
+    all.sort_by_key(|e| e.place.position);
+    let section = |e: &TextError| e.message.split(['`', '.']).nth(1).map(str::to_owned);
+    let is_there =
+        |other: &TextError| other.place.position <= first.place.position && section(other) == section(&first);
+    match (all.iter().rposition(is_there), all.iter().any(|other| section(other) == section(&first))) {
+        (Some(index), _) => all[index] = first,
+        (None, false) => all.push(first),
+        (None, true) => {}
+    }
+    all
 }
 
 /// Reports every key that no section has, deepest tables included.

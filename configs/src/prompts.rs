@@ -197,6 +197,11 @@ impl Prompts {
     /// [`ConfigError::Values`] with everything that is wrong.
     pub fn check(&self) -> Result<(), ConfigError> {
         let mut found = Found::default();
+        self.find_wrong(&mut found);
+        found.result()
+    }
+
+    pub(crate) fn find_wrong(&self, found: &mut Found) {
         found.require(!self.files.is_empty() || self.generator.is_some(), || {
             "`prompts.files` is empty and there is no `prompts.generator`: nothing to ask; set files = \
              [\"train.parquet\"] or generator = { type = \"arithmetic\" }"
@@ -228,9 +233,8 @@ impl Prompts {
             format!("`prompts.seed` = {} is above {}, the largest integer of a TOML file", self.seed, i64::MAX)
         });
         if let Some(generator) = &self.generator {
-            check_generator(&mut found, generator);
+            check_generator(found, generator);
         }
-        found.result()
     }
 }
 

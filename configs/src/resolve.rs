@@ -6,7 +6,7 @@
 //! Three values stay as the user wrote them because they are instructions, not defaults: `checkpoint.load_step = -1`
 //! (the newest), `validation.steps = -1` (all of the held-out data), and absent `data.sources.weight`s (by size).
 
-use crate::check::{check_values, check_with_model};
+use crate::check::{Found, check_values, check_with_model, degrees_are_sound};
 use crate::job::{ComputeType, DEFAULT_TEXT_COLUMN, Data, DataSource, DeviceChoice, JobConfig, JobType, Packing};
 use crate::{ConfigError, ModelSpec, Plan, Role, architecture, parallel};
 use std::path::{Path, PathBuf};
@@ -169,10 +169,16 @@ pub(crate) fn resolve_role(
     resources: &Resources,
     assets: &dyn ModelAssets,
 ) -> Result<Plan, ConfigError> {
-    resolve_paths(&mut config, resources)?;
-    let world_size = crate::rlhf::resolve_sections(&mut config, role, resources)?;
-    check_values(&config)?;
-    let mesh = parallel::resolve_mesh(&mut config, world_size)?;
+    let mut found = Found::default();
+    found.take(resolve_paths(&mut config, resources))?;
+    let ranks = crate::rlhf::resolve_sections(&mut found, &mut config, role, resources);
+    check_values(&mut found, &config);
+    let mesh = match ranks.filter(|_| degrees_are_sound(&config.parallelism)) {
+        Some(ranks) => found.take(parallel::resolve_mesh(&mut config, ranks))?,
+        None => None,
+    };
+    found.result()?;
+    let mesh = mesh.unwrap_or_else(|| unreachable!("whatever keeps the mesh from being built is an error"));
     parallel::resolve_reshard(&mut config.parallelism);
     resolve_device(&mut config, resources);
     resolve_schedule(&mut config);

@@ -277,6 +277,11 @@ impl Reward {
     /// [`ConfigError::Values`] with everything that is wrong. Patterns are checked where they are compiled.
     pub fn check(&self) -> Result<(), ConfigError> {
         let mut found = Found::default();
+        self.find_wrong(&mut found);
+        found.result()
+    }
+
+    pub(crate) fn find_wrong(&self, found: &mut Found) {
         found.require(!self.parts.is_empty(), || {
             "`reward.parts` is empty: nothing to train towards; add [[reward.parts]] with type = \"numeric\" or another"
                 .into()
@@ -292,9 +297,8 @@ impl Reward {
                 format!("`{key}.name` = \"{}\"; it is made of letters, digits, `_`, `-` and `.`", part.name())
             });
             found.finite(&format!("{key}.weight"), part.weight);
-            check_function(&mut found, &key, &part.function);
+            check_function(found, &key, &part.function);
         }
-        found.result()
     }
 }
 

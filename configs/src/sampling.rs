@@ -61,6 +61,11 @@ impl SamplingParams {
     /// # Errors
     /// Names every value that makes no sense.
     pub fn check(&self, at: &str) -> Result<(), ConfigError> {
+        refuse(self.problems(at))
+    }
+
+    /// Every value that makes no sense, in words.
+    pub(crate) fn problems(&self, at: &str) -> Vec<String> {
         let mut found = Problems { at, list: Vec::new() };
         found.range("n", self.n, 1, MAX_SAMPLES);
         found.range("max_tokens", self.max_tokens, 1, MAX_TOKENS);
@@ -83,7 +88,7 @@ impl SamplingParams {
         found.require(self.n <= 1 || t != 0.0, || {
             format!("`{at}.n` is {} with temperature 0: greedy samples are all the same; set n = 1", self.n)
         });
-        found.result()
+        found.list
     }
 
     /// Whether `top_k`, `top_p` or `min_p` leave tokens out.
@@ -119,6 +124,11 @@ impl EngineConfig {
     /// # Errors
     /// Names every value that makes no sense.
     pub fn check(&self, at: &str) -> Result<(), ConfigError> {
+        refuse(self.problems(at))
+    }
+
+    /// Every value that makes no sense, in words.
+    pub(crate) fn problems(&self, at: &str) -> Vec<String> {
         let mut found = Problems { at, list: Vec::new() };
         found.range("max_num_seqs", self.max_num_seqs, 1, MAX_SEQUENCES);
         found.range("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_TOKENS);
@@ -131,7 +141,7 @@ impl EngineConfig {
                 self.max_num_batched_tokens, self.max_num_seqs
             )
         });
-        found.result()
+        found.list
     }
 }
 
@@ -151,8 +161,8 @@ impl Problems<'_> {
         let at = self.at;
         self.require((low..=high).contains(&value), || format!("`{at}.{key}` is {value}; expected {low} to {high}"));
     }
+}
 
-    fn result(self) -> Result<(), ConfigError> {
-        if self.list.is_empty() { Ok(()) } else { Err(ConfigError::Values(self.list)) }
-    }
+fn refuse(problems: Vec<String>) -> Result<(), ConfigError> {
+    if problems.is_empty() { Ok(()) } else { Err(ConfigError::Values(problems)) }
 }

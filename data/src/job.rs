@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tangelo_configs::JobConfig;
 use tangelo_configs::job::{DataSource, JobType};
+use tangelo_formats::chat::TemplateChoice;
 
 /// What was learnt for the tokenizer of a job, beside it in the prepared folder.
 const TRAINING_NAME: &str = "tokenizer-training.json";
@@ -175,6 +176,7 @@ fn prepare_source(
                 JobType::Sft => options.chat = Some(chat_options(config, asked)?),
             }
             options.chat_template.clone_from(&config.data.chat_template);
+            options.chat_template_name.clone_from(&config.data.chat_template_name);
             options.shard_tokens = config.data.shard_tokens;
             progress.phase(&format!("preparing {}", source.name));
             prepare(&options, progress)?
@@ -197,6 +199,11 @@ pub(crate) fn chat_options(config: &JobConfig, source: &DataSource) -> Result<Ch
         max_tokens: config.training.seq_len,
         overlong: resolved(data.overlong, "data.overlong")?,
     })
+}
+
+/// Which template the job means.
+pub(crate) fn template_choice(config: &JobConfig) -> TemplateChoice<'_> {
+    TemplateChoice { file: config.data.chat_template.as_deref(), name: config.data.chat_template_name.as_deref() }
 }
 
 /// A folder that was prepared before must hold conversations that fit a sequence.

@@ -29,9 +29,12 @@ pub struct Data {
     pub validation_fraction: f64,
     /// Tokens per shard file.
     pub shard_tokens: usize,
-    /// Only `job.type` = "sft": a file with the Jinja template that turns a conversation into text. Default: the
+    /// Only `job.type` = "sft" and "rlhf": a file with the Jinja template that turns a conversation into text. Default: the
     /// tokenizer's own.
     pub chat_template: Option<PathBuf>,
+    /// Only `job.type` = "sft" and "rlhf": the name of one of the tokenizer's templates, where it has several (such as
+    /// `tool_use`). Default: `default`.
+    pub chat_template_name: Option<String>,
     /// Only `job.type` = "sft": of messages, train what the assistant says, the end of its turns included; else every
     /// token. Default: true.
     pub assistant_only_loss: Option<bool>,
@@ -131,6 +134,7 @@ impl Default for Data {
             validation_fraction: 0.005,
             shard_tokens: 1 << 26,
             chat_template: None,
+            chat_template_name: None,
             assistant_only_loss: None,
             completion_only_loss: None,
             overlong: None,
@@ -148,9 +152,10 @@ impl Data {
     }
 
     /// The keys that only conversations have, and whether each is set.
-    pub(crate) fn chat_keys(&self) -> [(&'static str, bool); 4] {
+    pub(crate) fn chat_keys(&self) -> [(&'static str, bool); 5] {
         [
             ("chat_template", self.chat_template.is_some()),
+            ("chat_template_name", self.chat_template_name.is_some()),
             ("assistant_only_loss", self.assistant_only_loss.is_some()),
             ("completion_only_loss", self.completion_only_loss.is_some()),
             ("overlong", self.overlong.is_some()),

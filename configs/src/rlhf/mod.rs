@@ -5,15 +5,15 @@
 //! `[parallelism]`, ...). Names and batch semantics are verl's where the meaning is the same: batches count prompts, each
 //! of which has `rollout.sampling.n` completions.
 
+mod check;
 mod plan;
-mod unread;
 
+use plan::limits;
 pub(crate) use plan::resolve_sections;
 pub use plan::{JobPlan, role_folder};
 
-use crate::check::Found;
 use crate::job::{ComputeType, Parallelism};
-use crate::{ConfigError, EngineConfig, SamplingParams};
+use crate::{EngineConfig, SamplingParams};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -197,7 +197,7 @@ pub struct RoleModel {
     pub hf_assets_path: Option<PathBuf>,
     /// How its ranks share the work. Default: as the policy's, where it lives in the policy's pool; else data parallel.
     pub parallelism: Option<Parallelism>,
-    /// Learning rate, of a critic (verl: 1e-5).
+    /// Learning rate, of a critic. Default: 1e-5 (verl's).
     pub lr: Option<f64>,
 }
 
@@ -276,69 +276,4 @@ impl PlacementConfig {
         }
         (name.clone(), 0..0)
     }
-
-    fn check(&self, world_size: usize, found: &mut Found) {
-        let names: Vec<&str> = self.pools.iter().map(|pool| pool.name.as_str()).collect();
-        for (role, pool) in Role::ALL.into_iter().filter_map(|role| Some((role, self.roles.get(role)?))) {
-            found.require(names.contains(&pool.as_str()), || {
-                let known = if names.is_empty() { "none are defined".into() } else { names.join(", ") };
-                format!("`placement.roles` puts {role} on pool `{pool}`, which does not exist; pools: {known}")
-            });
-        }
-        let total: usize = self.pools.iter().map(|pool| pool.ranks).sum();
-        found.require(self.pools.is_empty() || total == world_size, || {
-            let sizes: Vec<String> = self.pools.iter().map(|p| format!("{} {}", p.name, p.ranks)).collect();
-            format!(
-                "`placement.pools` have {total} ranks ({}), the job {world_size}: start {total} ranks or change the pools",
-                sizes.join(", ")
-            )
-        });
-        found.require(self.pools.iter().all(|pool| pool.ranks > 0), || {
-            "`placement.pools` has a pool of 0 ranks; remove it or give it some".into()
-        });
-        let used: Vec<String> = Role::ALL.iter().map(|&role| self.ranks_of(role, world_size).0).collect();
-        for name in names.iter().filter(|name| !used.iter().any(|pool| pool == *name)) {
-            found.require(false, || {
-                format!("pool `{name}` of `placement.pools` has no role; name one in `placement.roles`")
-            });
-        }
-    }
-}
-
-/// Bounds of values, and what must divide what.
-pub(crate) fn check(
-    rlhf: &Rlhf,
-    rollout: &Rollout,
-    placement: &PlacementConfig,
-    world_size: usize,
-) -> Result<(), ConfigError> {
-    let mut found = Found::default();
-    found.within("rlhf.train_batch_size", rlhf.train_batch_size, 1, 1 << 24);
-    let mini = rlhf.ppo_mini_batch_size;
-    found.require(mini == 0 || rlhf.train_batch_size.is_multiple_of(mini), || {
-        format!(
-            "`rlhf.ppo_mini_batch_size` = {mini} does not divide `rlhf.train_batch_size` = {}: a step's batch falls into \
-             whole mini-batches; take a divisor, or 0 for one",
-            rlhf.train_batch_size
-        )
-    });
-    found.within("rlhf.ppo_epochs", rlhf.ppo_epochs, 1, 1 << 10);
-    found.within("rlhf.ppo_max_token_len_per_rank", rlhf.ppo_max_token_len_per_rank, 1, 1 << 30);
-    found.require(rlhf.max_staleness == 0, || {
-        format!(
-            "`rlhf.max_staleness` = {}; only 0 is offered yet: rollouts of the policy that learns",
-            rlhf.max_staleness
-        )
-    });
-    found.within("rollout.update_weights_bucket_mb", rollout.update_weights_bucket_mb, 1, 1 << 20);
-    found.within("rollout.tensor_parallel_degree", rollout.tensor_parallel_degree, 1, 1 << 10);
-    let sampling = &rollout.sampling;
-    found.require(sampling.temperature > 0.0, || {
-        "`rollout.sampling.temperature` = 0: greedy completions of a prompt are all the same and teach nothing; set 1.0".into()
-    });
-    placement.check(world_size, &mut found);
-    found.result()?;
-    sampling.check("rollout.sampling")?;
-    rlhf.validation.over(sampling).check("rlhf.validation")?;
-    rollout.engine.check("rollout.engine")
 }

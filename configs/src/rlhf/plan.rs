@@ -1,8 +1,9 @@
 //! An `rlhf` job resolved: the plan of every role, and where it lives.
 
-use super::{OldLogprobs, PlacementConfig, Rlhf, Role, RoleModel, Roles, Rollout, check};
-use crate::algorithm::ImportanceLevel;
+use super::check::{Sections, has};
+use super::{OldLogprobs, PlacementConfig, Rlhf, Role, RoleModel, Roles, Rollout};
 use crate::check::Found;
+use crate::defaults::CRITIC_LR;
 use crate::job::{ComputeType, DeviceChoice, JobConfig, JobType, Model, Parallelism};
 use crate::model::HeadSpec;
 use crate::resolve::resolve_role;
@@ -22,40 +23,48 @@ pub struct JobPlan {
     world_size: usize,
 }
 
-/// Fills in the sections of an `rlhf` job and checks them; fails where another job has them. The number of ranks that the
-/// sections of every job are about: those of `role`.
+/// Fills in the sections of an `rlhf` job and looks for what is wrong with them; they are wrong where another job has them.
+/// The number of ranks that the sections of every job are about: those of `role`; none where it has no ranks.
 pub(crate) fn resolve_sections(
+    found: &mut Found,
     config: &mut JobConfig,
     role: Role,
     resources: &Resources,
-) -> Result<usize, ConfigError> {
+) -> Option<usize> {
     if config.job.kind != JobType::Rlhf {
-        return refuse_sections(config).map(|()| resources.world_size);
+        refuse_sections(found, config);
+        return Some(resources.world_size);
     }
-    let mut unread = Found::default();
-    super::unread::check(config, config.roles.as_ref().unwrap_or(&Roles::default()), &mut unread);
-    unread.result()?;
-    let rlhf = config.rlhf.get_or_insert_default();
-    let rollout = config.rollout.get_or_insert_default();
-    let placement = config.placement.get_or_insert_default();
-    let (prompts, reward) = (config.prompts.get_or_insert_default(), config.reward.get_or_insert_default());
-    let (algorithm, roles) = (config.algorithm.get_or_insert_default(), config.roles.get_or_insert_default());
-    rlhf.validation.max_tokens.get_or_insert(rollout.sampling.max_tokens);
-    check(rlhf, rollout, placement, resources.world_size)?;
-    prompts.check()?;
-    reward.check()?;
-    resolve_paths(prompts, reward, roles, resources);
-    let limits = limits(rollout);
-    let wrong = algorithm.check(limits);
-    if !wrong.is_empty() {
-        return Err(ConfigError::Values(wrong));
-    }
-    check_lengths(config.training.seq_len, prompts, rollout, rlhf)?;
-    check_correction(rlhf, algorithm)?;
-    Ok(placement.ranks_of(role, resources.world_size).1.len())
+    fill_in(config, resources);
+    let placement = filled(&config.placement);
+    let roles = filled(&config.roles);
+    let sections = Sections {
+        rlhf: filled(&config.rlhf),
+        rollout: filled(&config.rollout),
+        placement,
+        prompts: filled(&config.prompts),
+        reward: filled(&config.reward),
+        algorithm: filled(&config.algorithm),
+        models: [(Role::Reference, &roles.reference), (Role::Critic, &roles.critic), (Role::Reward, &roles.reward)],
+    };
+    let is_placed = sections.find_wrong(found, config, resources.world_size);
+    is_placed.then(|| placement.ranks_of(role, resources.world_size).1.len())
 }
 
-fn refuse_sections(config: &JobConfig) -> Result<(), ConfigError> {
+/// Every section is there, paths are absolute, and what depends on other keys has its value.
+fn fill_in(config: &mut JobConfig, resources: &Resources) {
+    let (rlhf, rollout) = (config.rlhf.get_or_insert_default(), config.rollout.get_or_insert_default());
+    rlhf.validation.max_tokens.get_or_insert(rollout.sampling.max_tokens);
+    config.placement.get_or_insert_default();
+    let (prompts, reward) = (config.prompts.get_or_insert_default(), config.reward.get_or_insert_default());
+    let (algorithm, roles) = (config.algorithm.get_or_insert_default(), config.roles.get_or_insert_default());
+    resolve_paths(prompts, reward, roles, resources);
+    if has(Role::Critic, algorithm, reward) {
+        roles.critic.lr.get_or_insert(CRITIC_LR);
+    }
+}
+
+fn refuse_sections(found: &mut Found, config: &JobConfig) {
     let present = [
         ("rlhf", config.rlhf.is_some()),
         ("algorithm", config.algorithm.is_some()),
@@ -65,14 +74,13 @@ fn refuse_sections(config: &JobConfig) -> Result<(), ConfigError> {
         ("roles", config.roles.is_some()),
         ("placement", config.placement.is_some()),
     ];
-    let found: Vec<&str> = present.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
-    if found.is_empty() {
-        return Ok(());
-    }
-    Err(ConfigError::Values(vec![format!(
-        "`job.type` is not \"rlhf\", but the job has [{}]; set type = \"rlhf\" in [job], or remove the sections",
-        found.join("], [")
-    )]))
+    let there: Vec<&str> = present.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
+    found.require(there.is_empty(), || {
+        format!(
+            "`job.type` is not \"rlhf\", but the job has [{}]; set type = \"rlhf\" in [job], or remove the sections",
+            there.join("], [")
+        )
+    });
 }
 
 fn resolve_paths(prompts: &mut Prompts, reward: &mut Reward, roles: &mut Roles, resources: &Resources) {
@@ -89,36 +97,8 @@ fn resolve_paths(prompts: &mut Prompts, reward: &mut Reward, roles: &mut Roles, 
     }
 }
 
-fn check_lengths(seq_len: usize, prompts: &Prompts, rollout: &Rollout, rlhf: &Rlhf) -> Result<(), ConfigError> {
-    let prompt = prompts.max_prompt_length;
-    let answers = [
-        ("rollout.sampling.max_tokens", rollout.sampling.max_tokens),
-        ("rlhf.validation.max_tokens", rlhf.validation.over(&rollout.sampling).max_tokens),
-    ];
-    let Some((key, answer)) = answers.into_iter().find(|(_, answer)| prompt + answer > seq_len) else { return Ok(()) };
-    Err(ConfigError::Values(vec![format!(
-        "`prompts.max_prompt_length` {prompt} + `{key}` {answer} = {} tokens, above `training.seq_len` {seq_len}: a prompt \
-         with its answer must fit; raise seq_len or lower one of them",
-        prompt + answer
-    )]))
-}
-
-/// Fails where weights would correct for a distance that nobody measures.
-fn check_correction(rlhf: &Rlhf, algorithm: &Algorithm) -> Result<(), ConfigError> {
-    let corrects = algorithm.shared().rollout_correction.rollout_is != ImportanceLevel::None;
-    if !corrects || rlhf.old_logprobs != OldLogprobs::Rollout {
-        return Ok(());
-    }
-    Err(ConfigError::Values(vec![
-        "`algorithm.rollout_correction.rollout_is` weighs by the trainer's log-probabilities over the engine's, but \
-         `rlhf.old_logprobs` = \"rollout\" takes the engine's for both, so that every weight is 1; set it to \
-         \"recompute\" or \"auto\", or rollout_is to \"none\""
-            .into(),
-    ]))
-}
-
 /// What algorithms must know of generation.
-fn limits(rollout: &Rollout) -> crate::algorithm::Limits {
+pub(super) fn limits(rollout: &Rollout) -> crate::algorithm::Limits {
     let sampling = &rollout.sampling;
     crate::algorithm::Limits { max_response_tokens: sampling.max_tokens, samples_per_prompt: sampling.n }
 }
@@ -135,13 +115,63 @@ impl JobPlan {
     /// A role whose degrees do not fit its pool, or whose model does not fit the policy's.
     pub fn new(policy: Plan, resources: &Resources, assets: &dyn ModelAssets) -> Result<JobPlan, ConfigError> {
         let mut job = JobPlan { policy, others: BTreeMap::new(), world_size: resources.world_size };
+        let mut found = Found::default();
         for role in [Role::Reference, Role::Critic, Role::Reward] {
             if job.has(role) {
-                let plan = job.role_plan(role, resources, assets)?;
-                job.others.insert(role, plan);
+                let plan = found.take(job.role_plan(role, resources, assets))?;
+                job.others.extend(plan.map(|plan| (role, plan)));
             }
         }
+        job.check_shares(&mut found);
+        found.result()?;
         Ok(job)
+    }
+
+    /// Every data-parallel part of a role has a prompt to work on: answers to one are never split.
+    fn check_shares(&self, found: &mut Found) {
+        let (rlhf, most) = (self.rlhf(), self.rlhf().train_batch_size);
+        for (role, plan) in self.others.iter().chain([(&Role::Policy, &self.policy)]) {
+            let learns = matches!(role, Role::Policy | Role::Critic) && rlhf.ppo_mini_batch_size > 0;
+            let (key, prompts) = match learns {
+                true => ("rlhf.ppo_mini_batch_size", rlhf.ppo_mini_batch_size),
+                false => ("rlhf.train_batch_size", most),
+            };
+            let parts = plan.data_parallel_size;
+            found.require(prompts >= parts, || {
+                format!(
+                    "`{key}` = {prompts} prompts for the {parts} data-parallel parts of the {role}: answers to a prompt stay \
+                     together, so each part wants one at least; raise it to {parts}, or share the model over more ranks"
+                )
+            });
+        }
+        let replicas = self.generation_replicas();
+        found.require(most >= replicas, || {
+            format!(
+                "`rlhf.train_batch_size` = {most} prompts for {replicas} ranks that generate by themselves: answers to a \
+                 prompt stay together, so each wants one at least; raise it to {replicas}, or start fewer ranks"
+            )
+        });
+    }
+
+    /// Ranks, or groups of them, that generate with a whole model.
+    pub fn generation_replicas(&self) -> usize {
+        (self.ranks(Role::Rollout).len() / self.rollout().tensor_parallel_degree.max(1)).max(1)
+    }
+
+    /// Data-parallel parts of the role with the most.
+    pub fn most_parts(&self) -> usize {
+        let parts = self.others.values().chain([&self.policy]).map(|plan| plan.data_parallel_size);
+        parts.max().unwrap_or(1)
+    }
+
+    /// The job that `config` asks for: its policy's plan, and all that [`JobPlan::new`] adds.
+    ///
+    /// # Errors
+    /// Of the policy as [`resolve`](crate::resolve::resolve), else of the other roles; each with its place.
+    pub fn resolve(config: JobConfig, resources: &Resources, assets: &dyn ModelAssets) -> Result<JobPlan, ConfigError> {
+        let places = config.places.clone();
+        let policy = crate::resolve::resolve(config, resources, assets)?;
+        JobPlan::new(policy, resources, assets).map_err(|error| places.locate(error))
     }
 
     fn role_plan(&self, role: Role, resources: &Resources, assets: &dyn ModelAssets) -> Result<Plan, ConfigError> {
@@ -175,7 +205,7 @@ impl JobPlan {
             None => Parallelism::default(),
         };
         let plan = resolve_role(config, role, &Resources { world_size: self.world_size, ..resources.clone() }, assets);
-        let plan = plan.map_err(|e| of_role(role, e))?;
+        let plan = plan.map_err(|e| of_role(role, own.parallelism.is_some(), e))?;
         self.check_vocabulary(role, &plan, assets)?;
         Ok(plan)
     }
@@ -221,15 +251,7 @@ impl JobPlan {
 
     /// Whether the job has the role.
     pub fn has(&self, role: Role) -> bool {
-        let algorithm = self.algorithm();
-        match role {
-            Role::Policy | Role::Rollout => true,
-            Role::Reference => algorithm.needs_reference(),
-            Role::Critic => algorithm.needs_critic(),
-            Role::Reward => {
-                self.reward().parts.iter().any(|part| matches!(part.function, RewardFunction::Model { .. }))
-            }
-        }
+        has(role, self.algorithm(), self.reward())
     }
 
     /// The roles of the job.
@@ -345,12 +367,17 @@ impl JobPlan {
     }
 }
 
-/// Says of which role a plan cannot be made.
-fn of_role(role: Role, error: ConfigError) -> ConfigError {
+/// Says of which role a plan cannot be made, by the keys that the role has them under.
+fn of_role(role: Role, has_own_degrees: bool, error: ConfigError) -> ConfigError {
+    let told = |message: String| {
+        let message = match has_own_degrees {
+            true => message.replace("`parallelism.", &format!("`roles.{role}.parallelism.")),
+            false => message,
+        };
+        format!("role {role}: {message}")
+    };
     match error {
-        ConfigError::Values(messages) => {
-            ConfigError::Values(messages.into_iter().map(|message| format!("role {role}: {message}")).collect())
-        }
+        ConfigError::Values(messages) => ConfigError::Values(messages.into_iter().map(told).collect()),
         other => other,
     }
 }

@@ -41,7 +41,9 @@ fn unknown_keys_name_the_place_and_the_nearest_key() {
     // Known, but not of this kind of scaling.
     text(
         "[model]\nrope_scaling = { rope_type = 'linear', factor = 8, low_freq_factor = 1 }\n",
-        expect!["job.toml:2:16: `model.rope_scaling`: unknown field `low_freq_factor`, expected `factor`"],
+        expect![
+            "job.toml:2:70: `model.rope_scaling.low_freq_factor`: unknown field `low_freq_factor`, expected `factor`"
+        ],
     );
     text(
         "[comm]\nqqq = 3\n",
@@ -69,7 +71,7 @@ fn wrong_types_and_values_name_the_key() {
     );
     text(
         "[[data.sources]]\npaths = 'corpus.txt'\n",
-        expect![r#"job.toml:2:9: `data.sources.paths`: invalid type: string "corpus.txt", expected a sequence"#],
+        expect![[r#"job.toml:2:9: `data.sources.paths`: invalid type: string "corpus.txt", expected a sequence"#]],
     );
     text("[training]\nsteps = 10\nsteps = 11\n", expect!["job.toml:3:1: duplicate key"]);
     text("[training\nsteps = 10\n", expect!["job.toml:1:10: unclosed table, expected `]`"]);
@@ -146,4 +148,35 @@ fn includes_are_read_first_relative_to_their_file() {
 
     let missing = load(&folder.path().join("none.toml"), &[]).unwrap_err();
     assert!(missing.to_string().starts_with("cannot read "), "{missing}");
+}
+
+#[test]
+fn wrong_types_are_said_all_at_once() {
+    text(
+        "[training]\nsteps = \"many\"\nseq_len = -1\n[optimizer]\nlr = true\n[data]\nsources = [\n  { paths = ['a'] },\n  { \
+         paths = 7 },\n]\n",
+        expect![[r#"
+            job.toml:2:9: `training.steps`: invalid type: string "many", expected a whole number of at least 0
+            job.toml:3:11: `training.seq_len`: invalid value: integer `-1`, expected a whole number of at least 0
+            job.toml:5:6: `optimizer.lr`: invalid type: boolean `true`, expected a number
+            job.toml:9:13: `data.sources.paths`: invalid type: integer `7`, expected a sequence"#]],
+    );
+    // Of what depends on a `type`, each with its own.
+    text(
+        "[job]\ntype = 'rlhf'\n[algorithm]\ntype = 'grpo'\ngamma = 0.9\n[algorithm.policy]\nclip_ratio_low = 'a'\n\
+         [[reward.parts]]\ntype = 'numerc'\n[[reward.parts]]\ntype = 'python'\n[[reward.parts]]\ntype = 'boxed'\n\
+         marker = '#'\n",
+        expect![[r#"
+            job.toml:5:9: `algorithm.gamma`: unknown field `gamma`, expected one of `norm_adv_by_std`, `policy`, `reward`, `rollout_correction`, `filter_groups`
+            job.toml:7:18: `algorithm.policy.clip_ratio_low`: invalid type: string "a", expected a number
+            job.toml:9:8: `reward.parts.type`: unknown variant `numerc`, expected one of `exact`, `numeric`, `boxed`, `regex`, `format`, `length`, `overlong`, `countdown`, `command`, `python`, `model`; did you mean `numeric`?
+            job.toml:10:1: `reward.parts`: missing field `path`
+            job.toml:14:10: `reward.parts.marker`: unknown field `marker`, expected `format_score`"#]],
+    );
+    text(
+        "[job]\ntype = 'rl'\n[training]\nsteps = 'a'\n",
+        expect![[r#"
+        job.toml:2:8: `job.type`: unknown variant `rl`, expected one of `pretrain`, `sft`, `rlhf`; did you mean `rlhf`?
+        job.toml:4:9: `training.steps`: invalid type: string "a", expected a whole number of at least 0"#]],
+    );
 }

@@ -9,6 +9,7 @@ mod parallel;
 mod presets;
 mod resolve;
 mod rl_draws;
+mod rl_jobs;
 mod rlhf;
 mod schema;
 mod sft;

@@ -434,9 +434,9 @@ fn the_vocabulary_comes_from_the_tokenizer_rounded_up() {
     fails(
         &["data.train_tokenizer_vocab=100"],
         1,
-        expect![[
-            r#"--set data.train_tokenizer_vocab=100: `data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other"#
-        ]],
+        expect![[r#"
+            --set data.train_tokenizer_vocab=100: `data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 100 exclude each other: use the one or train the other
+            --set data.train_tokenizer_vocab=100: `data.train_tokenizer_vocab` = 100; a byte-level tokenizer has 256 bytes and a mark for the end of a document: at least 257, or 0 to train none"#]],
     );
 }
 

@@ -84,9 +84,9 @@ fn keys_of_the_other_kind_of_job_are_refused() {
     check(
         JOB,
         &["data.train_tokenizer_vocab=300"],
-        expect![[
-            r#"--set data.train_tokenizer_vocab=300: `data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 300 exclude each other: use the one or train the other"#
-        ]],
+        expect![[r#"
+            --set data.train_tokenizer_vocab=300: `data.tokenizer` = "/job/tok" and `data.train_tokenizer_vocab` = 300 exclude each other: use the one or train the other
+            --set data.train_tokenizer_vocab=300: `data.train_tokenizer_vocab` is set, but `job.type` = "sft" needs the tokenizer of the model that is tuned; remove the key"#]],
     );
     let text = JOB.replace("sft", "pretrain");
     check(

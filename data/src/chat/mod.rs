@@ -21,10 +21,9 @@ use crate::error::{DataError, Result};
 use mask::Masker;
 use record::{Conversation, Example};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
 use tangelo_configs::job::{DataFormat, Overlong};
 use tangelo_formats::ChatTemplate;
-use tangelo_formats::chat::RenderOptions;
+use tangelo_formats::chat::{RenderOptions, TemplateChoice};
 
 /// How rows are read and what of them is trained.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,22 +108,24 @@ pub struct ChatEncoder<'a> {
 }
 
 impl<'a> ChatEncoder<'a> {
-    /// For a tokenizer with its own template, or the one in the file `template`.
+    /// For a tokenizer with its own template, or the one that is chosen.
     ///
     /// # Errors
     /// A template that cannot be read or compiled. One that is absent is an error only of rows that need it.
-    pub fn new(tokenizer: &'a TextTokenizer, template: Option<&Path>, options: ChatOptions) -> Result<ChatEncoder<'a>> {
-        let assets = tokenizer.assets();
-        let failed = |path: &Path, e: tangelo_formats::FormatError| DataError::file(path, e);
-        let template = match (template, &assets.chat_template) {
-            (Some(path), _) => Ok(ChatTemplate::open(path, assets).map_err(|e| failed(path, e))?),
-            (None, Some(_)) => Ok(ChatTemplate::of(assets).map_err(|e| failed(tokenizer.path(), e))?),
-            (None, None) => Err(format!(
+    pub fn new<'t>(
+        tokenizer: &'a TextTokenizer,
+        template: impl Into<TemplateChoice<'t>>,
+        options: ChatOptions,
+    ) -> Result<ChatEncoder<'a>> {
+        let (assets, choice) = (tokenizer.assets(), template.into());
+        let place = choice.file.unwrap_or(tokenizer.path());
+        let template = ChatTemplate::choose(choice, assets).map_err(|e| DataError::file(place, e))?.ok_or_else(|| {
+            format!(
                 "the tokenizer {} comes without a chat template, and the row holds messages: set data.chat_template to \
                  a file with one",
                 tokenizer.path().display()
-            )),
-        };
+            )
+        });
         Ok(ChatEncoder { tokenizer, template, masker: Masker::new(assets), options })
     }
 

@@ -3,7 +3,7 @@
 use super::ChatEncoder;
 use crate::encode::{Scratch, TextTokenizer};
 use crate::error::{DataError, Result};
-use crate::job::{already_prepared, chat_options, given};
+use crate::job::{already_prepared, chat_options, given, template_choice};
 use crate::source::{Content, FileKind, MAX_DOCUMENT_BYTES, OpenFile, discover};
 use std::fmt;
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub fn preview(config: &JobConfig) -> Result<Vec<Preview>> {
     let mut found = Vec::new();
     for source in config.data.sources.iter().filter(|s| already_prepared(s).is_none()) {
         let options = chat_options(config, source)?;
-        let encoder = ChatEncoder::new(&tokenizer, config.data.chat_template.as_deref(), options)?;
+        let encoder = ChatEncoder::new(&tokenizer, template_choice(config), options)?;
         let mut files = discover(&source.paths)?;
         files.retain(|file| file.kind != FileKind::Text);
         let Some(file) = files.first() else { continue };

@@ -18,6 +18,7 @@ use crate::source::{Content, MAX_DOCUMENT_BYTES, describe_skipped, discover, sca
 use std::fs;
 use std::path::{Path, PathBuf};
 use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
+use tangelo_formats::chat::TemplateChoice;
 
 /// What to do with a damaged file of an unfinished folder.
 const REMOVE: &str = "remove it to prepare the folder again";
@@ -47,6 +48,8 @@ pub struct PrepareOptions {
     pub chat: Option<ChatOptions>,
     /// A file with the chat template to use instead of the tokenizer's.
     pub chat_template: Option<PathBuf>,
+    /// The name of the tokenizer's template to use, where it has several.
+    pub chat_template_name: Option<String>,
 }
 
 impl PrepareOptions {
@@ -64,6 +67,7 @@ impl PrepareOptions {
             overwrite: false,
             chat: None,
             chat_template: None,
+            chat_template_name: None,
         }
     }
 
@@ -73,7 +77,8 @@ impl PrepareOptions {
     }
 
     fn chat_encoder<'a>(&self, tokenizer: &'a TextTokenizer) -> Result<Option<ChatEncoder<'a>>> {
-        let encoder = |options: ChatOptions| ChatEncoder::new(tokenizer, self.chat_template.as_deref(), options);
+        let choice = TemplateChoice { file: self.chat_template.as_deref(), name: self.chat_template_name.as_deref() };
+        let encoder = |options: ChatOptions| ChatEncoder::new(tokenizer, choice, options);
         self.chat.clone().map(encoder).transpose()
     }
 }

@@ -134,7 +134,7 @@ fn what_is_trained_is_what_the_assistant_says() {
     folder.write("plain.jinja", plain());
     let marked = ChatEncoder::new(&tokenizer, None, ChatOptions::new(10_000)).unwrap();
     let incremental =
-        ChatEncoder::new(&tokenizer, Some(&folder.path("plain.jinja")), ChatOptions::new(10_000)).unwrap();
+        ChatEncoder::new(&tokenizer, Some(folder.path("plain.jinja").as_path()), ChatOptions::new(10_000)).unwrap();
     for number in 0..40 {
         let row = json!({ "messages": messages(number) }).to_string();
         let found = marked.encode(&row, &mut Scratch::default()).unwrap().unwrap();

@@ -18,11 +18,12 @@ pub fn render_check(plan: &Plan) -> String {
     sections.map(|(title, text)| section(title, &text)).join("\n")
 }
 
-/// What follows it: what ranks communicate, and that they understand each other, which took so long to show.
-pub fn render_schedule(plan: &Plan, proof: &Proof, took: Duration) -> String {
-    format!("\n{}", section("schedule", &prove::render(plan, proof, took)))
+/// What follows it, of a role that learns (`title`): what ranks communicate, and that they understand each other, which took so long to show.
+pub fn render_schedule(title: &str, plan: &Plan, proof: &Proof, took: Duration) -> String {
+    format!("\n{}", section(title, &prove::render(plan, proof, took)))
 }
 
-fn section(title: &str, text: &str) -> String {
+/// A text under its title, as the report has them.
+pub fn section(title: &str, text: &str) -> String {
     format!("# ---- {title} {}\n\n{text}", "-".repeat(72 - title.len()))
 }

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod program;
 pub mod prove;
 pub mod publish;
+pub mod rlhf;
 pub mod table;
 pub mod traffic;
 pub mod walk;

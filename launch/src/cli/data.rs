@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use tangelo_configs::job::DEFAULT_TEXT_COLUMN;
+use tangelo_configs::job::{DEFAULT_TEXT_COLUMN, DataFormat};
 
 /// Commands about data.
 #[derive(Debug, Subcommand)]
@@ -52,8 +52,12 @@ Examples:
   tangelo data prepare 'corpus/*.parquet' --tokenizer tokenizer -o prepared/corpus
   tangelo data prepare src docs --tokenizer model.gguf -o prepared/code
 
+  tangelo data prepare chats.jsonl --tokenizer model.gguf --chat --seq-len 2048 -o prepared/chats
+  tangelo data prepare gsm8k/train.jsonl --tokenizer model.gguf --chat --seq-len 512 \\
+      --prompt-column question --completion-column answer --as-messages -o prepared/gsm8k
+
 The folder can be named in data.sources.paths of a job. `tangelo run` does this
-by itself for sources of text.")]
+by itself for files of text and of conversations.")]
 pub struct PrepareArgs {
     /// Files, folders or globs: text, .jsonl(.gz|.zst), .parquet or .arrow.
     #[arg(required = true, value_name = "FILES")]
@@ -79,6 +83,59 @@ pub struct PrepareArgs {
     /// Show warnings and errors only.
     #[arg(long, short)]
     pub quiet: bool,
+    /// Conversations, one in each row.
+    #[command(flatten)]
+    pub chat: ChatArgs,
+}
+
+/// How `tangelo data prepare --chat` reads and masks conversations: the keys of an `sft` job, with the same defaults.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Conversations")]
+pub struct ChatArgs {
+    /// Rows are conversations (messages, ShareGPT, or a prompt with a completion): render and mask them for an `sft` job.
+    #[arg(long, requires = "seq_len", conflicts_with = "text_column")]
+    pub chat: bool,
+    /// Tokens of the longest conversation: training.seq_len of the jobs that read the folder, or less.
+    #[arg(long, value_name = "N", requires = "chat")]
+    pub seq_len: Option<NonZeroUsize>,
+    /// What a row is: auto, messages, prompt_completion or sharegpt.
+    #[arg(long, value_name = "FORMAT", default_value = "auto", value_parser = parse_format, requires = "chat")]
+    pub format: DataFormat,
+    /// The column with the list of messages [default: messages, or conversations where that is there].
+    #[arg(long, value_name = "NAME", requires = "chat")]
+    pub messages_column: Option<String>,
+    /// The column with the prompt [default: prompt].
+    #[arg(long, value_name = "NAME", requires = "chat")]
+    pub prompt_column: Option<String>,
+    /// The column with the completion [default: completion].
+    #[arg(long, value_name = "NAME", requires = "chat")]
+    pub completion_column: Option<String>,
+    /// A prompt and a completion that are plain text become a message of the user and one of the assistant.
+    #[arg(long, requires = "chat")]
+    pub as_messages: bool,
+    /// Learn every token, not the assistant's messages or the completion alone.
+    #[arg(long, requires = "chat")]
+    pub learn_everything: bool,
+    /// Leave conversations that are too long out, instead of cutting them.
+    #[arg(long, requires = "chat")]
+    pub drop_overlong: bool,
+    /// A file with the chat template to use instead of the tokenizer's.
+    #[arg(long, value_name = "FILE", requires = "chat", conflicts_with = "chat_template_name")]
+    pub chat_template: Option<PathBuf>,
+    /// The name of one of the tokenizer's chat templates, where it has several.
+    #[arg(long, value_name = "NAME", requires = "chat")]
+    pub chat_template_name: Option<String>,
+}
+
+fn parse_format(text: &str) -> Result<DataFormat, String> {
+    let all = [
+        ("auto", DataFormat::Auto),
+        ("messages", DataFormat::Messages),
+        ("prompt_completion", DataFormat::PromptCompletion),
+        ("sharegpt", DataFormat::Sharegpt),
+    ];
+    let found = all.iter().find(|(name, _)| *name == text).map(|(_, format)| *format);
+    found.ok_or_else(|| format!("expected {}", all.map(|(name, _)| name).join(", ")))
 }
 
 /// Arguments of `tangelo data inspect`.

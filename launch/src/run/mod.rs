@@ -110,7 +110,10 @@ fn launch(arguments: &RunArgs) -> Result<(), LaunchError> {
     let ranks_per_node = ranks_per_node(arguments.nproc_per_node, config.training.device);
     let topology = topology(arguments, ranks_per_node)?;
     let resources = Resources::of_this_machine(topology.world_size(), ranks_per_node)?;
-    let plan = resolve::resolve(config, &resources, &Assets)?;
+    let plan = match config.job.kind {
+        JobType::Rlhf => JobPlan::resolve(config, &resources, &Assets)?.policy,
+        JobType::Pretrain | JobType::Sft => resolve::resolve(config, &resources, &Assets)?,
+    };
     let run_folder = plan.config.job.dump_folder.clone();
     let _lock = folder::lock(&run_folder, topology.node_rank)?;
     folder::check_same_run(&plan)?;

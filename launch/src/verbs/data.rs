@@ -1,15 +1,16 @@
 //! `tangelo data`: train a tokenizer, prepare token shards, look at them.
 
 use super::{print, terminal};
-use crate::cli::data::{DataCommand, InspectArgs, PrepareArgs, TokenizerArgs};
+use crate::cli::data::{ChatArgs, DataCommand, InspectArgs, PrepareArgs, TokenizerArgs};
 use crate::error::LaunchError;
 use crate::progress::DataProgress;
 use crate::run::short_count;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use tangelo_configs::job::Overlong;
 use tangelo_data::manifest::is_prepared;
 use tangelo_data::tokenizer::{TrainOptions, train};
-use tangelo_data::{DataError, Inspection, Manifest, PrepareOptions, prepare};
+use tangelo_data::{ChatOptions, DataError, Inspection, Manifest, PrepareOptions, prepare};
 
 /// `tangelo data ...`
 pub fn data(command: &DataCommand) -> Result<(), LaunchError> {
@@ -54,6 +55,9 @@ fn prepare_folder(arguments: &PrepareArgs) -> Result<(), LaunchError> {
     options.shard_tokens = arguments.shard_tokens.get();
     options.num_threads = arguments.threads;
     options.overwrite = arguments.overwrite;
+    options.chat = chat_options(&arguments.chat);
+    options.chat_template.clone_from(&arguments.chat.chat_template);
+    options.chat_template_name.clone_from(&arguments.chat.chat_template_name);
     let begun = Instant::now();
     let manifest = prepare(&options, &DataProgress::new(&terminal, &|| false));
     terminal.clear();
@@ -61,6 +65,23 @@ fn prepare_folder(arguments: &PrepareArgs) -> Result<(), LaunchError> {
     let seconds = begun.elapsed().as_secs_f64();
     terminal.say(&format!("{}: {} in {seconds:.1} s", arguments.output.display(), counts(&manifest)));
     Ok(())
+}
+
+/// How rows become conversations, where they are some.
+fn chat_options(arguments: &ChatArgs) -> Option<ChatOptions> {
+    let seq_len = arguments.seq_len.filter(|_| arguments.chat)?;
+    let defaults = ChatOptions::new(seq_len.get());
+    Some(ChatOptions {
+        format: arguments.format,
+        messages_column: arguments.messages_column.clone(),
+        prompt_column: arguments.prompt_column.clone().unwrap_or(defaults.prompt_column),
+        completion_column: arguments.completion_column.clone().unwrap_or(defaults.completion_column),
+        as_messages: arguments.as_messages,
+        assistant_only_loss: !arguments.learn_everything,
+        completion_only_loss: !arguments.learn_everything,
+        overlong: if arguments.drop_overlong { Overlong::Drop } else { Overlong::Truncate },
+        max_tokens: defaults.max_tokens,
+    })
 }
 
 fn inspect(arguments: &InspectArgs) -> Result<(), LaunchError> {

@@ -6,14 +6,16 @@ pub use data::data;
 
 use crate::cli::{CheckArgs, Cli, CompletionsArgs, ReportArgs, SchemaArgs};
 use crate::error::LaunchError;
-use crate::run::{Terminal, load_plan};
+use crate::run::Terminal;
 use clap::CommandFactory;
 use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use tangelo_configs::{ModelAssets, ModelSpec, Plan, SpecialTokens};
+use tangelo_configs::job::JobType;
+use tangelo_configs::{JobPlan, ModelAssets, ModelSpec, Plan, Resources, Role, SpecialTokens, resolve};
 use tangelo_formats::Assets;
 use tangelo_observe::files;
+use tangelo_planner::check::section;
 
 /// Prints, and lets a reader that stopped reading (`| head`) end the command quietly.
 pub fn print(text: &str) -> Result<(), LaunchError> {
@@ -40,7 +42,43 @@ pub fn completions(arguments: &CompletionsArgs) -> Result<(), LaunchError> {
 pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
     let world_size = arguments.world_size.get();
     let local = arguments.nproc_per_node.map_or(MOST_RANKS_OF_A_NODE, usize::from).min(world_size);
-    let plan = load_plan(&arguments.job, &arguments.set, world_size, local, &AssetsToCheck)?;
+    let config = resolve::load(&arguments.job, &arguments.set)?;
+    let resources = Resources::of_this_machine(world_size, local)?;
+    if config.job.kind == JobType::Rlhf {
+        return check_roles(&JobPlan::resolve(config, &resources, &AssetsToCheck)?);
+    }
+    let plan = resolve::resolve(config, &resources, &AssetsToCheck)?;
+    warn_of_tokenizer(&plan);
+    print(&tangelo_planner::render_check(&plan))?;
+    print(&first_conversations(&plan))?;
+    schedule("schedule", &plan)
+}
+
+/// An `rlhf` job: what it costs, and the schedules of the roles that learn.
+fn check_roles(job: &JobPlan) -> Result<(), LaunchError> {
+    warn_of_tokenizer(&job.policy);
+    print(&tangelo_planner::rlhf::render(job))?;
+    // Files may not be there yet: `run` will complain of them.
+    let prompts = match tangelo_driver::preview::first_prompt(job) {
+        Ok(first) => first,
+        Err(error) => format!("no prompt can be shown: {error}\n"),
+    };
+    print(&format!("\n{}", section("prompts", &prompts)))?;
+    for role in job.roles().into_iter().filter(|role| matches!(role, Role::Policy | Role::Critic)) {
+        let Some(plan) = tangelo_planner::rlhf::update_plan(job, role) else { continue };
+        schedule(&format!("schedule of an update of the {role}"), &plan)?;
+    }
+    Ok(())
+}
+
+/// Proves that ranks understand each other, and says what they communicate.
+fn schedule(title: &str, plan: &Plan) -> Result<(), LaunchError> {
+    let begin = Instant::now();
+    let proof = tangelo_planner::prove(plan).map_err(|mismatch| LaunchError::Internal(mismatch.to_string()))?;
+    print(&tangelo_planner::render_schedule(title, plan, &proof, begin.elapsed()))
+}
+
+fn warn_of_tokenizer(plan: &Plan) {
     if let Some(path) = plan.config.data.tokenizer.as_deref().filter(|path| AssetsToCheck.may_lack(path)) {
         let shown = path.display();
         Terminal::new(false, Duration::ZERO).warn(&format!(
@@ -48,11 +86,6 @@ pub fn check(arguments: &CheckArgs) -> Result<(), LaunchError> {
              run` needs it"
         ));
     }
-    print(&tangelo_planner::render_check(&plan))?;
-    print(&first_conversations(&plan))?;
-    let begin = Instant::now();
-    let proof = tangelo_planner::prove(&plan).map_err(|mismatch| LaunchError::Internal(mismatch.to_string()))?;
-    print(&tangelo_planner::render_schedule(&plan, &proof, begin.elapsed()))
 }
 
 /// What a job that trains conversations would learn of the first of each source; why it cannot be said where files are

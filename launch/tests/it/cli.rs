@@ -227,6 +227,29 @@ fn data_is_prepared_once_and_inspected() {
 }
 
 #[test]
+fn conversations_are_prepared_by_hand() {
+    let job = Job::new();
+    let (rows, tokenizer, folder) = (job.path("chats.jsonl"), job.path("tokenizer.json"), job.path("chats"));
+    std::fs::write(&rows, "{\"question\": \"two and two\", \"answer\": \"is four\"}\n").unwrap();
+    let template = job.path("chat.jinja");
+    std::fs::write(&template, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").unwrap();
+    let prepare = |more: &[&str]| {
+        let mut command = tangelo();
+        command.args(["data", "prepare"]).arg(&rows).arg("--tokenizer").arg(&tokenizer).arg("-o").arg(&folder);
+        job.finish(command.args(more).arg("--chat-template").arg(&template))
+    };
+    let columns = ["--prompt-column", "question", "--completion-column", "answer", "--as-messages"];
+    let said = prepare(&[&["--chat", "--seq-len", "128"], &columns[..]].concat());
+    assert_eq!(said.code, Some(0), "{said:?}");
+    let said = job.finish(tangelo().args(["data", "inspect"]).arg(&folder));
+    assert!(said.stdout.contains("user: two and two") && said.stdout.contains("\u{27e6}"), "{said:?}");
+    let said = prepare(&[&["--chat"], &columns[..]].concat());
+    assert!(said.code == Some(2) && said.stderr.contains("--seq-len <N>"), "{said:?}");
+    let said = prepare(&["--seq-len", "128"]);
+    assert!(said.code == Some(2) && said.stderr.contains("--chat"), "{said:?}");
+}
+
+#[test]
 fn schema_flavors_and_completions() {
     let schema: serde_json::Value = serde_json::from_str(&said(&["schema"]).stdout).unwrap();
     assert!(schema["properties"]["training"].is_object(), "{schema}");

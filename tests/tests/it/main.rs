@@ -10,6 +10,7 @@ mod job;
 mod layouts;
 mod muon;
 mod parity;
+mod rl_mistakes;
 mod rlhf;
 mod rlhf_faults;
 mod rlhf_replay;

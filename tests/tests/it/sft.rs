@@ -12,7 +12,8 @@ use tangelo_data::{
     ChatEncoder, ChatOptions, Loader, LoaderOptions, LoaderSource, PrepareOptions, Split, TextTokenizer, prepare,
 };
 use tangelo_formats::tokenizer;
-use tangelo_observe::Metric;
+use tangelo_observe::records::{SampleRecord, read_lines};
+use tangelo_observe::{Metric, files};
 use tangelo_trainer::alone::Alone;
 
 /// As in sft.py.
@@ -151,6 +152,8 @@ fn a_run_learns_the_answers_in_every_layout_alike() {
         format!("validation.sources={}", source("held_out.jsonl")),
         "validation.freq=20".into(),
         "validation.steps=-1".into(),
+        "validation.prompts=[\"5?\"]".into(),
+        "validation.sample_tokens=6".into(),
     ];
     let arguments: Vec<&str> = sets.iter().flat_map(|set| ["--set", set.as_str()]).collect();
     let alone = job.run("alone", 1, &arguments);
@@ -167,6 +170,15 @@ fn a_run_learns_the_answers_in_every_layout_alike() {
     let tokenizer = tokenizer::load(&alone.folder).unwrap().tokenizer;
     let expected = tokenizer.encode("user: 5?<|endoftext|>assistant: ", false).unwrap();
     assert_eq!(said["prompt_ids"], serde_json::json!(expected.get_ids()));
+    // What it answered after the last step is what it answers now, drawn by the same numbers.
+    let samples: Vec<SampleRecord> =
+        read_lines(&alone.folder.join(files::SAMPLES), |line| serde_json::from_str(line).ok()).unwrap();
+    assert_eq!((samples.len(), samples[0].step, samples[0].prompt.as_str()), (1, 20, "5?"));
+    let drawn = ["--temperature", "0.8", "--top-p", "0.95", "--seed", "20", "--max-new-tokens", "6"];
+    let (code, text) =
+        finish(&mut tangelo(&[&["generate", &run, "--chat", "--prompt", "5?", "--json"], &drawn[..]].concat()));
+    let said: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {code:?} {text}"));
+    assert_eq!(said["text"], samples[0].text.as_str(), "{text}");
     let (_, look) = finish(&mut tangelo(&["data", "inspect", job.path("prepared/chats").to_str().unwrap()]));
     assert!(look.contains(&format!("assistant: \u{27e6}{answer}\u{27e7}")), "{look}");
     assert!(look.contains(&format!("trained      {} tokens", 60 * 10)), "{look}");

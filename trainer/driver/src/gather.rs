@@ -27,7 +27,7 @@ pub async fn gather(s: &mut Session) -> Result<Option<Rollouts>> {
     let wanted = s.settings.train_batch_size;
     let filter = s.course.algorithm.settings().filter_groups.clone();
     let least = if s.course.compares_group { 2 } else { 1 };
-    let mut gathered = Gathered { filter, wanted, least, ..Gathered::default() };
+    let mut gathered = Gathered { filter, wanted, least, parts: s.least_groups, ..Gathered::default() };
     loop {
         let mut round = s.collector.next_round(&s.team, &mut s.state, &s.clock).await?;
         round.leave_out(LeftOut::Alone, &alone(&round.rollouts, least))?;
@@ -63,6 +63,8 @@ struct Gathered {
     wanted: usize,
     /// Completions that a group must have.
     least: usize,
+    /// Groups without which some rank of a role would have nothing to do.
+    parts: usize,
     rounds: usize,
     /// Of all rounds, by row: its group and what it is judged by.
     values: Vec<(i64, f64)>,
@@ -91,6 +93,7 @@ impl Gathered {
         if self.all.rollouts.is_empty() {
             return Err(self.nothing());
         }
+        self.check_left(kept.len())?;
         let metrics = &mut self.all.told.metrics;
         metrics.add("train/num_gen_batches", Reading::Sum(self.rounds as f64));
         for rollout in &self.all.left_out {
@@ -98,6 +101,17 @@ impl Gathered {
             metrics.add(&format!("rollout/left_out/{why}"), Reading::Sum(1.0));
         }
         Ok(self.all)
+    }
+
+    fn check_left(&self, groups: usize) -> Result<()> {
+        let (least, asked) = (self.parts, self.wanted);
+        if groups >= least {
+            return Ok(());
+        }
+        Err(DriverError::Prompts(format!(
+            "{groups} of this step's {asked} prompts are left to learn from, for the others have no answer that could be \
+             scored, but {least} data-parallel ranks want one each; mend the reward, or raise `rlhf.train_batch_size`"
+        )))
     }
 
     fn report(&self, step: u64, groups: usize) -> String {

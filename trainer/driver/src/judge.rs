@@ -15,6 +15,7 @@ use std::path::Path;
 use tangelo_configs::{ConfigError, JobPlan, Role};
 use tangelo_core::batch::{per_sequence_i64, ragged_u32};
 use tangelo_core::{Batch, Column};
+use tangelo_formats::chat::TemplateChoice;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 
 /// Writes for the reward model.
@@ -94,7 +95,7 @@ fn own_renderer(job: &JobPlan, folder: &Path, policy: &TokenizerAssets) -> Resul
     if own.tokenizer.get_vocab(true) == policy.tokenizer.get_vocab(true) {
         return Ok(None);
     }
-    let renderer = ChatRenderer::new(own, None)?;
+    let renderer = ChatRenderer::new(own, TemplateChoice::default())?;
     if job.prompts().chat && !renderer.has_template() {
         let theirs = job.policy.config.data.tokenizer_path().unwrap_or_default();
         return Err(named(format!(

@@ -10,6 +10,7 @@ pub mod course;
 pub mod error;
 pub mod gather;
 pub mod judge;
+pub mod preview;
 pub mod prompts;
 pub mod recipe;
 pub mod replay;

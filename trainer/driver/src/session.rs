@@ -53,6 +53,8 @@ pub struct Session {
     pub settings: Rlhf,
     /// Updates that may be skipped because loss or gradient is not finite.
     pub max_skipped: u64,
+    /// Prompts without which some rank of a role would have nothing to do.
+    pub least_groups: usize,
     /// Where checkpoints go, every how many steps (0: at the end alone), and how many stay; `None`: nowhere.
     pub checkpoints: Option<Checkpoints>,
     /// Where others see how far the run is.

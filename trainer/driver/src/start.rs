@@ -22,6 +22,7 @@ use tangelo_algo::Algorithm;
 use tangelo_configs::{JobPlan, Plan, Role};
 use tangelo_control::{Agent, Cluster, Deadlines, Driver, DriverOptions, Meeting, Placement, RolePlace};
 use tangelo_core::FailureKind;
+use tangelo_formats::chat::TemplateChoice;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_observe::{ProgressEvent, ProgressWriter, stderr_line};
 
@@ -92,15 +93,41 @@ fn open(job: &JobPlan) -> Result<Opened> {
     let judge = Judge::new(job, &tokenizer)?;
     let logs = job.policy.config.job.dump_folder.join("logs");
     let rewards = RewardPipeline::start(job.reward(), &RewardOptions { log_folder: Some(logs) })?;
-    let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), job.policy.config.data.chat_template.as_deref())?);
+    let renderer = Arc::new(ChatRenderer::new(tokenizer.clone(), template_choice(job))?);
     let options = LoaderOptions { need_ground_truth: rewards.needs_ground_truth() };
     let (loader, report) = PromptLoader::open(job.prompts(), options, renderer)?;
     stderr_line(&report);
+    check_counts(job, report.num_train, report.num_validation)?;
     let fingerprint = format!("{:016x}", loader.fingerprint());
     Ok(Opened { algorithm, loader, rewards, tokenizer, judge, fingerprint })
 }
 
-fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
+/// Fewer prompts than a step asks would be asked several times in one batch, and fewer of the validation than ranks that
+/// generate would leave some idle.
+fn check_counts(job: &JobPlan, training: u64, validation: u64) -> Result<()> {
+    let (asked, replicas) = (job.rlhf().train_batch_size, job.generation_replicas());
+    if training < asked as u64 {
+        return Err(DriverError::Prompts(format!(
+            "there are {training} prompts to train on, fewer than a step asks (`rlhf.train_batch_size` = {asked}): some would \
+             be asked twice at once; add prompts or lower it"
+        )));
+    }
+    if (1..replicas as u64).contains(&validation) {
+        return Err(DriverError::Prompts(format!(
+            "the validation has {validation} prompts, but {replicas} ranks generate, each at least one; raise \
+             `prompts.validation_size`, or set it to 0"
+        )));
+    }
+    Ok(())
+}
+
+/// Which chat template the job means.
+pub(crate) fn template_choice(job: &JobPlan) -> TemplateChoice<'_> {
+    let data = &job.policy.config.data;
+    TemplateChoice { file: data.chat_template.as_deref(), name: data.chat_template_name.as_deref() }
+}
+
+pub(crate) fn tokenizer_of(plan: &Plan) -> Result<TokenizerAssets> {
     let path =
         plan.config.data.tokenizer_path().ok_or_else(|| {
             DriverError::Prompts("no tokenizer: set `data.tokenizer` or `model.hf_assets_path`".into())
@@ -206,6 +233,7 @@ async fn session(job: &JobPlan, cluster: Cluster, opened: Opened, options: Start
         clock: Clock::default(),
         settings: job.rlhf().clone(),
         max_skipped: config.training.max_skipped as u64,
+        least_groups: job.most_parts(),
         checkpoints: checkpoints(job),
         current_step: options.current_step,
     })

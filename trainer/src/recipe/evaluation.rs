@@ -10,6 +10,7 @@ use crate::verb::{self, generate};
 use crate::worker::TrainWorker;
 use std::time::{Duration, Instant};
 use tangelo_configs::Plan;
+use tangelo_configs::job::JobType;
 use tangelo_core::LossSpec;
 use tangelo_data::Loader;
 use tangelo_formats::tokenizer::TokenizerAssets;
@@ -33,6 +34,8 @@ struct HeldOut {
 
 struct Samples {
     tokenizer: TokenizerAssets,
+    /// Whether a prompt is the user's message, to which the model answers; else it goes on with the text.
+    chat: bool,
     prompts: Vec<String>,
     num_tokens: usize,
 }
@@ -51,7 +54,8 @@ impl Evaluation {
         let deadlines = [comm.train_timeout_seconds, comm.init_timeout_seconds.max(3600)].map(Duration::from_secs);
         let samples = (wanted && info.rank == 0).then(|| -> Result<Samples> {
             let tokenizer = setup::job_tokenizer(plan)?;
-            Ok(Samples { tokenizer, prompts: v.prompts.clone(), num_tokens: v.sample_tokens })
+            let chat = plan.config.job.kind == JobType::Sft && tokenizer.chat_template.is_some();
+            Ok(Samples { tokenizer, chat, prompts: v.prompts.clone(), num_tokens: v.sample_tokens })
         });
         let last_step = plan.config.training.steps as u64;
         Ok(Evaluation {
@@ -100,7 +104,10 @@ impl Samples {
         let stop_ids = generate::stop_ids(model, Some(&self.tokenizer));
         let options = generate::Options { sampler, max_new_tokens: self.num_tokens, stop_ids, cache: true };
         for prompt in &self.prompts {
-            let ids = verb::encode(&self.tokenizer, prompt)?;
+            let ids = match self.chat {
+                true => generate::chat_prompt(&self.tokenizer, prompt)?,
+                false => verb::encode(&self.tokenizer, prompt)?,
+            };
             let mut written = Vec::new();
             generate::generate(model, &ids, &options, |token| {
                 written.push(token.id);

@@ -16,6 +16,8 @@ use std::time::Duration;
 use tangelo_configs::Plan;
 use tangelo_core::Group;
 use tangelo_data::{Loader, LoaderOptions, Prefetcher, Split, open_validation};
+use tangelo_formats::ChatTemplate;
+use tangelo_formats::chat::TemplateChoice;
 use tangelo_formats::tokenizer::{self, TokenizerAssets};
 use tangelo_kernels::comm::{Communicator, connect as connect_ranks, gloo};
 use tangelo_kernels::device;
@@ -274,9 +276,11 @@ pub fn job_tokenizer(plan: &Plan) -> Result<TokenizerAssets> {
     let place = plan.config.data.tokenizer_path();
     let place = place.ok_or_else(|| TrainError::Config("the job names no tokenizer: set data.tokenizer".into()))?;
     let mut found = tokenizer::load(&place).map_err(|e| TrainError::Data(e.to_string()))?;
-    if let Some(path) = &plan.config.data.chat_template {
-        let text = std::fs::read_to_string(path);
-        found.chat_template = Some(text.map_err(|e| TrainError::Data(format!("{}: {e}", path.display())))?);
+    let data = &plan.config.data;
+    let choice = TemplateChoice { file: data.chat_template.as_deref(), name: data.chat_template_name.as_deref() };
+    if choice != TemplateChoice::default() {
+        let chosen = ChatTemplate::choose(choice, &found).map_err(|e| TrainError::Data(e.to_string()))?;
+        found.chat_template = chosen.map(|template| template.text().to_owned());
     }
     Ok(found)
 }

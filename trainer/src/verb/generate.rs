@@ -121,14 +121,14 @@ pub fn run(request: &GenerateRequest) -> Result<()> {
 }
 
 /// What comes before the assistant's answer to `prompt`: a message of the user, or messages as a JSON list.
-fn chat_prompt(assets: &TokenizerAssets, prompt: &str) -> Result<Vec<u32>> {
+pub fn chat_prompt(assets: &TokenizerAssets, prompt: &str) -> Result<Vec<u32>> {
     let messages = match serde_json::from_str(prompt) {
         Ok(serde_json::Value::Array(messages)) => messages,
         _ => vec![json!({ "role": "user", "content": prompt })],
     };
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     let rendered = ChatTemplate::of(assets).and_then(|template| template.render(&messages, &options));
-    let text = rendered.map_err(|e| TrainError::Data(format!("--chat: {e}")))?.text;
+    let text = rendered.map_err(|e| TrainError::Data(format!("{prompt:?} as a conversation: {e}")))?.text;
     // The template writes the special tokens itself.
     let encoding = assets.tokenizer.encode_fast(text, false).map_err(|e| TrainError::Data(e.to_string()))?;
     Ok(encoding.get_ids().to_vec())

@@ -2,7 +2,7 @@
 
 use super::{LOSS_CHUNK_TOKENS, times};
 use tangelo_configs::job::{DeviceChoice, Recompute, RotateMethod};
-use tangelo_configs::{MixerSpec, Plan};
+use tangelo_configs::{HeadSpec, MixerSpec, Plan};
 use tangelo_core::{Group, SequenceLayout};
 
 /// Tokens of a micro-batch on the rank with the most.
@@ -203,4 +203,35 @@ pub(super) fn loss_bytes(plan: &Plan) -> u64 {
     let per_logit = if plan.config.training.device == DeviceChoice::Cpu { e } else { e + 4 + 4 + e };
     let chunk = tokens.context.min(LOSS_CHUNK_TOKENS as u64) * v * per_logit;
     norm + chunk + if e == 4 { 0 } else { e * v * d }
+}
+
+/// The same where the loss reads log-probabilities and entropies, or the values of a scalar head. Beside the final norm: the
+/// gradient of all tokens; of a chunk of C tokens its rows and their gradient, 2 e C D, and its logits, which become their
+/// gradients on a CPU; on a GPU with them fp32 copies: tempered, less the largest, exponentials, products of the two. Without
+/// `gradients` none of them is made.
+pub(super) fn distribution_bytes(plan: &Plan, gradients: bool) -> u64 {
+    let (tokens, e) = (RankTokens::of(plan), plan.compute_dtype().size_bytes() as u64);
+    let (tensor, d) = (plan.topology.size(Group::Tensor) as u64, plan.model.hidden_size as u64);
+    let gathered = if tensor > 1 { times(tokens.context, 2 * e * d) } else { 0 };
+    let both = if gradients { 2 } else { 1 };
+    let norm = times(tokens.own, both * 2 * e * d + 4) + gathered * both / 2;
+    if plan.model.head != HeadSpec::Vocabulary {
+        // A value and its slope in fp32 and in 64 bits.
+        return norm + times(tokens.own, 2 * (4 + 8));
+    }
+    let v = (plan.model.vocab_size as u64).div_ceil(tensor);
+    let chunk = tokens.context.min(LOSS_CHUNK_TOKENS as u64);
+    let per_logit = if plan.config.training.device == DeviceChoice::Cpu { e } else { e + 4 * 4 + e };
+    norm + chunk * (v * per_logit + both * e * d) + if e == 4 || !gradients { 0 } else { e * v * d }
+}
+
+/// What a pass without gradients needs beside weights: the inputs, the stream, all that the largest block makes, and the end
+/// of the model.
+pub fn forward_bytes(plan: &Plan) -> u64 {
+    let whole = |layer: usize| {
+        let block = LocalBlock::new(plan, layer);
+        block.attention() + block.feed_forward()
+    };
+    let blocks = (0..plan.model.blocks.len()).map(whole).max().unwrap_or(0);
+    input_bytes(plan) + blocks.max(distribution_bytes(plan, false))
 }

@@ -37,7 +37,8 @@ pub use activations::RankTokens;
 
 use crate::program;
 use crate::table::{Align, Table, bytes, count};
-use activations::{LocalBlock, input_bytes, loss_bytes};
+pub use activations::forward_bytes;
+use activations::{LocalBlock, distribution_bytes, input_bytes, loss_bytes};
 use std::ops::Range;
 use tangelo_configs::Plan;
 use tangelo_configs::job::{AsyncMode, DeviceChoice, OptimizerName, Recompute};
@@ -97,9 +98,23 @@ pub struct Memory {
 
 /// Predicts the memory of the rank with the most.
 pub fn predict(plan: &Plan) -> Memory {
-    let stages = (0..plan.topology.num_stages()).map(|stage| predict_stage(plan, stage));
+    fullest(plan, |stage| predict_stage(plan, stage))
+}
+
+/// The same where the loss is a sum of components over the head's distribution, or over the values of a scalar head: an
+/// update of reinforcement learning.
+pub fn predict_update(plan: &Plan) -> Memory {
+    let is_last = |stage: usize| stage + 1 == plan.topology.num_stages();
+    let of_stage = |stage| {
+        let loss = if is_last(stage) { distribution_bytes(plan, true) } else { 0 };
+        Memory { loss, ..predict_stage(plan, stage) }
+    };
+    fullest(plan, of_stage)
+}
+
+fn fullest(plan: &Plan, of_stage: impl Fn(usize) -> Memory) -> Memory {
     // Of equal ones, the first.
-    stages.rev().max_by_key(Memory::total_bytes).unwrap_or_default()
+    (0..plan.topology.num_stages()).map(of_stage).rev().max_by_key(Memory::total_bytes).unwrap_or_default()
 }
 
 /// Predicts the memory of the rank with the most of a stage.

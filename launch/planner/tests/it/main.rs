@@ -5,6 +5,7 @@
 mod check;
 mod memory;
 mod prove;
+mod rlhf;
 
 use std::path::Path;
 use tangelo_configs::{ModelAssets, ModelSpec, Resources};

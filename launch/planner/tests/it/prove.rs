@@ -182,7 +182,7 @@ fn a_thousand_ranks_take_seconds() {
     let plan = large(1024, degrees, &["activation_checkpoint.mode=full"]);
     let begin = std::time::Instant::now();
     let proof = prove(&plan).unwrap();
-    println!("{}", render_schedule(&plan, &proof, begin.elapsed()));
+    println!("{}", render_schedule("schedule", &plan, &proof, begin.elapsed()));
     assert_eq!(proof.num_ranks, 1024);
     // Ten times what it takes where nothing is optimised and all cores are busy.
     assert!(begin.elapsed().as_secs() < 60, "{:?}", begin.elapsed());

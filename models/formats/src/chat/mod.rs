@@ -23,6 +23,21 @@ use std::path::Path;
 /// The name of the one template in an environment.
 const NAME: &str = "chat template";
 
+/// Which template a job means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TemplateChoice<'a> {
+    /// A file with one (`data.chat_template`).
+    pub file: Option<&'a Path>,
+    /// The name of one of the tokenizer's (`data.chat_template_name`); without either, its own.
+    pub name: Option<&'a str>,
+}
+
+impl<'a> From<Option<&'a Path>> for TemplateChoice<'a> {
+    fn from(file: Option<&'a Path>) -> TemplateChoice<'a> {
+        TemplateChoice { file, name: None }
+    }
+}
+
 /// A compiled template with the special tokens of its tokenizer.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -89,6 +104,23 @@ impl ChatTemplate {
         ChatTemplate::new(text, tokenizer)
     }
 
+    /// The template that a choice means; none where nothing is chosen and the tokenizer has none.
+    ///
+    /// # Errors
+    /// A file that cannot be read, a name that the tokenizer does not know (with those that it does), and as
+    /// [`ChatTemplate::new`].
+    pub fn choose(choice: TemplateChoice<'_>, tokenizer: &TokenizerAssets) -> Result<Option<ChatTemplate>> {
+        match (choice.file, choice.name, &tokenizer.chat_template) {
+            (Some(path), ..) => ChatTemplate::open(path, tokenizer).map(Some),
+            (None, Some(name), _) => match tokenizer.named_templates.get(name) {
+                Some(text) => ChatTemplate::new(text, tokenizer).map(Some),
+                None => Err(FormatError::Template(unknown_name(name, tokenizer))),
+            },
+            (None, None, Some(_)) => ChatTemplate::of(tokenizer).map(Some),
+            (None, None, None) => Ok(None),
+        }
+    }
+
     /// The template in a file, or a file's template for a tokenizer that has another or none.
     ///
     /// # Errors
@@ -129,6 +161,16 @@ impl ChatTemplate {
         let text = template.render(Value::from_pairs(context)).map_err(|e| template_error(&e))?;
         Ok(if self.marks_generation { generation::unmark(&text) } else { Rendered { text, generation: Vec::new() } })
     }
+}
+
+fn unknown_name(name: &str, tokenizer: &TokenizerAssets) -> String {
+    let names: Vec<&str> = tokenizer.named_templates.keys().map(String::as_str).collect();
+    let has = match (names.as_slice(), &tokenizer.chat_template) {
+        ([], Some(_)) => "it has one, without a name: remove `data.chat_template_name`".to_owned(),
+        ([], None) => "it has none: set `data.chat_template` to a file with one".to_owned(),
+        (names, _) => format!("it has {}", names.join(", ")),
+    };
+    format!("`data.chat_template_name` = \"{name}\": the tokenizer has no chat template of that name; {has}")
 }
 
 fn environment() -> Environment<'static> {

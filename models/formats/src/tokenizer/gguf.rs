@@ -11,6 +11,7 @@ use super::words::cl100k;
 use crate::error::{BoxError, FormatError, Result};
 use crate::gguf::Gguf;
 use crate::gguf::model::token_id;
+use std::collections::BTreeMap;
 use std::path::Path;
 use tokenizers::decoders::{byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as Decoders, strip::Strip};
 use tokenizers::models::bpe::BPE;
@@ -251,7 +252,20 @@ fn special_tokens(gguf: &Gguf) -> Result<SpecialTokens> {
         eos,
         pad: id("padding")?.map(Token::Id),
         chat_template: gguf.string("tokenizer.chat_template")?.map(str::to_owned),
+        named_templates: named_templates(gguf)?,
     })
+}
+
+/// The templates that have names, which the file lists.
+fn named_templates(gguf: &Gguf) -> Result<BTreeMap<String, String>> {
+    let Some(names) = gguf.strings("tokenizer.chat_templates")? else { return Ok(BTreeMap::new()) };
+    let mut found = BTreeMap::new();
+    for name in names {
+        if let Some(text) = gguf.string(&format!("tokenizer.chat_template.{name}"))? {
+            found.insert(name, text.to_owned());
+        }
+    }
+    Ok(found)
 }
 
 /// Puts the start and end ids around texts where the file asks for it. Where it does not say, llama.cpp's defaults:

@@ -17,6 +17,7 @@ pub use stream::StreamDecoder;
 use crate::error::{FormatError, Result};
 use serde_json::{Map, Value, json};
 use special::SpecialTokens;
+use std::collections::BTreeMap;
 use std::path::Path;
 use tokenizers::{AddedToken, Tokenizer};
 
@@ -40,6 +41,8 @@ pub struct TokenizerAssets {
     pub add_bos: bool,
     /// The Jinja template that turns a conversation into text.
     pub chat_template: Option<String>,
+    /// Those that the tokenizer has by name, one of which may be meant instead.
+    pub named_templates: BTreeMap<String, String>,
 }
 
 /// Loads the tokenizer at `path`: a `tokenizer.json`, a folder with one (a model, a run or a checkpoint of a run), a
@@ -87,6 +90,7 @@ impl TokenizerAssets {
             eos_token_ids: ids.eos,
             pad_token_id: ids.pad,
             chat_template: special.chat_template,
+            named_templates: special.named_templates,
             tokenizer,
         })
     }

@@ -4,6 +4,7 @@ use super::TOKENIZER_CONFIG;
 use crate::error::{FormatError, Result};
 use crate::weights::{CONFIG, read_json};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 use tokenizers::Tokenizer;
 
@@ -12,6 +13,11 @@ const EOS_NAMES: [&str; 8] =
     ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"];
 const BOS_NAMES: [&str; 4] = ["<|begin_of_text|>", "<s>", "<bos>", "<|bos|>"];
 const PAD_NAMES: [&str; 3] = ["<pad>", "<|pad|>", "[PAD]"];
+
+/// The one that is taken where nobody chooses.
+const DEFAULT_TEMPLATE: &str = "default";
+/// Where transformers keeps the templates that have names, one file each.
+const TEMPLATE_FOLDER: &str = "additional_chat_templates";
 
 /// A special token, as files name it.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +34,8 @@ pub(super) struct SpecialTokens {
     pub eos: Vec<Token>,
     pub pad: Option<Token>,
     pub chat_template: Option<String>,
+    /// Templates that have names, by name.
+    pub named_templates: BTreeMap<String, String>,
     /// Whether silence means that there is none, rather than that names must tell.
     pub complete: bool,
 }
@@ -47,7 +55,9 @@ impl SpecialTokens {
             found.bos = token(config.get("bos_token"));
             found.eos.extend(token(config.get("eos_token")));
             found.pad = token(config.get("pad_token"));
-            found.chat_template = config.get("chat_template").and_then(template);
+            found.named_templates = config.get("chat_template").map(named_templates).unwrap_or_default();
+            let only = config.get("chat_template").and_then(Value::as_str).map(str::to_owned);
+            found.chat_template = only.or_else(|| found.named_templates.get(DEFAULT_TEMPLATE).cloned());
             // A `null` there says that the tokenizer has none.
             found.complete = config.get("bos_token").is_some() && config.get("eos_token").is_some();
         }
@@ -55,6 +65,10 @@ impl SpecialTokens {
         if jinja.is_file() {
             let text = std::fs::read_to_string(&jinja).map_err(FormatError::io("read", &jinja))?;
             found.chat_template = Some(text);
+        }
+        found.named_templates.extend(template_files(&folder.join(TEMPLATE_FOLDER))?);
+        if let (Some(text), false) = (&found.chat_template, found.named_templates.is_empty()) {
+            found.named_templates.entry(DEFAULT_TEMPLATE.to_owned()).or_insert_with(|| text.clone());
         }
         for name in ["generation_config.json", CONFIG] {
             if let Some(config) = optional_json(&folder.join(name))? {
@@ -103,14 +117,22 @@ fn token(value: Option<&Value>) -> Option<Token> {
     }
 }
 
-/// The template, or of several named ones the default.
-fn template(value: &Value) -> Option<String> {
-    let named = |v: &Value| v.get("name").and_then(Value::as_str) == Some("default");
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(list) => Some(list.iter().find(|v| named(v))?.get("template")?.as_str()?.to_owned()),
-        _ => None,
+/// Of a list of templates with names, all.
+fn named_templates(value: &Value) -> BTreeMap<String, String> {
+    let text = |item: &Value, key: &str| Some(item.get(key)?.as_str()?.to_owned());
+    let pair = |item: &Value| Some((text(item, "name")?, text(item, "template")?));
+    value.as_array().into_iter().flatten().filter_map(pair).collect()
+}
+
+/// The `.jinja` files of a folder, by their names without the ending.
+fn template_files(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(BTreeMap::new()) };
+    let mut found = BTreeMap::new();
+    for path in entries.flatten().map(|entry| entry.path()).filter(|p| p.extension().is_some_and(|e| e == "jinja")) {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        found.insert(name, std::fs::read_to_string(&path).map_err(FormatError::io("read", &path))?);
     }
+    Ok(found)
 }
 
 fn optional_json(path: &Path) -> Result<Option<Value>> {

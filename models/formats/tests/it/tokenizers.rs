@@ -3,6 +3,8 @@
 use crate::common::{GgufFile, Value, fresh_seed, smollm2};
 use std::path::Path;
 use tangelo_core::hash::mix64;
+use tangelo_formats::ChatTemplate;
+use tangelo_formats::chat::TemplateChoice;
 use tangelo_formats::tokenizer::{self, StreamDecoder, TokenizerAssets};
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -223,4 +225,39 @@ fn smollm2_streams_its_own_text() {
     assert!(found.chat_template.as_ref().unwrap().contains("SmolLM"));
     let text = "fn main() { println!(\"12 日本 🦀\"); }\n<|im_end|>";
     check_stream(&found, found.tokenizer.encode(text, true).unwrap().get_ids());
+}
+
+#[test]
+fn one_of_several_chat_templates_is_chosen_by_its_name() {
+    let load = |files: &[(&str, &str)]| {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), bytes_and(&["</s>"]).to_string(false).unwrap()).unwrap();
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        tokenizer::load(folder.path()).unwrap()
+    };
+    let choose = |found: &TokenizerAssets, name: &str| {
+        let choice = TemplateChoice { file: None, name: Some(name) };
+        ChatTemplate::choose(choice, found).map(|t| t.unwrap().text().to_owned()).map_err(|e| e.to_string())
+    };
+    let list = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+    let listed = load(&[("tokenizer_config.json", list)]);
+    assert_eq!((choose(&listed, "tool_use").unwrap(), choose(&listed, "default").unwrap()), ("t".into(), "d".into()));
+    assert_eq!(ChatTemplate::choose(TemplateChoice::default(), &listed).unwrap().unwrap().text(), "d");
+    let refused = |found: &TokenizerAssets, name: &str, why: &str| {
+        let said = choose(found, name).unwrap_err();
+        let expected =
+            format!("`data.chat_template_name` = \"{name}\": the tokenizer has no chat template of that name; {why}");
+        assert_eq!(said, expected);
+    };
+    refused(&listed, "tools", "it has default, tool_use");
+    // As files of their own, and the tokenizer's own is the default.
+    let filed = load(&[("chat_template.jinja", "own"), ("additional_chat_templates/rag.jinja", "r")]);
+    assert_eq!((choose(&filed, "rag").unwrap(), choose(&filed, "default").unwrap()), ("r".into(), "own".into()));
+    let single = load(&[("chat_template.jinja", "own")]);
+    refused(&single, "default", "it has one, without a name: remove `data.chat_template_name`");
+    refused(&load(&[]), "default", "it has none: set `data.chat_template` to a file with one");
 }

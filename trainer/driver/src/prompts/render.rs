@@ -3,8 +3,7 @@
 use super::{Message, PromptInput, RenderPrompt};
 use crate::error::{DriverError, Result};
 use serde_json::{Value, json};
-use std::path::Path;
-use tangelo_formats::chat::{ChatTemplate, RenderOptions};
+use tangelo_formats::chat::{ChatTemplate, RenderOptions, TemplateChoice};
 use tangelo_formats::tokenizer::TokenizerAssets;
 
 /// A tokenizer with its chat template, where it has one.
@@ -14,17 +13,12 @@ pub struct ChatRenderer {
 }
 
 impl ChatRenderer {
-    /// The tokenizer's own template, or the one in a file.
+    /// With the template that is chosen, or else the tokenizer's own.
     ///
     /// # Errors
     /// A template that cannot be read or is none.
-    pub fn new(tokenizer: TokenizerAssets, file: Option<&Path>) -> Result<ChatRenderer> {
-        let template = match (file, &tokenizer.chat_template) {
-            (Some(path), _) => Some(ChatTemplate::open(path, &tokenizer)),
-            (None, Some(_)) => Some(ChatTemplate::of(&tokenizer)),
-            (None, None) => None,
-        };
-        let template = template.transpose().map_err(|e| DriverError::Prompts(e.to_string()))?;
+    pub fn new(tokenizer: TokenizerAssets, choice: TemplateChoice<'_>) -> Result<ChatRenderer> {
+        let template = ChatTemplate::choose(choice, &tokenizer).map_err(|e| DriverError::Prompts(e.to_string()))?;
         Ok(ChatRenderer { tokenizer, template })
     }
 

@@ -25,7 +25,7 @@ mod summary;
 mod testing;
 
 pub use alarm::{Alarm, AlarmKind};
-pub use pipeline::{Pending, RewardOptions, RewardPipeline, Scored, ScoredBatch};
+pub use pipeline::{Pending, RewardOptions, RewardPipeline, Scored, ScoredBatch, needs_ground_truth};
 pub use summary::PartSummary;
 
 #[cfg(test)]

@@ -165,6 +165,17 @@ impl RewardPipeline {
     }
 }
 
+/// Whether a built-in part compares with a ground truth; nothing is started.
+///
+/// # Errors
+/// Patterns that do not compile.
+pub fn needs_ground_truth(config: &Reward) -> Result<bool> {
+    let wrong = |part: &RewardPart, reason| DriverError::Reward { part: part.name().to_owned(), reason };
+    let builtin = |part: &RewardPart| Builtin::new(&part.function).map_err(|reason| wrong(part, reason));
+    let builtins = config.parts.iter().map(builtin).collect::<Result<Vec<_>>>()?;
+    Ok(builtins.into_iter().flatten().any(|b| b.needs_ground_truth()))
+}
+
 struct Submitted {
     answers: Receiver<super::process::Done>,
     start: Instant,
