@@ -5,7 +5,7 @@ use expect_test::{Expect, expect};
 use tangelo_configs::resolve::load_str;
 use tangelo_configs::{ConfigError, JobPlan, Role};
 
-const JOB: &str = r#"[job]
+pub const JOB: &str = r#"[job]
 type = "rlhf"
 [model]
 flavor = "debugmodel"
@@ -27,7 +27,7 @@ max_prompt_length = 96
 type = "numeric"
 "#;
 
-fn plan(job: &str, sets: &[&str], ranks: usize) -> Result<JobPlan, ConfigError> {
+pub fn plan(job: &str, sets: &[&str], ranks: usize) -> Result<JobPlan, ConfigError> {
     let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
     let assets = FakeAssets::with_tokenizer("/job/tok", 300);
     JobPlan::resolve(load_str(job, "job.toml", &sets)?, &machine(ranks), &assets)
@@ -222,7 +222,7 @@ fn keys_that_nobody_would_read_are_refused() {
         &["reward.parts=[{ type = \"model\", role = \"judge\" }]", "roles.reward.hf_assets_path=rm"],
         1,
         expect![[
-            r#"--set reward.parts=[{ type = "model", role = "judge" }]: `reward.parts.0.role` = "judge"; the role that judges is "reward": remove the key"#
+            r#"--set reward.parts=[{ type = "model", role = "judge" }]: `reward.parts.0.role` = "judge"; a job has one reward model, the role "reward" (`roles.reward`)"#
         ]],
     );
     check(

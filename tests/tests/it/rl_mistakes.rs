@@ -90,7 +90,7 @@ fn programs_of_the_user_that_fail() {
         &job,
         &[&function("drops.py", "return float('nan')").replace(" }", ", on_error = \"drop\" }")],
         expect![[r#"
-            3: reward `python`: none of 5 answers could be scored, and `on_error` = "drop" leaves nothing to learn from; the first: its value is NaN, no finite number
+            3: no group of this step has 2 completions with a reward; all 24 were left out, and the first error is: python: its value is NaN, no finite number. Mend the reward, or set on_error = "zero"
         "#]],
     );
     check(
@@ -199,7 +199,7 @@ fn prompts_that_cannot_be_used() {
         ),
         &[NUMERIC],
         expect![[r#"
-            3: FOLDER/messages.jsonl:1: the tokenizer has no chat template: set `data.chat_template` to a file with one, or give prompts as texts and set `prompts.chat` = false, to go on with them as they stand
+            3: FOLDER/messages.jsonl:1: the tokenizer has no chat template: set `data.chat_template` to a file with one, or `prompts.chat` = false to continue prompts as plain text
         "#]],
     );
     check(

@@ -145,7 +145,7 @@ fn two_tensor_ranks_generate_what_two_tensor_ranks_train() {
             assert_eq!(taken["actor/ppo_kl"], 0.0, "{dtype}, step {step}: {taken:?}");
             // The pass is left out, and finds the same to the bit where it is asked for.
             let time = "timing_s/old_log_prob";
-            assert!(taken[time] < computed[time], "{dtype}, step {step}: {} against {}", taken[time], computed[time]);
+            assert!(!taken.contains_key(time) && computed[time] > 0.0, "{dtype}, step {step}");
             assert_eq!(computed["training/rollout_probs_diff_max"], 0.0, "{dtype}, step {step}");
             for (name, value) in of_learning(taken) {
                 assert!(of_learning(computed).get(name).is_none_or(|&other| other == value), "{dtype}, {step}: {name}");
@@ -294,7 +294,7 @@ fn what_users_get_wrong_is_said() {
     check(&["placement.pools=[{ name = \"a\", ranks = 3 }]"], &["placement.pools", "3", "2"]);
     check(&["prompts.max_prompt_length=90"], &["prompts.max_prompt_length", "training.seq_len", "98"]);
     check(&["rlhf.ppo_mini_batch_size=4"], &["rlhf.ppo_mini_batch_size", "does not divide"]);
-    check(&["rollout.tensor_parallel_degree=3"], &["rollout.tensor_parallel_degree = 3", "2 ranks"]);
+    check(&["rollout.tensor_parallel_degree=3"], &["`rollout.tensor_parallel_degree` = 3", "2 ranks"]);
     check(&["rlhf.max_staleness=1"], &["rlhf.max_staleness", "0"]);
     check(&["algorithm.type=\"rloo\"", "rollout.sampling.n=1"], &["rloo", "2"]);
     check(&["rlhf.train_batch=4"], &["rlhf.train_batch", "rlhf.train_batch_size"]);

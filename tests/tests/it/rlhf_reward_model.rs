@@ -45,7 +45,7 @@ fn rewards_are_what_transformers_says_of_prompt_and_answer() {
         words.iter().for_each(|word| assert!(text.contains(word), "no {word:?} in\n{text}"));
     };
     let part = "reward.parts=[{ type = \"model\" }]";
-    refused("no-model", &[part], &["roles.reward.hf_assets_path", "sequence-classification"]);
+    refused("no-model", &[part], &["roles.reward.hf_assets_path", "sequence classifier"]);
     // Conversations, and a reward model of other tokens without a template to write them with.
     let other = job.path("models/other");
     for file in ["chat_template.jinja", "tokenizer_config.json"] {

@@ -23,12 +23,12 @@ pub(super) fn value(json: &Json) -> Value {
     }
 }
 
-/// A number that Python prints with an exponent and the template engine with all its digits. It can be printed, not
+/// A number that Python prints in another way than the template engine, such as with an exponent. It can be printed, not
 /// computed with.
 #[derive(Debug)]
-struct Exponential(f64);
+struct Printed(f64);
 
-impl Object for Exponential {
+impl Object for Printed {
     fn repr(self: &Arc<Self>) -> ObjectRepr {
         ObjectRepr::Plain
     }
@@ -39,7 +39,8 @@ impl Object for Exponential {
 }
 
 fn float(value: f64) -> Value {
-    if float_text(value).contains('e') { Value::from_object(Exponential(value)) } else { Value::from(value) }
+    let plain = Value::from(value);
+    if float_text(value) == plain.to_string() { plain } else { Value::from_object(Printed(value)) }
 }
 
 /// Jinja's test `iterable`: the engine would have it of `none` too.
@@ -150,7 +151,7 @@ impl Style {
                     self.write(&value.get_item(&keys[index])?, depth + 1, out)
                 })?;
             }
-            _ if value.downcast_object_ref::<Exponential>().is_some() => out.push_str(&value.to_string()),
+            _ if value.downcast_object_ref::<Printed>().is_some() => out.push_str(&value.to_string()),
             other => {
                 let message = format!("tojson: a value of kind {other} has no form in JSON");
                 return Err(Error::new(ErrorKind::InvalidOperation, message));
@@ -237,9 +238,22 @@ fn float_text(float: f64) -> String {
     }
     // Rust changes to exponents where Python does, but writes 1e16 for 1e+16 and 1e-7 for 1e-07.
     let text = format!("{float:?}");
-    let Some((digits, exponent)) = text.split_once('e') else { return text };
+    let Some((digits, exponent)) = text.split_once('e') else { return evenly(float, &text) };
     let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
-    format!("{digits}e{sign}{exponent:0>2}")
+    format!("{}e{sign}{exponent:0>2}", evenly(float, digits))
+}
+
+/// Of two shortest texts that are equally near Python takes the one with the even last digit, Rust the larger.
+fn evenly(float: f64, digits: &str) -> String {
+    let shortest = format!("{float:e}");
+    let count = shortest.split('e').next().map_or(0, |mantissa| mantissa.chars().filter(char::is_ascii_digit).count());
+    // Rounds to even where it is between two.
+    let rounded = format!("{float:.*e}", count.saturating_sub(1));
+    if rounded == shortest || rounded.parse() != Ok(float) {
+        return digits.to_owned();
+    }
+    let last = rounded.split('e').next().and_then(|mantissa| mantissa.chars().last());
+    digits[..digits.len() - 1].chars().chain(last).collect()
 }
 
 #[cfg(test)]
@@ -257,6 +271,10 @@ mod tests {
             (1e-4, "0.0001"),
             (-2.5e300, "-2.5e+300"),
             (5e-324, "5e-324"),
+            // In the middle between two texts of 17 digits.
+            (1_584_544_111_390_069.25, "1584544111390069.2"),
+            (1_584_544_111_390_069.75, "1584544111390069.8"),
+            (-4_503_599_627_370_495.5, "-4503599627370495.5"),
         ];
         for (float, expected) in cases {
             assert_eq!(float_text(float), expected);
