@@ -172,7 +172,7 @@ impl Collector {
     /// Completions of the validation prompts, with their rewards.
     ///
     /// # Errors
-    /// As [`Collector::next_batch`].
+    /// As [`Collector::next_round`].
     pub async fn validation(&self, team: &Team, asked: &ValidationSampling, clock: &Clock) -> Result<Option<Rollouts>> {
         let prompts = self.loader.validation()?;
         if prompts.is_empty() {
