@@ -77,7 +77,7 @@ fn checkpoint_folder(path: &Path) -> Option<PathBuf> {
         Some(config) => (path.join(&config.checkpoint.folder), true),
         None => (path.to_owned(), false),
     };
-    let policy = role_folder(&folder, Role::Policy);
+    let policy = role_folder(&folder, Role::Policy.name());
     let holds_steps = |folder: &Path| complete_steps(folder).is_ok_and(|steps| !steps.is_empty());
     match (holds_steps(&policy), is_run || holds_steps(&folder)) {
         (true, _) => Some(policy),

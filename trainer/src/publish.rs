@@ -16,11 +16,10 @@ use crate::init::part_of;
 use crate::shards::{Place, narrow};
 use crate::worker::TrainWorker;
 use std::ops::Range;
-use tangelo_core::reshard::Ranks;
 use tangelo_core::{BoxCopy, IndexBox, Level, ParamMeta};
 use tangelo_kernels::comm::Communicator;
 use tangelo_models::{Model, UnitWeights};
-use tangelo_planner::publish::{Bucket, GenerationLayout, Publish};
+use tangelo_planner::publish::{Bucket, GenerationLayout, Publish, is_local};
 use tch::{Kind, Tensor};
 
 /// Which ranks of a communicator train, and which generate.
@@ -151,7 +150,7 @@ impl Publisher {
     }
 
     fn is_local(&self, copy: &BoxCopy) -> bool {
-        self.way.ranks == Ranks::Same && copy.src == copy.dst
+        is_local(self.way.ranks, copy.src, copy.dst)
     }
 
     /// Copies what this rank has itself.

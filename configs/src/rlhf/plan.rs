@@ -177,13 +177,6 @@ impl JobPlan {
     fn role_plan(&self, role: Role, resources: &Resources, assets: &dyn ModelAssets) -> Result<Plan, ConfigError> {
         let mut config = self.policy.config.clone();
         let own = self.role_model(role);
-        if role == Role::Reward && own.hf_assets_path.is_none() {
-            return Err(ConfigError::Values(vec![
-                "`reward.parts` has a reward model, but `roles.reward.hf_assets_path` names none: set it to the Hugging Face \
-                 folder of a sequence-classification model with one label"
-                    .into(),
-            ]));
-        }
         if let Some(path) = &own.hf_assets_path {
             config.model = Model { hf_assets_path: Some(path.clone()), ..Model::default() };
             config.checkpoint.initial_load_path = Some(path.clone());
@@ -382,7 +375,7 @@ fn of_role(role: Role, has_own_degrees: bool, error: ConfigError) -> ConfigError
     }
 }
 
-/// The folder of a role's checkpoints.
-pub fn role_folder(checkpoints: &Path, role: Role) -> std::path::PathBuf {
-    checkpoints.join(role.name())
+/// The folder of a role's checkpoints in the run's checkpoint folder.
+pub fn role_folder(checkpoints: &Path, role: &str) -> std::path::PathBuf {
+    checkpoints.join(role)
 }

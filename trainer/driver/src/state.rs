@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use tangelo_algo::State as AlgorithmState;
+use tangelo_configs::rlhf::role_folder;
 
 /// The driver's part of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,11 +25,6 @@ pub struct DriverState {
     /// Updates skipped so far because loss or gradient was not finite.
     #[serde(default)]
     pub skipped: u64,
-}
-
-/// Folder of a role's checkpoints in the run's checkpoint folder.
-pub fn role_folder(checkpoints: &Path, role: &str) -> PathBuf {
-    checkpoints.join(role)
 }
 
 /// The file of a step's state.

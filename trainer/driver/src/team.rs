@@ -5,8 +5,8 @@
 
 use crate::clock::Clock;
 use crate::error::Result;
-use crate::state::role_folder;
 use std::path::Path;
+use tangelo_configs::rlhf::role_folder;
 use tangelo_control::{Cluster, Metrics, RemoteBatch, WorkerGroup};
 use tangelo_core::{Column, LossSpec};
 
