@@ -119,7 +119,11 @@ impl RankFailure {
 
 impl From<tonic::Status> for RankFailure {
     fn from(status: tonic::Status) -> RankFailure {
-        RankFailure::new(Cause::of(status.code()), status.message())
+        // What a peer says has no source; a connection that breaks has, and its code tells nothing.
+        match std::error::Error::source(&status) {
+            Some(_) => RankFailure::new(Cause::Lost, status.message()),
+            None => RankFailure::new(Cause::of(status.code()), status.message()),
+        }
     }
 }
 
