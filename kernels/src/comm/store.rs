@@ -48,8 +48,9 @@ pub(super) fn c_string(text: &str) -> Result<CString, String> {
     CString::new(text).map_err(|_| format!("{text:?} contains a zero byte"))
 }
 
+/// Whole milliseconds, rounded up: a wait that ran out ends after the deadline it was given, never just before it.
 pub(super) fn milliseconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2).max(1)
+    i64::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX / 2).max(1)
 }
 
 /// A failed call of the store.
