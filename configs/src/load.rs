@@ -234,7 +234,8 @@ fn with_value(table: &Table, path: &[String], value: Value) -> Result<Table, Str
 
 /// A type error in the user's words.
 fn explain(key: &str, message: &str) -> String {
-    const WORDS: [(&str, &str); 6] = [
+    const WORDS: [(&str, &str); 7] = [
+        ("missing field `type`", "the `type` of its section is not set; set that before"),
         ("expected usize", "expected a whole number of at least 0"),
         ("expected u64", "expected a whole number of at least 0"),
         ("expected i64", "expected a whole number"),

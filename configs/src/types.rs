@@ -47,6 +47,11 @@ impl Piece<'_> {
     fn look(&self, whole: &dyn Fn(Value) -> Table, is_complete: bool, found: &mut Vec<WrongType>) {
         let Err(error) = JobConfig::deserialize(whole(self.value.clone())) else { return };
         let before = found.len();
+        if is_complete && let Some(kinds) = self.kinds_to_choose(error.message(), whole) {
+            let message = format!("`type` is missing; {kinds}");
+            found.push(WrongType { offset: self.offset, key: self.key.clone(), message });
+            return;
+        }
         match (self.value, self.spans) {
             (Value::Table(keys), DeValue::Table(spans)) => self.look_at_keys(keys, spans, whole, is_complete, found),
             (Value::Array(items), DeValue::Array(spans)) if items.iter().all(Value::is_table) => {
@@ -64,6 +69,18 @@ impl Piece<'_> {
             let (offset, key) = (self.offset, self.key.clone());
             found.push(WrongType { offset, key, message: error.message().to_owned() });
         }
+    }
+
+    /// Where this table itself does not say of which kind it is: what it could say.
+    fn kinds_to_choose(&self, message: &str, whole: &dyn Fn(Value) -> Table) -> Option<String> {
+        let Value::Table(keys) = self.value else { return None };
+        if message.trim_end() != "missing field `type`" || keys.contains_key("type") {
+            return None;
+        }
+        let mut nameless = keys.clone();
+        nameless.insert("type".into(), Value::String(String::new()));
+        let error = JobConfig::deserialize(whole(Value::Table(nameless))).err()?;
+        error.message().strip_prefix("unknown variant ``, ").map(|kinds| kinds.trim_end().to_owned())
     }
 
     fn look_at_keys(

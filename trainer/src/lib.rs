@@ -28,6 +28,7 @@ pub mod rl;
 pub mod sample;
 pub mod shards;
 pub mod store;
+pub mod utilization;
 pub mod verb;
 pub mod worker;
 

@@ -179,4 +179,9 @@ fn wrong_types_are_said_all_at_once() {
         job.toml:2:8: `job.type`: unknown variant `rl`, expected one of `pretrain`, `sft`, `rlhf`; did you mean `rlhf`?
         job.toml:4:9: `training.steps`: invalid type: string "a", expected a whole number of at least 0"#]],
     );
+    // A kind that is not said is missing where it belongs, not at what stands below.
+    text(
+        "[job]\ntype = 'rlhf'\n[algorithm.policy]\nclip_ratio_low = 0.1\n[[reward.parts]]\nweight = 2.0\n",
+        expect![[""]],
+    );
 }

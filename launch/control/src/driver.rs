@@ -32,18 +32,16 @@ const EVENTS: usize = 1024;
 /// How long calls may take.
 #[derive(Clone, Debug)]
 pub struct Deadlines {
-    /// Verbs without an entry of their own.
+    /// Verbs; [`WorkerGroup::within`](crate::WorkerGroup::within) sets another for one group's calls.
     pub verb: Duration,
     /// Admin calls.
     pub admin: Duration,
-    /// By verb.
-    pub by_verb: BTreeMap<String, Duration>,
 }
 
 impl Default for Deadlines {
     /// Half an hour for a verb, ten seconds for an admin call.
     fn default() -> Deadlines {
-        Deadlines { verb: Duration::from_secs(1800), admin: Duration::from_secs(10), by_verb: BTreeMap::new() }
+        Deadlines { verb: Duration::from_secs(1800), admin: Duration::from_secs(10) }
     }
 }
 
@@ -406,7 +404,7 @@ impl Cluster {
     ) -> Result<Vec<(usize, Bytes)>, ControlError> {
         self.check_alive()?;
         let deadlines = &self.0.driver.options.deadlines;
-        let timeout = timeout.or_else(|| deadlines.by_verb.get(verb).copied()).unwrap_or(deadlines.verb);
+        let timeout = timeout.unwrap_or(deadlines.verb);
         let (pool, _) = self.0.placement.ranks_of(role)?;
         let (order, step) = (self.0.order.get(pool), self.step());
         self.0.tree.call(Outgoing { lane: Lane::Work, role, verb, step, map, payloads, timeout, order }).await

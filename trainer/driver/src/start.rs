@@ -13,7 +13,6 @@ use crate::session::{Checkpoints, Session, Stop};
 use crate::state::{self, DriverState};
 use crate::team::Team;
 use crate::tracker::{Tracker, TrackerOptions};
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -162,7 +161,7 @@ pub(crate) async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<
 /// Verbs may take as long as ranks may wait for one another at the start; generation and first steps are long.
 fn deadlines(job: &JobPlan) -> Deadlines {
     let verb = Duration::from_secs(job.rlhf().verb_timeout_seconds);
-    Deadlines { verb, admin: Duration::from_secs(30), by_verb: BTreeMap::new() }
+    Deadlines { verb, admin: Duration::from_secs(30) }
 }
 
 /// The job's pools and roles.

@@ -6,6 +6,7 @@ use crate::checkpoint::TrainState;
 use crate::error::Result;
 use crate::optim::StepStats;
 use crate::process::RankInfo;
+use crate::utilization::measured_peak;
 use crate::worker::{LossStats, TrainWorker, sum_over_ranks};
 use std::time::Duration;
 use tangelo_configs::Plan;
@@ -17,9 +18,6 @@ use tangelo_observe::{
     stdout_line,
 };
 use tangelo_planner::flops::FlopsPerToken;
-
-/// Seconds spent on measuring what a matrix product can reach, once per run.
-const PEAK_SECONDS: f64 = 0.2;
 
 /// Sums since the last record.
 #[derive(Clone, Debug, Default)]
@@ -267,10 +265,7 @@ impl Recorder {
         if let Some(peak) = self.peak_flops {
             return Ok(peak);
         }
-        let model = worker.model();
-        let measured = device::measured_matmul_peak_flops(model.device(), model.kind(), PEAK_SECONDS);
-        let own = measured.unwrap_or(f64::NAN);
-        let peak = sum_over_ranks(worker.world(), &[own])?[0];
+        let peak = sum_over_ranks(worker.world(), &[measured_peak(worker)])?[0];
         self.peak_flops = Some(peak);
         Ok(peak)
     }

@@ -6,6 +6,7 @@ use crate::faults::Fault;
 use crate::persist::{self, WritePlan};
 use crate::recipe::checkpointing::{attempt_name, kill_in_save};
 use crate::recipe::setup;
+use crate::utilization::Utilization;
 use crate::worker::{LossStats, TrainWorker};
 use std::path::Path;
 use std::time::Duration;
@@ -23,6 +24,7 @@ pub struct Learner {
     worker: TrainWorker,
     /// Of the gradients that wait for an update.
     loss: LossStats,
+    utilization: Utilization,
     saving: Option<(Saver, WritePlan)>,
     /// The step of the checkpoint that the role went on from.
     resumed_from: Option<u64>,
@@ -33,8 +35,8 @@ pub struct Learner {
 impl Learner {
     /// A role that has its weights.
     pub fn new(role: Role, plan: &Plan, worker: TrainWorker) -> Learner {
-        let (loss, plan) = (LossStats::default(), plan.clone());
-        Learner { role, plan, worker, loss, saving: None, resumed_from: None, fault: None }
+        let (loss, plan, utilization) = (LossStats::default(), plan.clone(), Utilization::default());
+        Learner { role, plan, worker, loss, utilization, saving: None, resumed_from: None, fault: None }
     }
 
     /// Tests only: something will go wrong on this rank.
@@ -50,7 +52,10 @@ impl Learner {
 
     /// Loss and gradients of a mini-batch.
     pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec) -> Result<Metrics> {
-        self.loss = self.worker.forward_backward(batch, loss, false)?;
+        self.loss = self.utilization.during(|| self.worker.forward_backward(batch, loss, false))?;
+        let lengths = batch.row_lengths().map_err(|e| TrainError::Data(e.to_string()))?;
+        let share = self.plan.data_parallel_size as f64 / self.worker.world().size() as f64;
+        self.utilization.learnt_from(&self.plan.model, &lengths, share);
         let mut metrics = Metrics::default();
         let own = self.loss.metrics.iter().map(|&(name, value)| (name.to_owned(), value));
         let prefix = self.prefix();
@@ -61,7 +66,7 @@ impl Learner {
 
     /// Clips and updates.
     pub fn optim_step(&mut self, lr: f64) -> Result<Metrics> {
-        let stats = self.worker.optim_step(lr, &self.loss)?;
+        let stats = self.utilization.during(|| self.worker.optim_step(lr, &self.loss))?;
         let prefix = self.prefix();
         let mut metrics = Metrics::default();
         metrics.add(&format!("{prefix}/grad_norm"), Reading::Mean { sum: stats.grad_norm, weight: 1.0 });
@@ -71,6 +76,10 @@ impl Learner {
             None => ("perf/cpu_memory_used_gb", device::memory().peak_resident_bytes),
         };
         metrics.add(name, Reading::Max(bytes as f64 / (1u64 << 30) as f64));
+        let mfu = self.utilization.take(&self.worker);
+        if mfu.is_finite() {
+            metrics.add(&format!("perf/mfu/{prefix}"), Reading::Mean { sum: mfu, weight: 1.0 });
+        }
         Ok(metrics)
     }
 
