@@ -237,8 +237,9 @@ fn chat(found: &mut Found, c: &JobConfig) {
         let each = all().flat_map(|(at, s)| s.chat_keys().map(|(key, is_set)| (format!("{at}.{key}"), is_set)));
         for (key, _) in data.into_iter().chain(each).filter(|(_, is_set)| *is_set) {
             let message = format!(
-                "`{key}` is set, but `job.type` = \"pretrain\" reads text, not conversations; set `job.type` = \"sft\" or \
-                 remove the key"
+                "`{key}` is set, but `job.type` = \"{}\" reads no conversations; set `job.type` = \"sft\" or remove the \
+                 key",
+                if c.job.kind == JobType::Rlhf { "rlhf" } else { "pretrain" }
             );
             found.require(false, || message);
         }

@@ -14,6 +14,8 @@ weight_decay = 0.01
 [lr_scheduler]
 warmup_steps = 0
 decay_ratio = 0.0
+[rollout.sampling]
+n = 8
 ";
 
 /// Fine-tuning as TRL's `SFTTrainer` has it.

@@ -114,7 +114,13 @@ fn check_text(text: &str, origin: &Origin) -> Result<(Layer, JobConfig), ConfigE
         };
         let first = error(span.start, &key_at(spanned.get_ref(), span.start).join("."), e.message());
         let pieces = wrong_types(&values, spanned.get_ref());
-        ConfigError::Text(with_others(first, pieces.iter().map(|p| error(p.offset, &p.key, &p.message)).collect()))
+        let mut pieces: Vec<TextError> = pieces.iter().map(|p| error(p.offset, &p.key, &p.message)).collect();
+        pieces.sort_by_key(|e| e.place.position);
+        // Which of the tables around it lacks its `type` the whole does not know.
+        match e.message().starts_with(NO_TYPE) && !pieces.is_empty() {
+            true => ConfigError::Text(pieces),
+            false => ConfigError::Text(with_others(first, pieces)),
+        }
     })?;
     let places = Places::of(spanned.get_ref(), origin, |offset| line_and_column(text, offset));
     Ok((Layer { values, places }, config))
@@ -232,10 +238,13 @@ fn with_value(table: &Table, path: &[String], value: Value) -> Result<Table, Str
     }
 }
 
+/// How serde says that a table which is one of several kinds does not say which.
+pub(crate) const NO_TYPE: &str = "missing field `type`";
+
 /// A type error in the user's words.
 fn explain(key: &str, message: &str) -> String {
     const WORDS: [(&str, &str); 7] = [
-        ("missing field `type`", "the `type` of its section is not set; set that before"),
+        (NO_TYPE, "the `type` of its section is not set; set that before"),
         ("expected usize", "expected a whole number of at least 0"),
         ("expected u64", "expected a whole number of at least 0"),
         ("expected i64", "expected a whole number"),

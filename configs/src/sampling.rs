@@ -4,8 +4,8 @@ use crate::ConfigError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How one request's tokens are drawn. Every job and every request states it in these keys; a model's own
-/// generation_config.json is not read, for training must know the distribution that it samples from.
+/// How one request's tokens are drawn. Every job and every request states it in these keys; of a model's own
+/// generation_config.json only the end-of-text ids are read, for training must know the distribution that it samples from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplingParams {

@@ -4,6 +4,7 @@
 //! table by table down to the keys at fault, each with the `type` that says which keys stand beside it.
 
 use crate::JobConfig;
+use crate::load::NO_TYPE;
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
@@ -47,7 +48,7 @@ impl Piece<'_> {
     fn look(&self, whole: &dyn Fn(Value) -> Table, is_complete: bool, found: &mut Vec<WrongType>) {
         let Err(error) = JobConfig::deserialize(whole(self.value.clone())) else { return };
         let before = found.len();
-        if is_complete && let Some(kinds) = self.kinds_to_choose(error.message(), whole) {
+        if let Some(kinds) = self.kinds_to_choose(error.message(), whole) {
             let message = format!("`type` is missing; {kinds}");
             found.push(WrongType { offset: self.offset, key: self.key.clone(), message });
             return;
@@ -74,7 +75,7 @@ impl Piece<'_> {
     /// Where this table itself does not say of which kind it is: what it could say.
     fn kinds_to_choose(&self, message: &str, whole: &dyn Fn(Value) -> Table) -> Option<String> {
         let Value::Table(keys) = self.value else { return None };
-        if message.trim_end() != "missing field `type`" || keys.contains_key("type") {
+        if message.trim_end() != NO_TYPE || keys.contains_key("type") {
             return None;
         }
         let mut nameless = keys.clone();

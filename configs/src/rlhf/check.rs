@@ -3,7 +3,7 @@
 use super::{OldLogprobs, PlacementConfig, Rlhf, Role, RoleModel, Rollout, limits};
 use crate::algorithm::ImportanceLevel;
 use crate::check::Found;
-use crate::job::{JobConfig, Metrics};
+use crate::job::{Data, JobConfig, Metrics};
 use crate::nearest;
 use crate::reward::RewardFunction;
 use crate::{Algorithm, Prompts, Reward};
@@ -75,6 +75,12 @@ impl Sections<'_> {
                 "`rlhf.max_staleness` = {}; only 0 is offered yet: rollouts of the policy that learns",
                 rlhf.max_staleness
             )
+        });
+        found.require(rlhf.verb_timeout_seconds > 0, || {
+            "`rlhf.verb_timeout_seconds` = 0: every call would be late; expected 1 or more".into()
+        });
+        found.require(rlhf.val_pass_reward.is_finite(), || {
+            format!("`rlhf.val_pass_reward` = {} is reached by no answer; expected a number", rlhf.val_pass_reward)
         });
         found.require(rlhf.critic_warmup == 0 || self.has(Role::Critic), || {
             format!(
@@ -249,6 +255,18 @@ fn not_read(found: &mut Found, config: &JobConfig) {
                 "`{key}` is set, but `job.type` = \"rlhf\" does not read it: name the validation set by \
                  `prompts.validation_files` or `prompts.validation_size`, and how often by `rlhf.test_freq`"
             )
+        });
+    }
+    let (data, default) = (&config.data, Data::default());
+    let set = [
+        ("data.train_tokenizer_vocab", data.train_tokenizer_vocab != default.train_tokenizer_vocab),
+        ("data.document_mask", data.document_mask != default.document_mask),
+        ("data.validation_fraction", data.validation_fraction != default.validation_fraction),
+        ("data.shard_tokens", data.shard_tokens != default.shard_tokens),
+    ];
+    for (key, _) in set.iter().filter(|(_, is_set)| *is_set) {
+        found.require(false, || {
+            format!("`{key}` is set, but `job.type` = \"rlhf\" does not read it: prompts are not tokenised to shards; remove it")
         });
     }
     found.require(config.metrics.log_freq == Metrics::default().log_freq, || {

@@ -181,7 +181,13 @@ fn wrong_types_are_said_all_at_once() {
     );
     // A kind that is not said is missing where it belongs, not at what stands below.
     text(
-        "[job]\ntype = 'rlhf'\n[algorithm.policy]\nclip_ratio_low = 0.1\n[[reward.parts]]\nweight = 2.0\n",
-        expect![[""]],
+        "[job]\ntype = 'rlhf'\n[algorithm.policy]\nclip_ratio_low = 0.1\n[algorithm.reward]\nkl_ctrl = { kl_coef = 0.1 }\n[[reward.parts]]\nweight = 2.0\n",
+        expect![[r#"
+            job.toml:3:2: `algorithm`: `type` is missing; expected one of `grpo`, `ppo`, `rloo`, `reinforce_plus_plus`
+            job.toml:7:1: `reward.parts`: `type` is missing; expected one of `exact`, `numeric`, `boxed`, `regex`, `format`, `length`, `overlong`, `countdown`, `command`, `python`, `model`"#]],
+    );
+    text(
+        "[job]\ntype = 'rlhf'\n[algorithm]\ntype = 'grpo'\n[algorithm.reward]\nkl_ctrl = { kl_coef = 0.1 }\n",
+        expect!["job.toml:6:11: `algorithm.reward.kl_ctrl`: `type` is missing; expected `fixed` or `adaptive`"],
     );
 }

@@ -93,8 +93,8 @@ fn keys_of_the_other_kind_of_job_are_refused() {
         &text,
         &["data.assistant_only_loss=true", "data.sources.0.prompt_column=question"],
         expect![[r#"
-        --set data.assistant_only_loss=true: `data.assistant_only_loss` is set, but `job.type` = "pretrain" reads text, not conversations; set `job.type` = "sft" or remove the key
-        --set data.sources.0.prompt_column=question: `data.sources.0.prompt_column` is set, but `job.type` = "pretrain" reads text, not conversations; set `job.type` = "sft" or remove the key"#]],
+            --set data.assistant_only_loss=true: `data.assistant_only_loss` is set, but `job.type` = "pretrain" reads no conversations; set `job.type` = "sft" or remove the key
+            --set data.sources.0.prompt_column=question: `data.sources.0.prompt_column` is set, but `job.type` = "pretrain" reads no conversations; set `job.type` = "sft" or remove the key"#]],
     );
     check(
         &JOB.replace("sft", "stf"),

@@ -5,7 +5,7 @@
 
 use super::logs::LogFolder;
 use tangelo_core::Moment;
-use tangelo_core::position::{Report, behind, decode_all, decode_moment};
+use tangelo_core::position::{Behind, Report, behind, decode_all, decode_moment};
 
 /// A rank of this node and its process, `None` once that has ended by itself.
 #[derive(Clone, Copy, Debug)]
@@ -18,15 +18,15 @@ pub struct Standing {
     pub killed: bool,
 }
 
-/// The rank that keeps the others waiting, in one sentence; `None` where the records do not tell.
-pub fn who_is_behind(ranks: &[Standing], logs: &LogFolder) -> Option<String> {
+/// The rank that keeps the others waiting; `None` where the records do not tell.
+pub fn who_is_behind(ranks: &[Standing], logs: &LogFolder) -> Option<Behind> {
     let report = |standing: &Standing| {
         let file = std::fs::read(logs.position_path(standing.rank)).unwrap_or_default();
         let is_running = !standing.killed && !standing.process.is_some_and(is_stopped);
         Report { rank: standing.rank, positions: decode_all(&file), moment: decode_moment(&file), is_running }
     };
     let reports: Vec<Report> = ranks.iter().map(report).collect();
-    behind(&reports).map(|behind| behind.to_string())
+    behind(&reports)
 }
 
 /// Where a rank of this node was in its steps when it last said so.

@@ -32,6 +32,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tangelo_core::env;
+use tangelo_core::position::Behind;
 use tangelo_observe::{ErrorRecord, ProgressEvent, unix_millis};
 
 /// What an attempt is made of.
@@ -89,7 +90,7 @@ pub fn run(attempt: &Attempt<'_>, signals: &Receiver<i32>) -> Result<Outcome, La
     let signal = ranks.supervise(attempt, signals);
     let deaths = ranks.finish(attempt);
     let seen = *seen.lock().unwrap_or_else(PoisonError::into_inner);
-    let behind = ranks.behind.take().or_else(|| ranks.behind_in_the_end(attempt));
+    let behind = ranks.who_was_behind(attempt).map(|behind| behind.to_string());
     Ok(Outcome { deaths, signal, last_step: seen.last_step, finished: seen.finished, behind })
 }
 
@@ -158,7 +159,7 @@ impl Rank {
 #[derive(Debug)]
 struct Ranks {
     ranks: Vec<Rank>,
-    behind: Option<String>,
+    behind: Option<Behind>,
     /// The first signal that came from outside.
     signal: Option<i32>,
 }
@@ -287,8 +288,22 @@ impl Ranks {
         self.ranks.iter_mut().for_each(|rank| rank.send(signal));
     }
 
+    /// Who kept the others waiting when the first rank failed. When one was killed and nobody had come to wait for it yet,
+    /// another that was merely slower may have looked like it: then the end tells.
+    fn who_was_behind(&mut self, attempt: &Attempt<'_>) -> Option<Behind> {
+        let early = self.behind.take();
+        let is_killed = |d: &Death| matches!(d.ending, Ending::Signal(_)) && d.sent.is_empty();
+        let killed = self.ranks.iter().find(|r| r.death.as_ref().is_some_and(is_killed)).map(|r| r.rank);
+        match (early, killed) {
+            (Some(early), Some(killed)) if early.rank != killed => {
+                self.behind_in_the_end(attempt).filter(|behind| behind.rank == killed).or(Some(early))
+            }
+            (early, _) => early.or_else(|| self.behind_in_the_end(attempt)),
+        }
+    }
+
     /// Who was behind once all have ended: a rank's end may be seen before the others come to wait for it.
-    fn behind_in_the_end(&self, attempt: &Attempt<'_>) -> Option<String> {
+    fn behind_in_the_end(&self, attempt: &Attempt<'_>) -> Option<Behind> {
         if self.ranks.iter().all(|r| r.death.as_ref().is_some_and(Death::is_success)) {
             return None;
         }

@@ -215,7 +215,7 @@ fn a_killed_launcher_leaves_no_rank() {
 #[test]
 fn failures_restart_all_ranks() {
     let job = Job::new();
-    let once = "[ $TORCHELASTIC_RESTART_COUNT = 1 ] || fail internal 1 $TORCHELASTIC_RESTART_COUNT boom";
+    let once = "[ $TORCHELASTIC_RESTART_COUNT = 1 ] || await $PIDS/0.0; [ $TORCHELASTIC_RESTART_COUNT = 1 ] || fail internal 1 $TORCHELASTIC_RESTART_COUNT boom";
     let said = job.run(2, &["--max_restarts", "3"], &[("FAKE_1", once), ("FAKE_0", "sleep 0.1")]);
     assert_eq!(said.code, Some(0), "{said:?}");
     assert!(said.stderr.contains("boom") && said.stderr.contains("restart 1 of 3"), "{said:?}");

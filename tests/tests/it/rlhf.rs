@@ -111,6 +111,7 @@ fn the_engines_log_probabilities_are_the_trainers() {
             assert_eq!(values["actor/ppo_kl"], 0.0, "{dtype}, step {step}: {values:?}");
             assert_eq!(values["actor/pg_clipfrac"], 0.0, "{dtype}, step {step}");
             assert!(values["critic/score/mean"].is_finite());
+            assert!(values["perf/mfu/actor"] > 0.0);
         }
         // What was learnt from: rows of every answer, with their advantages.
         assert!(job.path(dtype).join("rollouts/step-00000004.parquet").is_file());
@@ -182,6 +183,21 @@ fn two_tensor_ranks_generate_for_other_layouts() {
 }
 
 #[test]
+fn two_groups_of_tensor_ranks_generate_what_one_does() {
+    let job = job();
+    let sets = ["parallelism.tensor_parallel_degree=2", "rollout.tensor_parallel_degree=2", "training.steps=2"];
+    let [one, two] = [("one", 2), ("two", 4)].map(|(name, ranks)| run(&job, name, ranks, &sets));
+    for step in 1..=2 {
+        assert_eq!(two[&step]["actor/ppo_kl"], 0.0, "step {step}");
+        assert_eq!(two[&step]["reshard/received_bytes"], 0.0, "each rank generates with what it trains");
+    }
+    // Before the first update the weights are the same, so answers and rewards are.
+    for name in ["response_length/mean", "critic/score/mean", "rollout/generated_tokens"] {
+        assert_eq!(one[&1][name], two[&1][name], "{name}");
+    }
+}
+
+#[test]
 fn a_resumed_run_is_the_undisturbed_one() {
     let job = job();
     let sets = [
@@ -225,21 +241,25 @@ fn roles_on_pools_of_their_own_learn_the_same() {
 #[test]
 fn a_killed_rank_is_named_and_nothing_is_left() {
     let job = job();
-    let folder = job.path("killed");
-    let mut child = under_way(&job, "killed");
-    kill(&folder, "rlhf", "RANK=1");
-    let status = child.wait().unwrap();
-    assert!(!status.success());
-    let events = std::fs::read_to_string(folder.join("events.jsonl")).unwrap();
-    assert!(events.contains("SIGKILL") && events.contains("rank 1 (policy, rollout) failed first"), "{events}");
-    assert_eq!(processes_of(&folder), Vec::<String>::new());
+    // Alone, and in the middle of an answer that both ranks compute: drawing it takes most of a step.
+    let together = ["rollout.tensor_parallel_degree=2", "rollout.sampling.max_tokens=32"];
+    for (name, sets) in [("alone", &[][..]), ("together", &together)] {
+        let folder = job.path(name);
+        let mut child = under_way(&job, name, sets);
+        kill(&folder, "rlhf", "RANK=1");
+        let status = child.wait().unwrap();
+        assert!(!status.success());
+        let events = std::fs::read_to_string(folder.join("events.jsonl")).unwrap();
+        assert!(events.contains("SIGKILL") && events.contains("rank 1 (policy, rollout) failed first"), "{events}");
+        assert_eq!(processes_of(&folder), Vec::<String>::new());
+    }
 }
 
 #[test]
 fn a_signal_lets_the_step_finish_and_saves() {
     let job = job();
     let folder = job.path("stopped");
-    let mut child = under_way(&job, "stopped");
+    let mut child = under_way(&job, "stopped", &[]);
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
     let last = *metrics(&folder).keys().max().unwrap();
@@ -251,8 +271,8 @@ fn a_signal_lets_the_step_finish_and_saves() {
 }
 
 /// A long run on two ranks that has done a step.
-fn under_way(job: &Job, name: &str) -> std::process::Child {
-    let mut child = command(job, name, 2, &["training.steps=2000"]).spawn().unwrap();
+fn under_way(job: &Job, name: &str, sets: &[&str]) -> std::process::Child {
+    let mut child = command(job, name, 2, &[&["training.steps=2000"], sets].concat()).spawn().unwrap();
     let begin = std::time::Instant::now();
     while metrics_or_none(&job.path(name)) < 2 {
         assert!(begin.elapsed().as_secs() < 120 && child.try_wait().unwrap().is_none(), "no step was done");

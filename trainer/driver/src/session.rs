@@ -231,12 +231,6 @@ impl Session {
         let step = self.state.step;
         self.current_step.store(step, Ordering::Relaxed);
         self.team.cluster.begin_step(step);
-        if let Some(checkpoints) = self.checkpoints.clone() {
-            let saved = DriverState::steps(&checkpoints.folder)?.contains(&step);
-            if step > 0 && !saved {
-                self.save(&checkpoints).await?;
-            }
-        }
         self.finish().await
     }
 
@@ -251,12 +245,18 @@ impl Session {
         Ok(())
     }
 
-    /// The run is over.
+    /// The run is over. A signal may have come after the last step was due to be saved: then it is saved now.
     ///
     /// # Errors
-    /// None that a user could cause.
+    /// As [`Session::save_if_due`].
     pub async fn finish(&mut self) -> Result<Outcome> {
         let (step, stopped) = (self.state.step, self.state.step < self.steps);
+        if let Some(checkpoints) = self.checkpoints.clone() {
+            let saved = DriverState::steps(&checkpoints.folder)?.contains(&step);
+            if step > 0 && !saved {
+                self.save(&checkpoints).await?;
+            }
+        }
         self.tracker.done(step);
         Ok(Outcome { step, stopped })
     }

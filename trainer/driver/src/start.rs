@@ -158,7 +158,7 @@ pub(crate) async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<
     Ok(driver)
 }
 
-/// Verbs may take as long as ranks may wait for one another at the start; generation and first steps are long.
+/// Verbs may take as long as the job says; generation and first steps are long.
 fn deadlines(job: &JobPlan) -> Deadlines {
     let verb = Duration::from_secs(job.rlhf().verb_timeout_seconds);
     Deadlines { verb, admin: Duration::from_secs(30) }

@@ -11,6 +11,7 @@ use crate::rl::{Generator, Learner, RlWorker};
 use crate::worker::{TrainWorker, kind_of};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tangelo_configs::{JobPlan, Role};
 use tangelo_control::verbs::mesh;
 use tangelo_control::{ControlError, Membership, Rank, RankOptions, Seat, Seats};
@@ -34,6 +35,7 @@ const STORE_LIMIT_BYTES: usize = 8 << 30;
 pub fn run(job: &JobPlan, info: &RankInfo, runtime: &tokio::runtime::Handle) -> Result<()> {
     let training = &job.policy.config.training;
     let device = open_model::choose_device(training.device, info.local_rank)?;
+    setup::be_deterministic(&job.policy, device)?;
     device::set_threads(threads_for(training.num_threads, info.local_world_size));
     let world = setup::connect(&job.policy, info, device)?;
     let (mut worker, seats) = Builder { job, info, rank: info.rank, device }.build(world)?;
@@ -93,6 +95,8 @@ impl Builder<'_> {
             algorithm: algorithm.map_err(|e| TrainError::Config(e.to_string()))?,
             temperature: self.job.rollout().sampling.temperature,
             step: 0,
+            patience: Duration::from_secs(self.job.policy.config.comm.train_timeout_seconds),
+            has_learnt: false,
             fault: None,
         };
         Ok((worker, self.seats()?))

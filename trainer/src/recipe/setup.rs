@@ -52,12 +52,18 @@ impl Batches {
     }
 }
 
+/// Takes operators on a GPU that give the same bits again, where the job asks for them; those of a CPU do.
+pub(super) fn be_deterministic(plan: &Plan, device: Device) -> Result<()> {
+    match device.is_cuda() && plan.config.debug.deterministic {
+        true => device::use_deterministic_operations().map_err(|e| TrainError::Device(e.to_string())),
+        false => Ok(()),
+    }
+}
+
 /// Builds everything, in the order in which errors are cheapest.
 pub fn build(plan: &Plan, info: &RankInfo, recorder: &mut Recorder) -> Result<Setup> {
     let device = open_model::choose_device(plan.config.training.device, info.local_rank)?;
-    if device.is_cuda() && plan.config.debug.deterministic {
-        device::use_deterministic_operations().map_err(|e| TrainError::Device(e.to_string()))?;
-    }
+    be_deterministic(plan, device)?;
     device::set_threads(threads_for(plan.config.training.num_threads, info.local_world_size));
     check_memory(plan, info, device)?;
     let loader = Loader::open(loader_options(plan, info.rank)?).map_err(data_error)?;

@@ -21,7 +21,7 @@ use crate::error::TrainError;
 use crate::faults::Fault;
 use crate::publish::{Published, Publisher};
 use crate::worker::TrainWorker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tangelo_algo::{Algorithm, Call};
 use tangelo_configs::Role;
 use tangelo_control::{Context, Control, Job, Metrics, NewColumns, Output, Reading, Request, Worker, WorkerError};
@@ -48,6 +48,10 @@ pub struct RlWorker {
     pub temperature: f64,
     /// The step of the last call.
     pub step: u64,
+    /// How long ranks wait for each other once they have learnt; the first update may take longer.
+    pub patience: Duration,
+    /// Whether an update was done.
+    pub has_learnt: bool,
     /// Tests only.
     pub fault: Option<Fault>,
 }
@@ -62,7 +66,11 @@ impl Worker for RlWorker {
             Request::ForwardBackward { loss, .. } => {
                 self.learner(role)?.forward_backward(job.batch()?, loss).map(Output::metrics).map_err(refused)
             }
-            Request::OptimStep { lr } => self.learner(role)?.optim_step(*lr).map(Output::metrics).map_err(refused),
+            Request::OptimStep { lr } => {
+                let metrics = self.learner(role)?.optim_step(*lr).map_err(refused)?;
+                self.has_learnt = true;
+                Ok(Output::metrics(metrics))
+            }
             Request::Forward { outputs, .. } => self.forward(role, job, outputs),
             Request::Score { spec, .. } => self.score(job, spec),
             Request::Publish { version } | Request::Pull { published: tangelo_control::Published { version, .. } } => {
@@ -97,6 +105,9 @@ impl RlWorker {
         learners.chain([&self.reference, &self.reward].into_iter().flatten()).try_for_each(|w| w.begin_step(step))?;
         let moment = Moment { step, phase: None };
         self.publishing.iter().for_each(|(_, comm)| comm.enter(moment));
+        let learner = [&self.policy, &self.critic].into_iter().flatten().find(|_| self.has_learnt);
+        // Of all groups of this rank.
+        learner.into_iter().for_each(|learner| learner.worker().world().set_timeout(self.patience));
         self.fault.map_or(Ok(()), |fault| fault.strike(moment))
     }
 

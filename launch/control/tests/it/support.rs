@@ -40,7 +40,7 @@ pub fn options(num_nodes: usize, world_size: usize) -> DriverOptions {
         num_nodes,
         world_size,
         store_limit_bytes: STORE_BYTES,
-        deadlines: Deadlines { verb: PATIENCE, admin: PATIENCE, ..Deadlines::default() },
+        deadlines: Deadlines { verb: PATIENCE, admin: PATIENCE },
     }
 }
 

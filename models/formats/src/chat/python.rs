@@ -1,11 +1,12 @@
 //! What Jinja templates expect of Python: JSON as `json.dumps` writes it, methods of strings, Python's white space.
 
-use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, ValueKind, ValueOrKwargs, from_args};
+use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use regex::Regex;
 use serde_json::Value as Json;
 use std::fmt::{self, Write};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// JSON as a template's value.
 pub(super) fn value(json: &Json) -> Value {
@@ -18,9 +19,82 @@ pub(super) fn value(json: &Json) -> Value {
             (None, None) => float(n.as_f64().unwrap_or(f64::NAN)),
         },
         Json::String(text) => Value::from(text.as_str()),
-        Json::Array(items) => items.iter().map(value).collect(),
-        Json::Object(map) => Value::from_pairs(map.iter().map(|(key, item)| (key.as_str(), value(item)))),
+        Json::Array(items) => Value::from_object(Container(items.iter().map(value).collect())),
+        Json::Object(map) => {
+            Value::from_object(Container(Value::from_pairs(map.iter().map(|(key, item)| (key.as_str(), value(item))))))
+        }
     }
+}
+
+/// A list or a dictionary that prints as Python's `repr`: the engine leaves characters as they are that nobody can see.
+#[derive(Debug)]
+struct Container(Value);
+
+impl Object for Container {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        if self.0.kind() == ValueKind::Map { ObjectRepr::Map } else { ObjectRepr::Seq }
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get_item(key).ok().filter(|item| !item.is_undefined())
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        match self.0.kind() {
+            ValueKind::Map => Enumerator::Values(self.0.try_iter().map(Iterator::collect).unwrap_or_default()),
+            _ => Enumerator::Seq(self.0.len().unwrap_or(0)),
+        }
+    }
+
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (is_map, mut between) = (self.0.kind() == ValueKind::Map, "");
+        f.write_str(if is_map { "{" } else { "[" })?;
+        for item in self.0.try_iter().into_iter().flatten() {
+            f.write_str(std::mem::replace(&mut between, ", "))?;
+            write_repr(&item, f)?;
+            if is_map {
+                f.write_str(": ")?;
+                write_repr(&self.0.get_item(&item).unwrap_or_default(), f)?;
+            }
+        }
+        f.write_str(if is_map { "}" } else { "]" })
+    }
+}
+
+/// Python's `repr` of a part of a container.
+fn write_repr(value: &Value, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    match (value.kind(), value.as_str()) {
+        (_, Some(text)) => write_text_repr(text, f),
+        (ValueKind::None, _) => f.write_str("None"),
+        (ValueKind::Bool, _) => f.write_str(if value.is_true() { "True" } else { "False" }),
+        _ => write!(f, "{value}"),
+    }
+}
+
+fn write_text_repr(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    // What `str.isprintable` denies: Unicode's "other" and "separator", but for the space.
+    static UNSEEN: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"[\p{C}\p{Z}--\x20]").unwrap_or_else(|e| unreachable!("a pattern of our own: {e}"))
+    });
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    f.write_char(quote)?;
+    for c in text.chars() {
+        match (c, c as u32) {
+            ('\n', _) => f.write_str("\\n")?,
+            ('\r', _) => f.write_str("\\r")?,
+            ('\t', _) => f.write_str("\\t")?,
+            ('\\', _) => f.write_str("\\\\")?,
+            _ if c == quote => write!(f, "\\{c}")?,
+            (' '..='~', _) => f.write_char(c)?,
+            (_, code) if UNSEEN.is_match(c.encode_utf8(&mut [0; 4])) => match code {
+                0..0x100 => write!(f, "\\x{code:02x}")?,
+                0x100..0x1_0000 => write!(f, "\\u{code:04x}")?,
+                _ => write!(f, "\\U{code:08x}")?,
+            },
+            _ => f.write_char(c)?,
+        }
+    }
+    f.write_char(quote)
 }
 
 /// A number that Python prints in another way than the template engine, such as with an exponent. It can be printed, not
@@ -259,6 +333,14 @@ fn evenly(float: f64, digits: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containers_print_as_python_prints_them() {
+        let json = serde_json::json!({"a": ["it's", "\"'", "x\u{a0}\u{2003}\u{e000}\u{10ffff}é", "\u{7f}\\\t"], "b": [true, null, 1.5, {}]});
+        let expected =
+            r#"{'a': ["it's", '"\'', 'x\xa0\u2003\ue000\U0010ffffé', '\x7f\\\t'], 'b': [True, None, 1.5, {}]}"#;
+        assert_eq!(value(&json).to_string(), expected);
+    }
 
     #[test]
     fn floats_are_pythons() {

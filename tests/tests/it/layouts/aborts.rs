@@ -54,7 +54,7 @@ impl Side {
             num_nodes: 1,
             world_size: 1,
             store_limit_bytes: STORE_BYTES,
-            deadlines: Deadlines { verb: PATIENCE, admin: PATIENCE, ..Deadlines::default() },
+            deadlines: Deadlines { verb: PATIENCE, admin: PATIENCE },
         });
         let driver = driver.await.unwrap();
         tokio::spawn(Agent::start(&driver.member(0)).await.unwrap().run());

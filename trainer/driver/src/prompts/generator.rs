@@ -14,7 +14,7 @@ use tangelo_core::hash::{hash_bytes, mix64};
 
 /// One task in this many is held out.
 const HELD_OUT_ONE_IN: u64 = 8;
-/// Tries to find a task of the split wanted: at one in sixteen, 2000 tries fail once in 10^56.
+/// Tries to find a task of the split wanted: at one in eight, 2000 tries fail once in 10^115.
 const MAX_TRIES: u64 = 2000;
 /// Fixed, so that the splits do not depend on the seed.
 const SALT: u64 = 0x7A5C_5EED;
