@@ -126,10 +126,9 @@ fn check_text(text: &str, origin: &Origin) -> Result<(Layer, JobConfig), ConfigE
     Ok((Layer { values, places }, config))
 }
 
-/// All errors, in the order of the text. The whole knows best where its first one is: it stands for the last part that
+/// All errors; those of the parts come in the order of the text. The whole knows best where its first one is: it stands for the last part that
 /// begins no later; where the parts by themselves are right, it says all there is to say.
 fn with_others(first: TextError, mut all: Vec<TextError>) -> Vec<TextError> {
-    all.sort_by_key(|e| e.place.position);
     let section = |e: &TextError| e.message.split(['`', '.']).nth(1).map(str::to_owned);
     let is_there =
         |other: &TextError| other.place.position <= first.place.position && section(other) == section(&first);

@@ -266,7 +266,9 @@ fn not_read(found: &mut Found, config: &JobConfig) {
     ];
     for (key, _) in set.iter().filter(|(_, is_set)| *is_set) {
         found.require(false, || {
-            format!("`{key}` is set, but `job.type` = \"rlhf\" does not read it: prompts are not tokenised to shards; remove it")
+            format!(
+                "`{key}` is set, but `job.type` = \"rlhf\" does not read it: prompts are not tokenised to shards; remove it"
+            )
         });
     }
     found.require(config.metrics.log_freq == Metrics::default().log_freq, || {
