@@ -70,6 +70,7 @@ unsafe extern "C" {
         v: TensorRef,
         bounds: *const i64,
         num_bounds: usize,
+        prefixes: *const i64,
         scale: f64,
         window: i64,
         out: *mut TensorOut,

@@ -17,6 +17,7 @@ use tangelo_driver::session::Stop;
 use tangelo_driver::start::{self, StartOptions};
 use tangelo_formats::Assets;
 use tangelo_observe::{ErrorRecord, ProgressEvent, ProgressWriter, stderr_line, unix_millis};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// What stands for a rank's number where the driver is meant.
 pub const DRIVER: usize = usize::MAX;
@@ -114,6 +115,7 @@ fn serve(config: &Path) -> Result<(), LaunchError> {
             secret,
         };
         let agent = Agent::start(&member).await?;
+        pass_signals_on(meeting.clone())?;
         progress().send(&ProgressEvent::Listening { address, secret_file: meeting.secret_file() });
         agent.run().await?;
         match meeting.was_left(&member.driver) {
@@ -138,6 +140,22 @@ fn progress() -> ProgressWriter {
 fn runtime() -> Result<tokio::runtime::Runtime, LaunchError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.map_err(|e| LaunchError::Internal(format!("cannot start a runtime: {e}")))
+}
+
+/// A signal to this node is one to the driver, who alone can have all nodes finish the step.
+fn pass_signals_on(meeting: Meeting) -> Result<(), ControlError> {
+    let listen = |kind| signal(kind).map_err(|source| ControlError::Io { action: "listen for signals".into(), source });
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        if let Err(e) = meeting.ask_to_stop() {
+            stderr_line(format!("warning: the driver on node 0 could not be told to stop: {e}"));
+        }
+    });
+    Ok(())
 }
 
 /// The file that a replay leaves in its folder.

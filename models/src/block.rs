@@ -172,7 +172,7 @@ impl Block {
         let [q, k, v] = qkv else { unreachable!("attention reads queries, keys and values") };
         let (scale, window) = self.attention_scale();
         match past {
-            None => op::attention(q, k, v, &pack.cu_seqlens, scale, window),
+            None => op::attention_with_prefixes(q, k, v, &pack.cu_seqlens, &pack.prefixes, scale, window),
             Some(past) => past.attend([q, k, v], scale, window),
         }
     }

@@ -1,5 +1,6 @@
 //! What a forward pass over packed tokens needs beside weights: where documents begin, and rotary angles.
 
+use std::ops::Range;
 use tangelo_configs::{RopeScaling, RopeSpec};
 use tch::{Device, Kind, Tensor};
 
@@ -59,6 +60,9 @@ pub struct PackContext {
     pub positions: Tensor,
     /// Borders of documents in the whole pack, of which a rank may hold a part: from 0 to T, strictly ascending.
     pub cu_seqlens: Vec<i64>,
+    /// Of each document the tokens of the pack that go before its own, which other documents share; nothing where none
+    /// does. Positions count them.
+    pub prefixes: Vec<Range<i64>>,
 }
 
 impl PackContext {
@@ -75,7 +79,12 @@ impl PackContext {
             let wide: Vec<i64> = v.iter().map(|&x| i64::from(x)).collect();
             Tensor::from_slice(&wide).to_device(device)
         };
-        PackContext { tokens: upload(tokens), positions: upload(positions), cu_seqlens }
+        PackContext { tokens: upload(tokens), positions: upload(positions), cu_seqlens, prefixes: Vec::new() }
+    }
+
+    /// The same pack, in which documents begin with tokens that they share: see [`PackContext::prefixes`].
+    pub fn with_prefixes(self, prefixes: Vec<Range<i64>>) -> PackContext {
+        PackContext { prefixes, ..self }
     }
 
     /// One document.

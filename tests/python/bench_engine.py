@@ -143,7 +143,8 @@ def llama_cpp(model, dtype, prompts, new, threads):
     params.n_batch = params.n_ubatch = max(512, count)
     params.n_seq_max = count
     params.n_threads = params.n_threads_batch = threads
-    params.type_k = params.type_v = llama.GGML_TYPE_F32 if dtype == "float32" else llama.GGML_TYPE_BF16
+    # BF16 is 30 in ggml.h; the bindings have no name for it.
+    params.type_k = params.type_v = llama.GGML_TYPE_F32 if dtype == "float32" else 30
     context = llama.llama_init_from_model(network, params)
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(network))
     capacity = 512

@@ -5,7 +5,7 @@ use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::executor::{Executor, Parts};
 use crate::groups::Groups;
-use crate::micro_batch::{Reader, Rows, Work};
+use crate::micro_batch::{MicroBatches, Reader, Rows, Work};
 use crate::store::WeightStore;
 use tangelo_configs::Sharding;
 use tangelo_configs::job::RotateMethod;
@@ -57,8 +57,9 @@ impl Alone {
             rotate_method: RotateMethod::default(),
             vocab_size: self.model.spec().vocab_size,
             device: self.model.device(),
+            share_prompts: false,
         };
-        let cuts = vec![(0..batch.num_sequences()).collect()];
-        Rows::new(batch, Work::of(&LossSpec::next_token(), batch)?, cuts, reader)
+        let rows = Rows::new(batch, Work::of(&LossSpec::next_token(), batch)?, reader)?;
+        Ok(rows.cut(MicroBatches::Rows(batch.num_sequences()), 1))
     }
 }

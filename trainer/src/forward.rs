@@ -6,6 +6,7 @@
 //! ```text
 //!   rank's rows -> micro-batches -> Program::evaluate each -> numbers of this rank's tokens (last stage only)
 //!     -> all-gather over heads ranks, over the ring -> whole rows, on every rank of the last stage
+//!     -> tokens that were computed once for several rows, in each of these
 //! ```
 
 use crate::error::{Result, TrainError};
@@ -98,6 +99,10 @@ impl TrainWorker {
         for (place, numbers) in places.into_iter().zip(values.chunks_exact(WIDTH)).filter(|(at, _)| *at != FILLER) {
             let (first, entropy) = (f64::from(numbers[0]), f64::from(numbers[1]));
             found[place] = Prediction { logprob: first, value: first, entropy };
+        }
+        for (twins, first) in rows.twins() {
+            let (at, length) = (twins.start, twins.len());
+            found.copy_within(first..first + length, at);
         }
         Ok(found)
     }

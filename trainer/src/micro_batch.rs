@@ -3,12 +3,19 @@
 //! Rows of a micro-batch are laid end to end; there is no padding between them. One that would leave ranks that share its
 //! sequence without a token is filled up by a document of its own that counts nothing; so are the micro-batches of a rank
 //! that has fewer rows than others.
+//!
+//! Rows that begin with the same tokens (answers to one prompt) may share them: in a micro-batch these stand once, and are
+//! the prefix of the document of every such row ([`families`]).
+
+pub mod cut;
+pub mod families;
 
 use crate::error::{Result, TrainError};
+pub use cut::MicroBatches;
+use families::Family;
 use std::ops::Range;
 use std::rc::Rc;
 use tangelo_configs::job::RotateMethod;
-use tangelo_core::balance::{Counts, balance};
 use tangelo_core::loss::Reads;
 use tangelo_core::loss::objective::Objective;
 use tangelo_core::{Batch, Column, Group, LossComponent, LossSpec, SequenceLayout, Topology};
@@ -110,93 +117,6 @@ impl SequencePlace {
     }
 }
 
-/// How a rank's rows become micro-batches. Under a budget of tokens ranks may have different rows: all run as many
-/// micro-batches as the one that needs most, and a row longer than the budget is alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MicroBatches {
-    /// So many rows each; every rank has the same number of them.
-    Rows(usize),
-    /// Rows in order until the next would make more than so many tokens.
-    Tokens(usize),
-    /// As few as hold so many tokens each, evenly filled (Karmarkar-Karp).
-    Balanced(usize),
-}
-
-impl MicroBatches {
-    /// How many micro-batches a rank needs for rows of so many tokens.
-    pub fn needed(self, lengths: &[usize]) -> usize {
-        match self {
-            MicroBatches::Rows(rows) => lengths.len().div_ceil(rows.max(1)),
-            MicroBatches::Tokens(most) => in_order(lengths, most).len(),
-            MicroBatches::Balanced(most) => {
-                let fits = |count: usize| {
-                    let load = |rows: &Vec<usize>| rows.iter().map(|&row| lengths[row]).sum::<usize>();
-                    evenly(lengths, count).iter().all(|rows| rows.len() <= 1 || load(rows) <= most)
-                };
-                // No two rows of more than half fit together.
-                let alone = lengths.iter().filter(|&&length| 2 * length > most).count();
-                let least = lengths.iter().sum::<usize>().div_ceil(most.max(1)).max(alone).max(1);
-                first_that_fits(least.min(lengths.len()), lengths.len(), fits)
-            }
-        }
-    }
-
-    /// The rows of each of `count` micro-batches, at least as many as are needed; the last ones may be empty.
-    pub fn cut(self, lengths: &[usize], count: usize) -> Vec<Vec<usize>> {
-        let mut cuts: Vec<Vec<usize>> = match self {
-            MicroBatches::Rows(rows) => {
-                let all: Vec<usize> = (0..lengths.len()).collect();
-                all.chunks(rows.max(1)).map(<[usize]>::to_vec).collect()
-            }
-            MicroBatches::Tokens(most) => in_order(lengths, most),
-            MicroBatches::Balanced(_) => evenly(lengths, count),
-        };
-        assert!(cuts.len() <= count, "{} micro-batches in {count}", cuts.len());
-        cuts.resize(count, Vec::new());
-        cuts
-    }
-}
-
-/// The first count from `least` on that fits, where `most` does and fewer than a fitting one mostly do not: strides that
-/// double, then halving between the last that did not fit and the first that did.
-fn first_that_fits(least: usize, most: usize, fits: impl Fn(usize) -> bool) -> usize {
-    let (mut too_few, mut enough, mut stride) = (least.saturating_sub(1), least, 1);
-    while enough < most && !fits(enough) {
-        (too_few, enough) = (enough, (enough + stride).min(most));
-        stride *= 2;
-    }
-    while enough - too_few > 1 {
-        let middle = usize::midpoint(too_few, enough);
-        match fits(middle) {
-            true => enough = middle,
-            false => too_few = middle,
-        }
-    }
-    enough
-}
-
-fn in_order(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {
-    let (mut cuts, mut filled): (Vec<Vec<usize>>, usize) = (Vec::new(), 0);
-    for (row, &length) in lengths.iter().enumerate() {
-        match cuts.last_mut().filter(|_| filled + length <= most) {
-            Some(open) => {
-                open.push(row);
-                filled += length;
-            }
-            None => {
-                cuts.push(vec![row]);
-                filled = length;
-            }
-        }
-    }
-    cuts
-}
-
-fn evenly(lengths: &[usize], count: usize) -> Vec<Vec<usize>> {
-    let weights: Vec<u64> = lengths.iter().map(|&n| n as u64).collect();
-    balance(&weights, None, count, Counts::Any).map_or_else(|_| Vec::new(), |dealt| dealt.parts().to_vec())
-}
-
 /// Where a rank stands, and what bounds what it reads.
 #[derive(Clone, Copy, Debug)]
 pub struct Reader<'a> {
@@ -210,13 +130,16 @@ pub struct Reader<'a> {
     pub vocab_size: usize,
     /// Where micro-batches go.
     pub device: Device,
+    /// Whether rows may share what they begin with.
+    pub share_prompts: bool,
 }
 
 /// A batch's columns, rows end to end.
 #[derive(Debug)]
-struct Flat {
+pub struct Flat {
     tokens: Vec<u32>,
     positions: Vec<u32>,
+    /// Of the document within its row.
     seq_id: Vec<u32>,
     targets: Option<Vec<u32>>,
     /// Where each row begins; then the number of tokens.
@@ -224,9 +147,49 @@ struct Flat {
 }
 
 impl Flat {
+    fn read(batch: &Batch) -> Result<Flat> {
+        batch.require(&[Column::Positions, Column::SeqId])?;
+        let mut starts = vec![0];
+        starts.extend(batch.row_lengths()?.iter().scan(0, |end, &n| {
+            *end += n;
+            Some(*end)
+        }));
+        let read = |column| batch.u32_values(column);
+        Ok(Flat {
+            tokens: read(Column::Tokens)?,
+            positions: read(Column::Positions)?,
+            seq_id: read(Column::SeqId)?,
+            targets: batch.has(Column::Targets).then(|| read(Column::Targets)).transpose()?,
+            starts,
+        })
+    }
+
+    fn num_rows(&self) -> usize {
+        self.starts.len() - 1
+    }
+
     /// Where the tokens of a row lie.
     fn row(&self, row: usize) -> Range<usize> {
         self.starts[row]..self.starts[row + 1]
+    }
+}
+
+/// The tokens of a micro-batch.
+#[derive(Debug, Default)]
+struct Packed {
+    /// Where they lie in the batch, fillers included.
+    places: Vec<usize>,
+    /// Where documents begin among them, and their number.
+    borders: Vec<i64>,
+    /// What goes before each document's own tokens.
+    prefixes: Vec<Range<i64>>,
+}
+
+impl Packed {
+    fn push(&mut self, places: impl Iterator<Item = usize>, prefix: Range<i64>) {
+        self.borders.push(self.places.len() as i64);
+        self.places.extend(places);
+        self.prefixes.push(prefix);
     }
 }
 
@@ -236,6 +199,7 @@ pub struct Rows<'a> {
     flat: Rc<Flat>,
     /// What is made of them.
     pub work: Rc<Work>,
+    families: Rc<[Family]>,
     /// The rows of each micro-batch.
     cuts: Vec<Vec<usize>>,
     reader: Reader<'a>,
@@ -244,24 +208,35 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// The rows of a batch, cut into micro-batches. Ids from `vocab_size` on are refused where they are read.
-    pub fn new(batch: &Batch, work: Work, cuts: Vec<Vec<usize>>, reader: Reader<'a>) -> Result<Rows<'a>> {
-        batch.require(&[Column::Positions, Column::SeqId])?;
-        let mut starts = vec![0];
-        starts.extend(batch.row_lengths()?.iter().scan(0, |end, &n| {
-            *end += n;
-            Some(*end)
-        }));
-        let read = |column| batch.u32_values(column);
-        let flat = Flat {
-            tokens: read(Column::Tokens)?,
-            positions: read(Column::Positions)?,
-            seq_id: read(Column::SeqId)?,
-            targets: batch.has(Column::Targets).then(|| read(Column::Targets)).transpose()?,
-            starts,
-        };
+    /// The rows of a batch, not cut yet. Ids from `vocab_size` on are refused where they are read.
+    pub fn new(batch: &Batch, work: Work, reader: Reader<'a>) -> Result<Rows<'a>> {
+        let flat = Flat::read(batch)?;
         let place = SequencePlace::of(reader.topology, reader.rank);
-        Ok(Rows { flat: Rc::new(flat), work: Rc::new(work), cuts, reader, place })
+        // A ring cuts documents where it likes; they must stand whole.
+        let families = match reader.share_prompts && reader.topology.size(Group::Ring) == 1 {
+            true => families::find(&flat, |at| work.counts_token(at)),
+            false => families::alone(flat.num_rows()),
+        };
+        let (flat, work, families) = (Rc::new(flat), Rc::new(work), families.into());
+        Ok(Rows { flat, work, families, cuts: Vec::new(), reader, place })
+    }
+
+    fn lengths(&self) -> Vec<usize> {
+        (0..self.flat.num_rows()).map(|row| self.flat.row(row).len()).collect()
+    }
+
+    fn together(&self) -> Vec<Range<usize>> {
+        self.families.iter().map(|family| family.rows.clone()).collect()
+    }
+
+    /// How many micro-batches are needed.
+    pub fn needed(&self, how: MicroBatches) -> usize {
+        how.needed(&self.lengths(), &self.together())
+    }
+
+    /// The same rows in `count` micro-batches, at least as many as are needed.
+    pub fn cut(self, how: MicroBatches, count: usize) -> Rows<'a> {
+        Rows { cuts: how.cut(&self.lengths(), &self.together(), count), ..self }
     }
 
     /// The same rows, of which only micro-batch `index` is there, as number 0.
@@ -299,7 +274,7 @@ impl<'a> Rows<'a> {
 
     /// One micro-batch, uploaded.
     pub fn micro_batch(&self, index: usize) -> Result<MicroBatch> {
-        let all = self.places(index);
+        let Packed { places: all, borders, prefixes } = self.packed(index);
         let layout = self.layout(all.len());
         let own = pick(&all, &layout.context_ranges(self.place.ring, self.place.heads));
         let flat = &*self.flat;
@@ -320,7 +295,7 @@ impl<'a> Rows<'a> {
         };
         let device = self.reader.device;
         Ok(MicroBatch {
-            pack: PackContext::part(&tokens, &positions, self.borders(index, all.len()), device),
+            pack: PackContext::part(&tokens, &positions, borders, device).with_prefixes(prefixes),
             targets: Tensor::from_slice(&targets).to_device(device),
             weights: Tensor::from_slice(&weights).to_device(device),
             own,
@@ -330,9 +305,62 @@ impl<'a> Rows<'a> {
 
     /// Where the tokens of a micro-batch lie in the batch, in order, fillers included.
     pub fn places(&self, index: usize) -> Vec<usize> {
-        let mut places: Vec<usize> = self.cuts[index].iter().flat_map(|&row| self.flat.row(row)).collect();
-        places.resize(places.len().max(self.least_tokens()), FILLER);
-        places
+        self.packed(index).places
+    }
+
+    fn packed(&self, index: usize) -> Packed {
+        let (flat, mut packed) = (&*self.flat, Packed::default());
+        for (rows, shared) in self.runs(index) {
+            let start = packed.places.len() as i64;
+            let prefix = start..start + shared as i64;
+            if shared > 0 {
+                packed.push(flat.row(rows[0]).take(shared), 0..0);
+            }
+            for &row in rows {
+                let (mut at, mut before) = (flat.row(row).start + shared, prefix.clone());
+                for document in flat.seq_id[at..flat.row(row).end].chunk_by(|a, b| a == b) {
+                    packed.push(at..at + document.len(), std::mem::take(&mut before));
+                    at += document.len();
+                }
+            }
+        }
+        let missing = self.least_tokens().saturating_sub(packed.places.len());
+        if missing > 0 {
+            packed.push(std::iter::repeat_n(FILLER, missing), 0..0);
+        }
+        packed.borders.push(packed.places.len() as i64);
+        if packed.prefixes.iter().all(Range::is_empty) {
+            packed.prefixes.clear();
+        }
+        packed
+    }
+
+    /// The rows of a micro-batch, neighbours of one family together, and how many first tokens they share.
+    fn runs(&self, index: usize) -> impl Iterator<Item = (&[usize], usize)> {
+        let family = |row: usize| self.families.partition_point(|family| family.rows.end <= row);
+        let runs = self.cuts[index].chunk_by(move |&a, &b| family(a) == family(b));
+        runs.map(move |rows| (rows, if rows.len() > 1 { self.families[family(rows[0])].shared } else { 0 }))
+    }
+
+    /// Tokens of the batch that stand in no micro-batch because others do that are the same: where they lie, and where
+    /// those begin.
+    pub fn twins(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let of = |(rows, shared): (&[usize], usize)| {
+            let start = |&row: &usize| self.flat.row(row).start;
+            let twin = start(&rows[0]);
+            rows[1..].iter().map(move |row| (start(row)..start(row) + shared, twin)).collect::<Vec<_>>()
+        };
+        (0..self.len()).flat_map(move |index| self.runs(index).flat_map(of))
+    }
+
+    /// What is computed: of each document, how many tokens, and how many go before them.
+    pub fn computed(&self) -> Vec<(usize, usize)> {
+        let of = |packed: Packed| {
+            let before = |document: usize| packed.prefixes.get(document).map_or(0, |p| (p.end - p.start) as usize);
+            let own = packed.borders.windows(2).map(|bounds| (bounds[1] - bounds[0]) as usize);
+            own.enumerate().map(|(document, own)| (own, before(document))).collect::<Vec<_>>()
+        };
+        (0..self.len()).flat_map(|index| of(self.packed(index))).collect()
     }
 
     /// Tokens with which every rank that shares a sequence has one.
@@ -347,15 +375,6 @@ impl<'a> Rows<'a> {
         let size = |group| self.reader.topology.size(group);
         let (ring, heads, tensor) = (size(Group::Ring), size(Group::Heads), size(Group::Tensor));
         SequenceLayout { num_tokens, ring, heads, tensor }
-    }
-
-    fn borders(&self, index: usize, num_tokens: usize) -> Vec<i64> {
-        let rows = self.cuts[index].iter().map(|&row| &self.flat.seq_id[self.flat.row(row)]);
-        let mut borders = document_borders(rows);
-        if borders.last() != Some(&(num_tokens as i64)) {
-            borders.push(num_tokens as i64);
-        }
-        borders
     }
 
     /// An id that nobody holds a row for would be a zero embedding, or a loss of infinity, under tensor parallelism.
@@ -373,49 +392,4 @@ impl<'a> Rows<'a> {
 
 fn pick<T: Copy>(values: &[T], ranges: &[Range<usize>]) -> Vec<T> {
     ranges.iter().flat_map(|range| values[range.clone()].iter().copied()).collect()
-}
-
-/// Where documents begin in rows laid end to end: at each row, and where `seq_id` changes inside one.
-fn document_borders<'a>(rows: impl Iterator<Item = &'a [u32]>) -> Vec<i64> {
-    let mut borders = vec![0i64];
-    let mut end = 0;
-    for row in rows {
-        for document in row.chunk_by(|a, b| a == b) {
-            end += document.len() as i64;
-            borders.push(end);
-        }
-    }
-    borders
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn borders_are_rows_and_changes_of_document() {
-        let check = |rows: &[&[u32]], expected: &[i64]| assert_eq!(document_borders(rows.iter().copied()), expected);
-        check(&[&[0, 0, 1, 1], &[0, 1, 2]], &[0, 2, 4, 5, 6, 7]);
-        check(&[&[0, 0], &[], &[0, 0]], &[0, 2, 4]);
-    }
-
-    #[test]
-    fn a_budget_of_tokens_is_filled_in_order_or_evenly() {
-        let check = |how: MicroBatches, lengths: &[usize], expected: &[&[usize]]| {
-            assert_eq!(how.needed(lengths), expected.len(), "{how:?} {lengths:?}");
-            assert_eq!(how.cut(lengths, expected.len()), expected, "{how:?} {lengths:?}");
-        };
-        check(MicroBatches::Tokens(10), &[4, 6, 1, 9, 2], &[&[0, 1], &[2, 3], &[4]]);
-        check(MicroBatches::Tokens(10), &[11, 1, 30], &[&[0], &[1], &[2]]);
-        check(MicroBatches::Tokens(10), &[], &[]);
-        check(MicroBatches::Tokens(0), &[1, 1], &[&[0], &[1]]);
-        check(MicroBatches::Rows(2), &[1; 5], &[&[0, 1], &[2, 3], &[4]]);
-        check(MicroBatches::Balanced(10), &[4, 6, 1, 9, 2], &[&[0, 4], &[1, 2], &[3]]);
-        check(MicroBatches::Balanced(10), &[11, 1, 30], &[&[0], &[1], &[2]]);
-        check(MicroBatches::Balanced(12), &[1, 1], &[&[0, 1]]);
-        check(MicroBatches::Balanced(12), &[], &[]);
-        assert_eq!(MicroBatches::Tokens(9).cut(&[5, 5], 3), [vec![0], vec![1], vec![]]);
-        assert_eq!(MicroBatches::Balanced(9).cut(&[5, 5], 3), [vec![0], vec![1], vec![]]);
-        assert_eq!(MicroBatches::Tokens(9).cut(&[], 1), [Vec::<usize>::new()]);
-    }
 }

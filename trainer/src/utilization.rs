@@ -33,9 +33,10 @@ impl Utilization {
         done
     }
 
-    /// Forward and backward over rows of these lengths, a `share` of them by this rank.
-    pub fn learnt_from(&mut self, model: &ModelSpec, row_lengths: &[usize], share: f64) {
-        self.flops += share * training_flops(model, row_lengths);
+    /// Forward and backward over documents of so many tokens behind so many of a shared prompt, a `share` of them by this
+    /// rank.
+    pub fn learnt_from(&mut self, model: &ModelSpec, documents: &[(usize, usize)], share: f64) {
+        self.flops += share * training_flops(model, documents);
     }
 
     /// Model FLOPs utilization since the last reading, attention counted causally. The first reading measures the peak,
@@ -47,9 +48,11 @@ impl Utilization {
     }
 }
 
-/// Every row is a sequence of its own: a token attends to half of its row on average.
-fn training_flops(model: &ModelSpec, row_lengths: &[usize]) -> f64 {
-    row_lengths.iter().map(|&length| 3.0 * length as f64 * flops::forward(model, length).causal()).sum()
+/// A token attends to what goes before its document's and to half of that document on average.
+fn training_flops(model: &ModelSpec, documents: &[(usize, usize)]) -> f64 {
+    let of =
+        |&(tokens, before): &(usize, usize)| 3.0 * tokens as f64 * flops::forward(model, 2 * before + tokens).causal();
+    documents.iter().map(of).sum()
 }
 
 #[cfg(test)]
@@ -58,13 +61,15 @@ mod tests {
     use tangelo_configs::flavor::flavor;
 
     #[test]
-    fn rows_count_by_themselves() {
+    fn documents_count_by_themselves_and_with_what_goes_before_them() {
         let model = flavor("smollm2-135m").unwrap().spec(0).unwrap();
         let weights = 6.0 * (134_515_008 - 61 * 576) as f64;
         // 30 layers, scores and values: 4 H d FLOPs for a query and a key, S / 2 keys, times three.
         let attention = |length: f64| 30.0 * 3.0 * 4.0 * 576.0 * length / 2.0;
         let expected = 300.0 * weights + 100.0 * attention(100.0) + 200.0 * attention(200.0);
-        assert_eq!(training_flops(&model, &[100, 200]), expected);
+        assert_eq!(training_flops(&model, &[(100, 0), (200, 0)]), expected);
+        let (cut, whole) = (training_flops(&model, &[(40, 0), (60, 40)]), training_flops(&model, &[(100, 0)]));
+        assert!((cut / whole - 1.0).abs() < 1e-12, "{cut} {whole}");
     }
 
     #[test]

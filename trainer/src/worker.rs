@@ -36,6 +36,9 @@ pub struct LossStats {
     pub total_weight: f64,
     /// Tokens over all ranks.
     pub tokens: u64,
+    /// What this rank and those that share its rows computed: of each document, how many tokens, and how many of a shared
+    /// prompt go before them.
+    pub computed: Vec<(usize, usize)>,
     /// This rank's time in forward loops.
     pub forward: Duration,
     /// This rank's time in backward loops.
@@ -62,6 +65,7 @@ pub struct TrainWorker {
     passes: RefCell<HashMap<usize, Arc<[Instruction]>>>,
     rank: usize,
     micro_batches: MicroBatches,
+    share_prompts: bool,
     rotate_method: RotateMethod,
     /// Whether the gradients are those of a whole pass, summed over ranks.
     has_gradients: bool,
@@ -126,6 +130,7 @@ impl TrainWorker {
             passes: RefCell::default(),
             rank,
             micro_batches: MicroBatches::Rows(plan.config.training.local_batch_size),
+            share_prompts: false,
             rotate_method: plan.config.parallelism.context_parallel_rotate_method,
             has_gradients: false,
             num_updates: 0,
@@ -264,7 +269,7 @@ impl TrainWorker {
             return Err(TrainError::Internal("forward_backward was called again without optim_step between".into()));
         }
         let rows = self.rows(batch, self.work(batch, loss)?)?;
-        let program = self.pass(rows.len())?;
+        let (program, computed) = (self.pass(rows.len())?, rows.computed());
         let run = || Executor::new(self.parts(), &rows, stop).run(&program);
         let (pass, allocated) = match self.counts_allocations {
             true => device::count_allocations(run),
@@ -279,6 +284,7 @@ impl TrainWorker {
             metrics: pass.metrics,
             total_weight: pass.totals[0],
             tokens: pass.totals[1] as u64,
+            computed,
             forward: pass.forward,
             backward: pass.backward,
             communication: pass.communication,
@@ -289,6 +295,12 @@ impl TrainWorker {
     /// How rows become micro-batches from now on; every rank must be told the same. At first: the plan's rows each.
     pub fn set_micro_batches(&mut self, micro_batches: MicroBatches) {
         self.micro_batches = micro_batches;
+    }
+
+    /// Whether what neighbouring rows begin with (the prompt of several answers) is computed once from now on; every rank
+    /// must be told the same. At first: not. A ring computes every row whole.
+    pub fn set_share_prompts(&mut self, share_prompts: bool) {
+        self.share_prompts = share_prompts;
     }
 
     /// The instructions of a pass of `count` micro-batches. With so many rows each, that is a fixed number.
@@ -325,21 +337,21 @@ impl TrainWorker {
 
     /// The rows of this rank as micro-batches, on all ranks the same number of them.
     pub(crate) fn rows(&self, batch: &Batch, work: Work) -> Result<Rows<'_>> {
-        let lengths = batch.row_lengths()?;
-        let needed = self.micro_batches.needed(&lengths);
-        let count = match (self.micro_batches, self.groups.get(Group::Batch)) {
-            (MicroBatches::Rows(_), _) | (_, None) => needed,
-            (_, Some(readers)) => most_over_ranks(readers, needed)?,
-        };
-        let cuts = self.micro_batches.cut(&lengths, count);
         let reader = Reader {
             topology: self.sharding.topology(),
             rank: self.rank,
             rotate_method: self.rotate_method,
             vocab_size: self.model.spec().vocab_size,
             device: self.model.device(),
+            share_prompts: self.share_prompts,
         };
-        Rows::new(batch, work, cuts, reader)
+        let rows = Rows::new(batch, work, reader)?;
+        let needed = rows.needed(self.micro_batches);
+        let count = match (self.micro_batches, self.groups.get(Group::Batch)) {
+            (MicroBatches::Rows(_), _) | (_, None) => needed,
+            (_, Some(readers)) => most_over_ranks(readers, needed)?,
+        };
+        Ok(rows.cut(self.micro_batches, count))
     }
 
     /// What the executor works on.

@@ -30,8 +30,11 @@ pub struct Rlhf {
     /// How often a step's batch is learnt from.
     pub ppo_epochs: usize,
     /// Tokens that a rank computes with at once in training and scoring (verl: ppo_max_token_len_per_gpu). A longer sequence
-    /// is computed alone.
+    /// is computed alone. Each answer counts with its prompt, shared or not.
     pub ppo_max_token_len_per_rank: usize,
+    /// In training and scoring compute a prompt once for all its answers that are computed at once. The same
+    /// log-probabilities to the bit; gradients differ by rounding. Under ring attention every answer is computed whole.
+    pub share_prompts: bool,
     /// Steps at the start in which only the critic learns.
     pub critic_warmup: usize,
     /// Steps by which a rollout may be older than the policy that learns from it. Only 0 is offered: the policy waits.
@@ -61,6 +64,7 @@ impl Default for Rlhf {
             ppo_mini_batch_size: 256,
             ppo_epochs: 1,
             ppo_max_token_len_per_rank: 16_384,
+            share_prompts: true,
             critic_warmup: 0,
             max_staleness: 0,
             old_logprobs: OldLogprobs::default(),

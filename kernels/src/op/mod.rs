@@ -24,7 +24,7 @@ pub mod rope;
 pub mod swiglu;
 
 pub use adamw::{AdamW, AdamWState, DecaySegment, adamw_step};
-pub use attention::{PagedBatch, PagedKv, attention, attention_with_past};
+pub use attention::{PagedBatch, PagedKv, attention, attention_with_past, attention_with_prefixes};
 pub use cross_entropy::{CrossEntropy, cross_entropy_chunked, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
 pub use linear::linear;

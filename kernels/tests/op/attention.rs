@@ -1,5 +1,7 @@
 //! Attention against explicit score matrices in float64.
 
+use std::ops::Range;
+
 use tangelo_kernels::autograd;
 use tangelo_kernels::op::{self, attention};
 use tch::{Kind, Tensor};
@@ -8,6 +10,7 @@ use crate::common::*;
 
 struct Case {
     bounds: Vec<i64>,
+    prefixes: Vec<Range<i64>>,
     heads: i64,
     kv_heads: i64,
     dim: i64,
@@ -15,7 +18,24 @@ struct Case {
 }
 
 fn case(bounds: &[i64], heads: i64, kv_heads: i64, dim: i64, window: Option<i64>) -> Case {
-    Case { bounds: bounds.to_vec(), heads, kv_heads, dim, window }
+    Case { bounds: bounds.to_vec(), prefixes: Vec::new(), heads, kv_heads, dim, window }
+}
+
+/// Two families of documents behind a shared prefix each, and one that stands alone.
+fn families(heads: i64, kv_heads: i64, dim: i64, window: Option<i64>) -> Case {
+    let prefixes = [0..0, 0..70, 0..70, 0..70, 0..0, 0..0, 170..183, 170..183].to_vec();
+    let bounds = vec![0, 70, 90, 91, 150, 170, 183, 260, 330];
+    Case { bounds, prefixes, heads, kv_heads, dim, window }
+}
+
+impl Case {
+    fn scale(&self) -> f64 {
+        1.0 / (self.dim as f64).sqrt()
+    }
+
+    fn ours(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        op::attention_with_prefixes(q, k, v, &self.bounds, &self.prefixes, self.scale(), self.window)
+    }
 }
 
 /// Query, key, value and output gradient.
@@ -27,13 +47,14 @@ fn inputs(case: &Case, kind: Kind) -> [Tensor; 4] {
 }
 
 fn check(case: &Case, kind: Kind, tolerance: f64) {
-    let scale = 1.0 / (case.dim as f64).sqrt();
+    let scale = case.scale();
     let [q, k, v, dout] = inputs(case, kind);
     let wide = [&q, &k, &v].map(double_leaf);
-    let expected = attention::reference::attention(&wide[0], &wide[1], &wide[2], &case.bounds, scale, case.window);
+    let Case { bounds, prefixes, window, .. } = case;
+    let expected = attention::reference::attention(&wide[0], &wide[1], &wide[2], bounds, prefixes, scale, *window);
     autograd::backward(&[&expected], &[&dout.to_kind(Kind::Double)]);
     let ours = [&q, &k, &v].map(leaf);
-    let got = op::attention(&ours[0], &ours[1], &ours[2], &case.bounds, scale, case.window);
+    let got = case.ours(&ours[0], &ours[1], &ours[2]);
     autograd::backward(&[&got], &[&dout]);
     assert_close("out", &got, &expected, tolerance);
     for (name, (got, expected)) in ["dq", "dk", "dv"].into_iter().zip(ours.iter().zip(&wide)) {
@@ -58,6 +79,8 @@ fn attention_matches_float64() {
         case(&[0, 200], 2, 2, 16, Some(64)),
         case(&[0, 130], 2, 1, 16, Some(1)),
         case(&[0, 1], 2, 1, 8, None),
+        families(4, 2, 64, None),
+        families(3, 3, 10, Some(50)),
     ];
     for (kind, tolerance) in KINDS.into_iter().chain([(Kind::Double, 1e-12)]) {
         for case in &cases {
@@ -92,6 +115,25 @@ fn a_cache_gives_the_same_bits() {
 }
 
 #[test]
+fn a_shared_prefix_gives_the_same_bits() {
+    for (kind, _) in KINDS {
+        for window in [None, Some(60)] {
+            let shared = families(6, 2, 64, window);
+            let [q, k, v, _] = inputs(&shared, kind);
+            let got = shared.ours(&q, &k, &v);
+            for (document, prefix) in shared.bounds.windows(2).zip(&shared.prefixes) {
+                let (own, before) = (document[1] - document[0], prefix.end - prefix.start);
+                let whole =
+                    |x: &Tensor| Tensor::cat(&[x.narrow(0, prefix.start, before), x.narrow(0, document[0], own)], 0);
+                let length = before + own;
+                let alone = op::attention(&whole(&q), &whole(&k), &whole(&v), &[0, length], shared.scale(), window);
+                assert_same_bits("behind a prefix", &got.narrow(0, document[0], own), &alone.narrow(0, before, own));
+            }
+        }
+    }
+}
+
+#[test]
 fn documents_do_not_see_each_other() {
     let shape = case(&[0, 90, 170], 4, 2, 32, None);
     let [q, k, v, _] = inputs(&shape, Kind::Float);
@@ -103,16 +145,17 @@ fn documents_do_not_see_each_other() {
 
 #[test]
 fn attention_does_not_depend_on_threads() {
-    let shape = case(&[0, 100, 300, 310], 4, 2, 64, None);
-    let [q, k, v, dout] = inputs(&shape, Kind::Float);
-    let (one, two) = with_one_and_two_threads(|| {
-        let ours = [&q, &k, &v].map(leaf);
-        let out = op::attention(&ours[0], &ours[1], &ours[2], &shape.bounds, 0.125, None);
-        autograd::backward(&[&out], &[&dout]);
-        [out.detach(), ours[0].grad(), ours[1].grad(), ours[2].grad()]
-    });
-    for (name, (a, b)) in ["out", "dq", "dk", "dv"].into_iter().zip(one.iter().zip(&two)) {
-        assert_same_bits(name, a, b);
+    for shape in [case(&[0, 100, 300, 310], 4, 2, 64, None), families(4, 2, 64, None)] {
+        let [q, k, v, dout] = inputs(&shape, Kind::Float);
+        let (one, two) = with_one_and_two_threads(|| {
+            let ours = [&q, &k, &v].map(leaf);
+            let out = shape.ours(&ours[0], &ours[1], &ours[2]);
+            autograd::backward(&[&out], &[&dout]);
+            [out.detach(), ours[0].grad(), ours[1].grad(), ours[2].grad()]
+        });
+        for (name, (a, b)) in ["out", "dq", "dk", "dv"].into_iter().zip(one.iter().zip(&two)) {
+            assert_same_bits(name, a, b);
+        }
     }
 }
 
@@ -121,4 +164,11 @@ fn attention_does_not_depend_on_threads() {
 fn bounds_must_cover_all_tokens() {
     let [q, k, v, _] = inputs(&case(&[0, 10], 1, 1, 8, None), Kind::Float);
     let _ = op::attention(&q, &k, &v, &[0, 7], 1.0, None);
+}
+
+#[test]
+#[should_panic(expected = "a prefix for each of 2 documents")]
+fn every_document_has_a_prefix_or_none() {
+    let [q, k, v, _] = inputs(&case(&[0, 10], 1, 1, 8, None), Kind::Float);
+    let _ = op::attention_with_prefixes(&q, &k, &v, &[0, 4, 10], &[0..0], 1.0, None);
 }

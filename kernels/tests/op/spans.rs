@@ -135,7 +135,7 @@ fn check(case: &Case, kind: Kind, tolerance: f64, attend: Attend, backward: Atte
     let shape = |heads: i64| [case.tokens(), heads, case.dim];
     let inputs = [case.heads, case.kv_heads, case.kv_heads, case.heads].map(|heads| random(&shape(heads), kind));
     let wide = [0, 1, 2].map(|i: usize| double_leaf(&inputs[i]));
-    let expected = reference::attention(&wide[0], &wide[1], &wide[2], &bounds, case.scale(), case.window);
+    let expected = reference::attention(&wide[0], &wide[1], &wide[2], &bounds, &[], case.scale(), case.window);
     autograd::backward(&[&expected], &[&inputs[3].to_kind(Kind::Double)]);
     let [out, dq, dk, dv] = ring(case, &case.all_spans(&bounds), &inputs, attend, backward);
     println!("{case:?} {kind:?} {bounds:?}");

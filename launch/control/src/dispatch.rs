@@ -131,17 +131,6 @@ pub enum Args<T> {
     PerIndex(Vec<T>),
 }
 
-/// How rows are dealt to parts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Dealing {
-    /// So that parts have about the same number of tokens.
-    #[default]
-    Tokens,
-    /// The same number of groups each, or one more, and about the same number of tokens.
-    Groups,
-}
-
 /// A batch split for the parts of a mesh; remembers the order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Split {
@@ -150,18 +139,14 @@ pub struct Split {
 }
 
 impl Split {
-    /// Deals the rows of a batch; rows of a group stay together. `whom` is for the error.
+    /// Deals the rows of a batch, so that parts have about the same number of tokens; rows of a group stay together. `whom` is for the error.
     ///
     /// # Errors
     /// Fewer groups than parts: some rank would have nothing to do, and its collectives would have no partner.
-    pub fn new(batch: &RemoteBatch, num_parts: usize, dealing: Dealing, whom: &str) -> Result<Split, ControlError> {
+    pub fn new(batch: &RemoteBatch, num_parts: usize, whom: &str) -> Result<Split, ControlError> {
         let weights: Vec<u64> = batch.rows().iter().map(|row| u64::from(row.tokens)).collect();
         let groups: Vec<i64> = batch.rows().iter().map(|row| row.group).collect();
-        let counts = match dealing {
-            Dealing::Tokens => Counts::Any,
-            Dealing::Groups => Counts::Equal,
-        };
-        let dealt = balance::balance(&weights, Some(&groups), num_parts, counts);
+        let dealt = balance::balance(&weights, Some(&groups), num_parts, Counts::Any);
         let rows = dealt.map_err(|e| ControlError::Batch(e.to_string()))?.parts().to_vec();
         if let Some(empty) = rows.iter().position(Vec::is_empty) {
             return Err(ControlError::Batch(format!(
@@ -266,16 +251,15 @@ mod tests {
         expect_test::expect![
             "a batch of 3 rows in 3 groups cannot be split over the 4 data-parallel parts of policy: groups are never split; make the batch larger or the data-parallel degree smaller"
         ]
-        .assert_eq(&Split::new(&batch, 4, Dealing::Tokens, "policy").unwrap_err().to_string());
+        .assert_eq(&Split::new(&batch, 4, "policy").unwrap_err().to_string());
     }
 
     proptest! {
         /// n rows for each row (n completions of a prompt) come back in the order of what was split.
         #[test]
-        fn order_is_restored(rows in 4usize..30, parts in 1usize..5, n in 1usize..4, equal in any::<bool>()) {
+        fn order_is_restored(rows in 4usize..30, parts in 1usize..5, n in 1usize..4) {
             let batch = shard(0, &[Column::Tokens], 100, rows);
-            let dealing = if equal { Dealing::Groups } else { Dealing::Tokens };
-            let split = Split::new(&batch, parts, dealing, "rollout").unwrap();
+            let split = Split::new(&batch, parts, "rollout").unwrap();
             let answer = |part: &RemoteBatch| {
                 let origins: Vec<u32> = (0..part.num_rows() as u32).flat_map(|row| vec![row; n]).collect();
                 (part.select(&origins.iter().map(|&o| o as usize).collect::<Vec<_>>()).unwrap(), origins)

@@ -64,7 +64,7 @@ impl Cause {
                 (K::Internal, Code::NotFound, "a batch lives until it is dropped or its step ends; fetch it before")
             }
             Cause::StoreFull => {
-                (K::Config, Code::ResourceExhausted, "drop batches earlier, make them smaller, or raise the limit")
+                (K::Config, Code::ResourceExhausted, "ask fewer prompts or answers a step, or let answers be shorter")
             }
             Cause::Refused => {
                 (K::Config, Code::Unauthenticated, "give every process of the job the same TANGELO_JOB_SECRET_FILE")

@@ -4,7 +4,7 @@
 //! order. Every verb is a future: verbs of different pools overlap (`try_join!`), verbs of one pool run in the order in
 //! which they were first polled.
 
-use crate::dispatch::{Args, Dealing, MeshMap, Split};
+use crate::dispatch::{Args, MeshMap, Split};
 use crate::driver::{Cluster, body, parse};
 use crate::error::ControlError;
 use crate::remote::{RemoteBatch, Shard};
@@ -21,7 +21,6 @@ pub struct WorkerGroup {
     cluster: Cluster,
     role: Arc<str>,
     everyone: Arc<MeshMap>,
-    dealing: Dealing,
     timeout: Option<Duration>,
 }
 
@@ -44,7 +43,7 @@ impl WorkerGroup {
     pub(crate) fn new(cluster: Cluster, role: &str) -> Result<WorkerGroup, ControlError> {
         let (_, ranks) = cluster.0.placement.ranks_of(role)?;
         let everyone = Arc::new(MeshMap::everyone(ranks)?);
-        Ok(WorkerGroup { cluster, role: role.into(), everyone, dealing: Dealing::default(), timeout: None })
+        Ok(WorkerGroup { cluster, role: role.into(), everyone, timeout: None })
     }
 
     /// The role.
@@ -55,11 +54,6 @@ impl WorkerGroup {
     /// The same ranks with this deadline for every verb.
     pub fn within(&self, timeout: Duration) -> WorkerGroup {
         WorkerGroup { timeout: Some(timeout), ..self.clone() }
-    }
-
-    /// The same ranks, batches split this way.
-    pub fn dealing(&self, dealing: Dealing) -> WorkerGroup {
-        WorkerGroup { dealing, ..self.clone() }
     }
 
     /// A mesh that the role's ranks registered.
@@ -167,16 +161,6 @@ impl WorkerGroup {
         self.merged(&Request::Restore { folder: folder.to_owned() }).await
     }
 
-    /// Measures without learning.
-    ///
-    /// # Errors
-    /// Whatever a rank reports.
-    pub async fn evaluate(&self, spec: &Value) -> Result<Metrics, ControlError> {
-        let map = self.mesh(mesh::TRAIN)?;
-        let request = Request::Evaluate { spec: spec.clone() };
-        Ok(merge(&self.call(&map, Args::Same(request)).await?))
-    }
-
     /// Any request over any mesh: the one mechanism below all verbs. Answers in order of index, then rank.
     ///
     /// # Errors
@@ -247,7 +231,7 @@ impl WorkerGroup {
         request: impl Fn(RemoteBatch) -> Request,
     ) -> Result<Scored, ControlError> {
         let map = self.mesh(mesh)?;
-        let split = Split::new(batch, map.size(), self.dealing, &format!("role `{}`", self.role))?;
+        let split = Split::new(batch, map.size(), &format!("role `{}`", self.role))?;
         let requests = split.parts().iter().cloned().map(request).collect();
         let answers = self.call(&map, Args::PerIndex(requests)).await?;
         let metrics = merge(&answers);

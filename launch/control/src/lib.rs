@@ -40,7 +40,7 @@ mod wire;
 mod worker;
 
 pub use agent::Agent;
-pub use dispatch::{Args, Dealing, MeshMap, Seat, Split};
+pub use dispatch::{Args, MeshMap, Seat, Split};
 pub use driver::{Cluster, Deadlines, Driver, DriverOptions};
 pub use error::{CallFailure, Cause, ControlError, RankFailure};
 pub use group::{Scored, WorkerGroup};

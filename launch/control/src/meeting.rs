@@ -1,6 +1,7 @@
-//! Where a job's driver is found: two files in the run folder, which all nodes of the job share. One holds the job's
-//! secret, the other, written once the driver listens, its address. Both go when the job is over; what a killed or failed
-//! job left is replaced by the next one, and an address at which nobody listens is not taken for a driver.
+//! Where a job's driver is found: files in the run folder, which all nodes of the job share. One holds the job's secret,
+//! another, written once the driver listens, its address; a third appears where a node other than the driver's was asked to
+//! end the job. All go when the job is over; what a killed or failed job left is replaced by the next one, and an address at
+//! which nobody listens is not taken for a driver.
 
 use crate::error::ControlError;
 use crate::secret::Secret;
@@ -34,12 +35,17 @@ impl Meeting {
         self.folder.join(".driver-address")
     }
 
-    /// A fresh secret, written for the others; an earlier driver's address is gone.
+    fn stop_file(&self) -> PathBuf {
+        self.folder.join(".stop-asked")
+    }
+
+    /// A fresh secret, written for the others; what an earlier driver left is gone.
     ///
     /// # Errors
     /// The folder cannot be written.
     pub fn open(&self) -> Result<Secret, ControlError> {
         let _ = std::fs::remove_file(self.address_file());
+        let _ = std::fs::remove_file(self.stop_file());
         let secret = Secret::generate()?;
         secret.write(&self.secret_file())?;
         Ok(secret)
@@ -55,9 +61,26 @@ impl Meeting {
         written.map_err(ControlError::io(format!("write the driver's address to {}", path.display())))
     }
 
+    /// Asks the driver to end the job as a signal to it would: a node was told to stop.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn ask_to_stop(&self) -> Result<(), ControlError> {
+        let path = self.stop_file();
+        std::fs::write(&path, "").map_err(ControlError::io(format!("write {}", path.display())))
+    }
+
+    /// Waits until a node asks for the end of the job.
+    pub async fn until_asked_to_stop(&self) {
+        while !self.stop_file().exists() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
     /// The job is over, well or not, and nobody joins any more. An address that stays tells agents that it was not well.
     pub fn close(&self, is_well: bool) {
         let _ = std::fs::remove_file(self.secret_file());
+        let _ = std::fs::remove_file(self.stop_file());
         if is_well {
             let _ = std::fs::remove_file(self.address_file());
         }
@@ -126,6 +149,10 @@ mod tests {
         let address = listener.local_addr().unwrap().to_string();
         meeting.announce(&address).unwrap();
         assert_eq!(meeting.find(Duration::from_secs(5)).await.unwrap(), address);
+        let short = Duration::from_millis(50);
+        assert!(tokio::time::timeout(short, meeting.until_asked_to_stop()).await.is_err());
+        meeting.ask_to_stop().unwrap();
+        tokio::time::timeout(Duration::from_secs(5), meeting.until_asked_to_stop()).await.unwrap();
         assert!(format!("{secret:?}").contains("..") && meeting.secret_file().is_file());
         meeting.close(false);
         assert!(meeting.was_left(&address));

@@ -77,11 +77,6 @@ pub enum Request {
         /// The checkpoint's folder.
         folder: PathBuf,
     },
-    /// Measures without learning, on data that the worker has.
-    Evaluate {
-        /// What to measure; between driver and worker.
-        spec: Value,
-    },
 }
 
 impl Request {
@@ -97,7 +92,6 @@ impl Request {
             Request::Generate { .. } => "generate",
             Request::Save { .. } => "save",
             Request::Restore { .. } => "restore",
-            Request::Evaluate { .. } => "evaluate",
         }
     }
 

@@ -30,10 +30,10 @@ pub use topology::{Topology, parse_endpoint};
 use crate::cli::run::{Processes, RunArgs};
 use crate::error::LaunchError;
 use crate::worker;
-use culprit::{Failure, failure_while_ending, first_failure, signal_name};
+use culprit::{Death, Failure, failure_while_ending, first_failure, signal_name};
 use logs::LogFolder;
 use restart::{Decision, RestartOptions, RestartState};
-use signal_hook::consts::SIGCHLD;
+use signal_hook::consts::{SIGCHLD, SIGTERM};
 use signals::Inbox;
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -288,20 +288,20 @@ impl Job<'_> {
             let message = format!("{text}\n{name} had asked it to end");
             return Err(LaunchError::Ranks { kind: failure.kind, message });
         }
-        if outcome.finished {
+        if outcome.finished == Some(true) {
             return self.finished(outcome, events);
         }
-        let step = outcome.last_step.map_or("before the first step".to_owned(), |step| format!("after step {step}"));
-        let clean = outcome.deaths.iter().all(|death| death.is_success());
-        let rest = if clean {
-            "the same command goes on from the newest checkpoint"
-        } else {
-            "ranks were ended before they could save, and steps since the newest checkpoint are lost"
-        };
-        Err(LaunchError::Interrupted { signal, message: format!("{name} ended the run {step}; {rest}") })
+        Err(LaunchError::Interrupted { signal, message: format!("{name}: {}", ended_early(outcome)) })
     }
 
     fn finished(&self, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
+        // Only the first node learns how far the run came. Nobody asked here, so somebody did elsewhere.
+        if outcome.finished == Some(false) {
+            let signal = SIGTERM;
+            events.append(EventKind::Signal, outcome.last_step, "on another node");
+            let message = format!("another node was asked to end: {}", ended_early(outcome));
+            return Err(LaunchError::Interrupted { signal, message });
+        }
         events.append(EventKind::Done, outcome.last_step, "all ranks ended well");
         if self.topology.node_rank != 0 {
             return Ok(());
@@ -333,6 +333,17 @@ impl Job<'_> {
         }
         Ok(())
     }
+}
+
+/// Where a run stopped that somebody asked to end.
+fn ended_early(outcome: &Outcome) -> String {
+    let step = outcome.last_step.map_or("before the first step".to_owned(), |step| format!("after step {step}"));
+    let rest = if outcome.deaths.iter().all(Death::is_success) {
+        "the same command goes on from the newest checkpoint"
+    } else {
+        "ranks were ended before they could save, and steps since the newest checkpoint are lost"
+    };
+    format!("the run ended {step}; {rest}")
 }
 
 fn train_arguments(config: &Path, kind: JobType) -> Vec<OsString> {

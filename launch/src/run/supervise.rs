@@ -16,7 +16,7 @@ use super::culprit::{Death, Ending};
 use super::logs::{Forwarder, LogFolder, wait_for};
 use super::standing::{Standing, who_is_behind};
 use super::{Terminal, Topology};
-use crate::driver::{DRIVER, is_rank, of_node};
+use crate::driver::{is_rank, of_node};
 use crate::error::LaunchError;
 use crate::worker;
 use nix::sys::signal::{Signal, killpg};
@@ -70,8 +70,8 @@ pub struct Outcome {
     pub signal: Option<i32>,
     /// The last step that rank 0 reported.
     pub last_step: Option<u64>,
-    /// Rank 0 said that the last of the steps asked for is done.
-    pub finished: bool,
+    /// Whether the last of the steps asked for is done, where rank 0 said that it ends.
+    pub finished: Option<bool>,
     /// Who kept the others waiting when the first failure was seen, or else when they gave up, and in which collective.
     pub behind: Option<String>,
 }
@@ -80,7 +80,7 @@ pub struct Outcome {
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     last_step: Option<u64>,
-    finished: bool,
+    finished: Option<bool>,
 }
 
 /// Runs one attempt to its end, whatever that is.
@@ -274,8 +274,8 @@ impl Ranks {
         attempt.terminal.say(&format!("{name}: {running} rank(s) finish their step and save; once more to kill them"));
         let passed_on = if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM };
         match self.ranks.iter_mut().find(|rank| !is_rank(rank.rank) && rank.death.is_none()) {
-            Some(driver) if driver.rank == DRIVER => driver.send(passed_on),
-            Some(_) => attempt.terminal.say("the driver on node 0 ends the job; it has to get the signal, too"),
+            // Of another node: its agent tells the driver.
+            Some(driver) => driver.send(passed_on),
             None => self.send(passed_on),
         }
         match phase {
@@ -413,7 +413,7 @@ fn watch_progress(
                     // Nobody waits for a second one.
                     let _ = listening.as_ref().map(|l| l.send((address, secret_file.into())));
                 }
-                ProgressEvent::Done { step, steps } => seen.finished = step >= steps,
+                ProgressEvent::Done { step, steps } => seen.finished = Some(step >= steps),
                 _ => {}
             }
         }

@@ -145,6 +145,11 @@ impl Running {
         Running { child: spawn_logged(&mut command, &log), log }
     }
 
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        assert!(Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap().success());
+    }
+
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }

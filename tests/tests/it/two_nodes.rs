@@ -165,14 +165,30 @@ fn reinforcement_learning_on_two_nodes_is_that_on_one() {
     for step in 1..=4 {
         assert_eq!(rlhf::of_learning(&two_nodes[&step]), rlhf::of_learning(&one_node[&step]), "step {step}");
     }
+    let start_and_save = |name: &str| {
+        let running = start(name, &["training.steps=2000"]);
+        let begin = Instant::now();
+        while !job.path(name).join("checkpoint/driver-00000002.json").exists() {
+            let said = running.each_ref().map(Running::said);
+            assert!(begin.elapsed() < Duration::from_secs(100), "no checkpoint:\n{}\n{}", said[0], said[1]);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        running
+    };
+    // A node without the driver is asked to end: both finish the step, save, and end well.
+    let stopped = start_and_save("stopped");
+    stopped[1].terminate();
+    let [(code, said), (other_code, other_said)] = stopped.map(Running::finish);
+    assert_eq!((code, other_code), (Some(143), Some(143)), "node 0:\n{said}\nnode 1:\n{other_said}");
+    assert!(said.contains("another node was asked to end: the run ended after step"), "{said}");
+    let last = rlhf::metrics(&job.path("stopped")).into_keys().max().unwrap();
+    assert!(
+        job.path("stopped").join(format!("checkpoint/driver-{last:08}.json")).exists(),
+        "step {last} was not saved"
+    );
+    assert!(!job.path("stopped").join(".stop-asked").exists());
     // The driver is killed: both nodes end, and say why.
-    let killed = start("killed", &["training.steps=2000"]);
-    let begin = Instant::now();
-    while !job.path("killed").join("checkpoint/driver-00000002.json").exists() {
-        let said = killed.each_ref().map(Running::said);
-        assert!(begin.elapsed() < Duration::from_secs(100), "no checkpoint:\n{}\n{}", said[0], said[1]);
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let killed = start_and_save("killed");
     rlhf::kill(&job.path("killed"), "driver", "GROUP_RANK=0");
     let [(code, said), (other_code, other_said)] = killed.map(Running::finish);
     assert!(code != Some(0) && said.contains("driver failed first"), "{code:?}\n{said}");

@@ -154,6 +154,13 @@ pub(crate) async fn listen(job: &JobPlan, options: &mut StartOptions) -> Result<
     .await?;
     let address = driver.address().to_owned();
     meeting.announce(&address)?;
+    if options.num_nodes > 1 {
+        let (stop, meeting) = (options.stop.clone(), meeting.clone());
+        tokio::spawn(async move {
+            meeting.until_asked_to_stop().await;
+            stop.0.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
     options.progress.send(&ProgressEvent::Listening { address, secret_file: meeting.secret_file() });
     Ok(driver)
 }

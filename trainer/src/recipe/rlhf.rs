@@ -137,6 +137,7 @@ impl Builder<'_> {
             false => TrainWorker::frozen(plan, rank, comm, self.device)?,
         };
         worker.set_micro_batches(MicroBatches::Balanced(self.job.rlhf().ppo_max_token_len_per_rank));
+        worker.set_share_prompts(self.job.rlhf().share_prompts);
         let is_first = rank == 0;
         let mut new_head = None;
         setup::give_first_weights(plan, &mut worker, &mut |told| match told {

@@ -53,9 +53,8 @@ impl Learner {
     /// Loss and gradients of a mini-batch.
     pub fn forward_backward(&mut self, batch: &Batch, loss: &LossSpec) -> Result<Metrics> {
         self.loss = self.utilization.during(|| self.worker.forward_backward(batch, loss, false))?;
-        let lengths = batch.row_lengths().map_err(|e| TrainError::Data(e.to_string()))?;
         let share = self.plan.data_parallel_size as f64 / self.worker.world().size() as f64;
-        self.utilization.learnt_from(&self.plan.model, &lengths, share);
+        self.utilization.learnt_from(&self.plan.model, &self.loss.computed, share);
         let mut metrics = Metrics::default();
         let own = self.loss.metrics.iter().map(|&(name, value)| (name.to_owned(), value));
         let prefix = self.prefix();

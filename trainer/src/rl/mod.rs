@@ -86,10 +86,6 @@ impl Worker for RlWorker {
             Request::Restore { folder } => {
                 self.learner(role)?.restore(folder, job.context.step).map(|()| Output::default()).map_err(refused)
             }
-            Request::Evaluate { .. } => Err(WorkerError::new(
-                tangelo_core::FailureKind::Internal,
-                "an RL worker has no data of its own to evaluate",
-            )),
         }
     }
 }

@@ -2,17 +2,28 @@
 //!
 //! Without a window no mask exists. A window needs one of `Tq x Tk` booleans.
 
+use std::ops::Range;
+
 use tch::Tensor;
 
-use super::reference::hidden_positions;
+use super::reference::{behind_prefix, hidden_positions};
 
-/// See [`super::attention`]; `window` is in keys.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: f64, window: i64) -> Tensor {
+/// See [`super::attention_with_prefixes`]; `window` is in keys.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i64],
+    prefixes: &[Range<i64>],
+    scale: f64,
+    window: i64,
+) -> Tensor {
     let documents: Vec<Tensor> = cu_seqlens
         .windows(2)
-        .map(|bounds| {
-            let document = |x: &Tensor| x.narrow(0, bounds[0], bounds[1] - bounds[0]);
-            attention_with_past(&document(q), &document(k), &document(v), scale, window)
+        .enumerate()
+        .map(|(document, bounds)| {
+            let [k, v] = [k, v].map(|x| behind_prefix(x, bounds, prefixes.get(document)));
+            attention_with_past(&q.narrow(0, bounds[0], bounds[1] - bounds[0]), &k, &v, scale, window)
         })
         .collect();
     Tensor::cat(&documents, 0)

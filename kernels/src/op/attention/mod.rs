@@ -12,6 +12,8 @@ pub mod spans;
 
 pub use paged::{PagedBatch, PagedKv};
 
+use std::ops::Range;
+
 use tch::Tensor;
 
 use crate::{ffi, op::has_cpu_kernels};
@@ -22,12 +24,31 @@ use crate::{ffi, op::has_cpu_kernels};
 /// `cu_seqlens` holds the documents' bounds: 0, ..., T. Token `i` of a document sees tokens `j <= i` of it, with a
 /// window also `i - j < window` (Mistral's convention: the token itself counts). Gives `[T, H, hd]`.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: f64, window: Option<i64>) -> Tensor {
-    check_documents(q, cu_seqlens);
-    let window = window_or_all(window, k);
+    attention_with_prefixes(q, k, v, cu_seqlens, &[], scale, window)
+}
+
+/// Causal attention within documents that may begin with tokens of others: with a prompt that several answers share.
+///
+/// As [`attention`]; `prefixes` has for each document the tokens of the pack that go before its own (an empty range where
+/// there are none), or is empty. A token's output has the bits that it has where the document stands whole; what the
+/// prefix's keys and values get back is summed over documents in order, in fp32 on a CPU.
+pub fn attention_with_prefixes(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i64],
+    prefixes: &[Range<i64>],
+    scale: f64,
+    window: Option<i64>,
+) -> Tensor {
+    check_documents(q, cu_seqlens, prefixes);
+    let window = window_or_all(window, cu_seqlens, prefixes);
     if !has_cpu_kernels(q) {
-        return fused::attention(q, k, v, cu_seqlens, scale, window);
+        return fused::attention(q, k, v, cu_seqlens, prefixes, scale, window);
     }
-    // SAFETY: all pointers outlive the call; the bounds' length is given.
+    let flat: Vec<i64> = prefixes.iter().flat_map(|prefix| [prefix.start, prefix.end]).collect();
+    let flat_or_null = if flat.is_empty() { std::ptr::null() } else { flat.as_ptr() };
+    // SAFETY: all pointers outlive the call; the bounds' length is given, and fixes that of the prefixes.
     let [out] = ffi::produce(|[out]| unsafe {
         ffi::tangelo_attention(
             ffi::borrow(q),
@@ -35,6 +56,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: 
             ffi::borrow(v),
             cu_seqlens.as_ptr(),
             cu_seqlens.len(),
+            flat_or_null,
             scale,
             window,
             out,
@@ -46,7 +68,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: 
 /// Attention of the last `Tq` tokens of one document over all its `Tk` tokens: `q [Tq, H, hd]`, `k`, `v`
 /// `[Tk, K, hd]`. For generation; no gradients.
 pub fn attention_with_past(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, window: Option<i64>) -> Tensor {
-    let window = window_or_all(window, k);
+    let window = window_or_all(window, &[0, k.size()[0]], &[]);
     tch::no_grad(|| {
         if !has_cpu_kernels(q) {
             return fused::attention_with_past(q, k, v, scale, window);
@@ -59,18 +81,26 @@ pub fn attention_with_past(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, windo
     })
 }
 
-/// The window in keys; every key where there is none.
-fn window_or_all(window: Option<i64>, k: &Tensor) -> i64 {
-    let window = window.unwrap_or_else(|| k.size()[0].max(1));
+/// The window in keys; every key of the longest document where there is none.
+fn window_or_all(window: Option<i64>, cu_seqlens: &[i64], prefixes: &[Range<i64>]) -> i64 {
+    let prefix = |document: usize| prefixes.get(document).map_or(0, |prefix| prefix.end - prefix.start);
+    let keys = cu_seqlens.windows(2).enumerate().map(|(document, bounds)| prefix(document) + bounds[1] - bounds[0]);
+    let window = window.unwrap_or_else(|| keys.max().unwrap_or(1).max(1));
     assert!(window > 0, "attention: a window of {window} tokens");
     window
 }
 
-fn check_documents(q: &Tensor, cu_seqlens: &[i64]) {
+fn check_documents(q: &Tensor, cu_seqlens: &[i64], prefixes: &[Range<i64>]) {
+    let tokens = q.size()[0];
     let rising = cu_seqlens.windows(2).all(|pair| pair[0] < pair[1]);
     assert!(
-        cu_seqlens.len() > 1 && cu_seqlens[0] == 0 && rising && cu_seqlens.last() == Some(&q.size()[0]),
-        "attention: document bounds must rise from 0 to the number of tokens {}, found {cu_seqlens:?}",
-        q.size()[0]
+        cu_seqlens.len() > 1 && cu_seqlens[0] == 0 && rising && cu_seqlens.last() == Some(&tokens),
+        "attention: document bounds must rise from 0 to the number of tokens {tokens}, found {cu_seqlens:?}",
+    );
+    let inside = |prefix: &Range<i64>| 0 <= prefix.start && prefix.start <= prefix.end && prefix.end <= tokens;
+    assert!(
+        prefixes.is_empty() || (prefixes.len() + 1 == cu_seqlens.len() && prefixes.iter().all(inside)),
+        "attention: there must be a prefix for each of {} documents, inside {tokens} tokens, found {prefixes:?}",
+        cu_seqlens.len() - 1,
     );
 }

@@ -1,19 +1,39 @@
 //! Attention with explicit score matrices and masks, differentiable through autograd.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::op::accumulate_kind;
 
-/// Document by document, [`attention_with_past`] with no past.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: f64, window: Option<i64>) -> Tensor {
+/// Document by document, [`attention_with_past`], with its prefix where there are any.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cu_seqlens: &[i64],
+    prefixes: &[Range<i64>],
+    scale: f64,
+    window: Option<i64>,
+) -> Tensor {
     let documents: Vec<Tensor> = cu_seqlens
         .windows(2)
-        .map(|bounds| {
-            let document = |x: &Tensor| x.narrow(0, bounds[0], bounds[1] - bounds[0]);
-            attention_with_past(&document(q), &document(k), &document(v), scale, window)
+        .enumerate()
+        .map(|(document, bounds)| {
+            let [k, v] = [k, v].map(|x| behind_prefix(x, bounds, prefixes.get(document)));
+            attention_with_past(&q.narrow(0, bounds[0], bounds[1] - bounds[0]), &k, &v, scale, window)
         })
         .collect();
     Tensor::cat(&documents, 0)
+}
+
+/// Tokens of a document, `bounds` its begin and end, behind those of its prefix.
+pub(super) fn behind_prefix(x: &Tensor, bounds: &[i64], prefix: Option<&Range<i64>>) -> Tensor {
+    let own = x.narrow(0, bounds[0], bounds[1] - bounds[0]);
+    match prefix.filter(|prefix| !prefix.is_empty()) {
+        Some(prefix) => Tensor::cat(&[x.narrow(0, prefix.start, prefix.end - prefix.start), own], 0),
+        None => own,
+    }
 }
 
 /// Queries are the last tokens of the document that the keys span.

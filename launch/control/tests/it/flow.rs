@@ -1,6 +1,7 @@
 //! Order, back-pressure, aborts between steps, admin calls that overtake.
 
 use crate::support::*;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -78,17 +79,13 @@ async fn calls_wait_while_ranks_are_busy_and_keep_their_order() {
     let policy = job.policy();
     let before = job.cluster.traffic().control_sent_bytes;
     // Large requests, so that sockets' buffers hold few of them.
-    let spec = serde_json::Value::from("x".repeat(1 << 20));
+    let name = PathBuf::from("x".repeat(1 << 20));
     let calls: Vec<_> = (0..CALLS)
         .map(|i| {
-            let (policy, spec) = (policy.clone(), spec.clone());
+            let (policy, name) = (policy.clone(), name.clone());
             let large = i % 4 == 0;
             tokio::spawn(async move {
-                if large {
-                    policy.evaluate(&spec).await.map(|_| ())
-                } else {
-                    policy.optim_step(i as f64).await.map(|_| ())
-                }
+                if large { policy.save(&name).await.map(|_| ()) } else { policy.optim_step(i as f64).await.map(|_| ()) }
             })
         })
         .collect();

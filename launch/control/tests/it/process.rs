@@ -1,6 +1,7 @@
 //! Ranks in processes of their own: one is killed, one is stopped.
 
 use crate::support::*;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use tangelo_control::*;
@@ -24,7 +25,7 @@ fn rank_process() {
     });
     let mut worker = worker(|job, control| {
         let begin = Instant::now();
-        while matches!(job.request, Request::Evaluate { .. }) && begin.elapsed() < PATIENCE {
+        while matches!(job.request, Request::Save { .. }) && begin.elapsed() < PATIENCE {
             control.check()?;
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -71,7 +72,7 @@ async fn check(signal: &str, timeout: Duration, expected: &str) {
     let policy = cluster.group("policy").unwrap();
     policy.optim_step(0.1).await.unwrap();
     let long = policy.within(timeout);
-    let call = tokio::spawn(async move { long.evaluate(&serde_json::Value::Null).await });
+    let call = tokio::spawn(async move { long.save(Path::new("anywhere")).await });
     while policy.health().await.unwrap().iter().any(|(_, health)| health.running.is_none()) {}
     let pid = ranks.0[1].id().to_string();
     assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
@@ -88,7 +89,7 @@ async fn check(signal: &str, timeout: Duration, expected: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_rank_is_named_at_once() {
-    let expected = "rank 1 (node 0) failed in policy.evaluate of step 0: the connection to it broke";
+    let expected = "rank 1 (node 0) failed in policy.save of step 0: the connection to it broke";
     check("-KILL", PATIENCE, expected).await;
 }
 

@@ -1,6 +1,7 @@
 //! Sums of loss components, and `forward`, in many layouts: one rank in float64 against the formulas written down again
 //! here, row by row without packing, and its gradient against differences of that; then every layout in fp32 against one
-//! rank in fp32, with rows dealt unevenly and in another order, in micro-batches of a budget of tokens.
+//! rank in fp32, with rows dealt unevenly and in another order, in micro-batches of a budget of tokens, in which what rows
+//! begin with is computed once.
 
 use super::harness::{Case, LR, RankStep, Step, VOCAB, join, owned_gradients};
 use crate::support;
@@ -20,6 +21,8 @@ use tch::{Device, Kind, Tensor};
 /// Tokens of a micro-batch: several rows, or one long one.
 const BUDGET: usize = 48;
 const ROWS: usize = 13;
+/// Neighbouring rows that begin with the same tokens, except for every fourth such family.
+const FAMILY: usize = 3;
 
 /// One sequence and its streams.
 struct Row {
@@ -31,14 +34,12 @@ impl Row {
     /// A prompt and a completion with a hole in its mask; every sixth row is not marked at all. Old values and
     /// log-probabilities lie around what a model says that knows nothing, so that some tokens are clipped.
     fn draw(seed: u64, index: usize) -> Row {
-        let mut state = mix64(seed ^ mix64(index as u64 + 77));
-        let mut unit = || {
-            state = mix64(state);
-            (state >> 11) as f64 / (1u64 << 53) as f64
-        };
-        let n = 2 + (unit() * 38.0) as usize;
-        let tokens: Vec<u32> = (0..n).map(|_| (unit() * VOCAB as f64) as u32).collect();
-        let prompt = 1 + (unit() * (n as f64 - 1.0)) as usize;
+        let mut unit = units(seed ^ mix64(index as u64 + 77));
+        let first = Row::draw_first(seed, index / FAMILY);
+        let n = first.len() + 2 + (unit() * (38.0 - first.len() as f64)) as usize;
+        let own = n - first.len();
+        let tokens: Vec<u32> = first.iter().copied().chain((0..own).map(|_| (unit() * VOCAB as f64) as u32)).collect();
+        let prompt = first.len().max(1) + (unit() * (own as f64 - 1.0)) as usize;
         let mut streams: BTreeMap<Column, Vec<f32>> = BTreeMap::new();
         for t in 0..n {
             let marked = index % 6 != 5 && t + 1 < n && t + 1 >= prompt && (n < 6 || unit() < 0.8);
@@ -56,8 +57,24 @@ impl Row {
         Row { tokens, streams }
     }
 
+    /// What the rows of a family begin with.
+    fn draw_first(seed: u64, family: usize) -> Vec<u32> {
+        let mut unit = units(seed ^ mix64(family as u64 + 7777));
+        let n = if family % 4 == 3 { 0 } else { 2 + (unit() * 16.0) as usize };
+        (0..n).map(|_| (unit() * VOCAB as f64) as u32).collect()
+    }
+
     fn targets(&self) -> Vec<u32> {
         self.tokens[1..].iter().copied().chain([0]).collect()
+    }
+}
+
+/// Numbers in [0, 1).
+fn units(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = mix64(seed);
+    move || {
+        state = mix64(state);
+        (state >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
@@ -75,10 +92,10 @@ fn batch_of(rows: &[&Row]) -> Batch {
     Batch::from_columns(columns).expect("columns of equal lengths")
 }
 
-/// Which rows each reader gets: any order, any number, perhaps none.
+/// Which rows each reader gets: families in any order, of each any rows in any order, perhaps none.
 fn deal(seed: u64, readers: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..ROWS).collect();
-    order.sort_by_key(|&row| mix64(seed ^ mix64(row as u64)));
+    order.sort_by_key(|&row| (mix64(seed ^ mix64((row / FAMILY) as u64)), mix64(seed ^ mix64(row as u64))));
     let mut parts = vec![Vec::new(); readers];
     for (at, row) in order.into_iter().enumerate() {
         parts[mix64(seed ^ (at as u64) << 8) as usize % readers].push(row);
@@ -206,6 +223,7 @@ fn one_rank_in_float64_has_the_printed_loss_and_its_gradient() {
             TrainWorker::with_kind(&case.plan(), 0, Communicator::single(), Device::Cpu, Kind::Double).unwrap();
         worker.start_from_seed(seed);
         worker.set_micro_batches(MicroBatches::Tokens(BUDGET));
+        worker.set_share_prompts(mode != Aggregation::TokenSum);
         let stats = worker.forward_backward(&batch_of(&all), &loss, false).unwrap();
         let written = |model: &Model| {
             let said: Vec<_> = rows.iter().map(|row| said(model, row, loss.temperature)).collect();
@@ -281,11 +299,12 @@ struct Outcome {
     stats: LossStats,
 }
 
-/// One step of `loss` on rows dealt to the readers.
+/// One step of `loss` on rows dealt to the readers. In balanced micro-batches rows share what they begin with.
 fn step(case: &Case, loss: &LossSpec, rows: &[Row], micro_batches: MicroBatches) -> Outcome {
     let parts: Vec<(RankStep, LossStats)> = case.on_all_ranks(|plan, comm| {
         let mut worker = case.worker(plan, comm);
         worker.set_micro_batches(micro_batches);
+        worker.set_share_prompts(matches!(micro_batches, MicroBatches::Balanced(_)));
         let stats = worker.forward_backward(&own_batch(case, plan, &worker, rows), loss, false).unwrap();
         let update = worker.optim_step(LR, &stats).unwrap();
         assert!(!update.skipped);
@@ -337,7 +356,8 @@ fn sums_of_components_are_the_same_in_every_layout() {
             let truth = truths
                 .entry((case.model, at % 2, is_critic))
                 .or_insert_with(|| step(&of(case.model), &loss, &rows, MicroBatches::Tokens(usize::MAX)));
-            let cut = [MicroBatches::Tokens(BUDGET), MicroBatches::Balanced(BUDGET)][at / 2 % 2];
+            // Two of three share prompts.
+            let cut = if at % 3 == 0 { MicroBatches::Tokens(BUDGET) } else { MicroBatches::Balanced(2 * BUDGET) };
             let found = catch_unwind(|| step(&case, &loss, &rows, cut));
             match found.map_err(|_| "a rank panicked: see above".to_owned()).and_then(|found| compare(&found, truth)) {
                 Ok(error) => println!("{line:40} critic {is_critic:5} {error:.1e}"),
@@ -365,10 +385,11 @@ fn forward_says_the_same_in_every_layout_and_makes_ratios_of_one() {
 }
 
 /// Columns of every reader's rows, as the ranks of the last stage found them.
-fn forward(case: &Case, rows: &[Row], what: &[Column], temperature: f64) -> Vec<Batch> {
+fn forward(case: &Case, rows: &[Row], what: &[Column], temperature: f64, share: bool) -> Vec<Batch> {
     let found = case.on_all_ranks(|plan, comm| {
         let mut worker = case.worker(plan, comm);
         worker.set_micro_batches(MicroBatches::Tokens(BUDGET));
+        worker.set_share_prompts(share);
         let batch = own_batch(case, plan, &worker, rows);
         let reader = plan.topology.index(Group::Batch, worker.rank());
         worker.forward(&batch, what, temperature).unwrap().map(|batch| (reader, batch))
@@ -401,11 +422,11 @@ fn check_forward(line: &str, seed: u64, rows: &[Row]) -> Result<f64, String> {
     const TEMPERATURE: f64 = 0.7;
     let what = [Column::OldLogprob, Column::RefLogprob, Column::Entropy];
     let case = Case::parse(line, seed);
-    let found = forward(&case, rows, &what, TEMPERATURE);
+    let found = forward(&case, rows, &what, TEMPERATURE, true);
     let mut worst = 0f64;
     let mut differ = |case: &Case, found: &[Batch], column| {
         let alone = one_rank(case);
-        let truth = by_row(&alone, &forward(&alone, rows, &[column], TEMPERATURE), column);
+        let truth = by_row(&alone, &forward(&alone, rows, &[column], TEMPERATURE, false), column);
         for (row, values) in by_row(case, found, column) {
             let off = |(a, b): (&f32, &f32)| if (a - b).is_finite() { f64::from((a - b).abs()) } else { f64::INFINITY };
             worst = values.iter().zip(&truth[&row]).map(off).fold(worst, f64::max);
@@ -414,7 +435,7 @@ fn check_forward(line: &str, seed: u64, rows: &[Row]) -> Result<f64, String> {
     differ(&case, &found, Column::OldLogprob);
     differ(&case, &found, Column::Entropy);
     let critic = scalar(Case::parse(line, seed));
-    differ(&critic, &forward(&critic, rows, &[Column::Value], 1.0), Column::Value);
+    differ(&critic, &forward(&critic, rows, &[Column::Value], 1.0, true), Column::Value);
     // Numbers of size 6 or less, from sums of some hundred terms in fp32.
     if worst > 1e-5 {
         return Err(format!("off by {worst:.1e}"));
@@ -443,6 +464,7 @@ fn on_policy(case: &Case, found: &[Batch]) -> Result<(), String> {
     let stats = case.on_all_ranks(|plan, comm| {
         let mut worker = case.worker(plan, comm);
         worker.set_micro_batches(MicroBatches::Tokens(BUDGET));
+        worker.set_share_prompts(true);
         let batch = &found[plan.topology.index(Group::Batch, worker.rank())];
         let first = worker.forward_backward(batch, &loss, false).unwrap();
         assert!(!worker.optim_step(LR, &first).unwrap().skipped);
@@ -455,5 +477,40 @@ fn on_policy(case: &Case, found: &[Batch]) -> Result<(), String> {
     match (distances == [Some(0.0); 3], of(second, "actor/kl_loss") > Some(0.0)) {
         (true, true) => Ok(()),
         _ => Err(format!("not on-policy, or never off it: {:?}, then {:?}", first.metrics, second.metrics)),
+    }
+}
+
+/// A policy and a critic on one rank, in the types in which it is an invariant that rows do not depend on their neighbours.
+#[test]
+fn what_rows_share_is_computed_once_and_has_the_same_bits() {
+    device::set_threads(1);
+    let seed = support::fresh_seed();
+    let rows: Vec<Row> = (0..ROWS).map(|row| Row::draw(seed, row)).collect();
+    let batch = batch_of(&rows.iter().collect::<Vec<_>>());
+    let policy = [Column::OldLogprob, Column::Entropy].as_slice();
+    for (line, what) in ["gqa", "mha", "qwen"].into_iter().flat_map(|line| [(line, policy), (line, &[Column::Value])]) {
+        let case = Case::parse(line, seed);
+        let case = if what == policy { case } else { scalar(case) };
+        let (loss, _) =
+            losses(Aggregation::TokenMean).into_iter().find(|(_, critic)| *critic != (what == policy)).unwrap();
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let mut worker =
+                TrainWorker::with_kind(&case.plan(), 0, Communicator::single(), Device::Cpu, kind).unwrap();
+            worker.start_from_seed(seed);
+            worker.set_micro_batches(MicroBatches::Balanced(3 * BUDGET));
+            let mut turn = |share| {
+                worker.set_share_prompts(share);
+                let said = worker.forward(&batch, what, 0.7).unwrap().expect("one rank answers");
+                let stats = worker.forward_backward(&said, &loss, false).unwrap();
+                worker.discard_gradients();
+                (said, stats)
+            };
+            let ((whole, all), (shared, fewer)) = (turn(false), turn(true));
+            assert!(whole == shared, "seed {seed}, {line}, {kind:?}: {what:?} differ");
+            let computed = |stats: &LossStats| stats.computed.iter().map(|(tokens, _)| tokens).sum::<usize>();
+            assert_eq!(computed(&all), batch.num_tokens());
+            assert!(computed(&fewer) < batch.num_tokens(), "seed {seed}: nothing was shared");
+            assert_eq!(all.tokens, fewer.tokens);
+        }
     }
 }
