@@ -7,7 +7,7 @@ use crate::run::load_plan;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tangelo_configs::{JobPlan, Resources, resolve};
 use tangelo_control::{Agent, Cause, ControlError, Meeting, Membership, RankFailure, Secret};
@@ -17,7 +17,6 @@ use tangelo_driver::session::Stop;
 use tangelo_driver::start::{self, StartOptions};
 use tangelo_formats::Assets;
 use tangelo_observe::{ErrorRecord, ProgressEvent, ProgressWriter, stderr_line, unix_millis};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// What stands for a rank's number where the driver is meant.
 pub const DRIVER: usize = usize::MAX;
@@ -115,7 +114,6 @@ fn serve(config: &Path) -> Result<(), LaunchError> {
             secret,
         };
         let agent = Agent::start(&member).await?;
-        pass_signals_on(meeting.clone())?;
         progress().send(&ProgressEvent::Listening { address, secret_file: meeting.secret_file() });
         agent.run().await?;
         match meeting.was_left(&member.driver) {
@@ -142,22 +140,6 @@ fn runtime() -> Result<tokio::runtime::Runtime, LaunchError> {
     runtime.map_err(|e| LaunchError::Internal(format!("cannot start a runtime: {e}")))
 }
 
-/// A signal to this node is one to the driver, who alone can have all nodes finish the step.
-fn pass_signals_on(meeting: Meeting) -> Result<(), ControlError> {
-    let listen = |kind| signal(kind).map_err(|source| ControlError::Io { action: "listen for signals".into(), source });
-    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        if let Err(e) = meeting.ask_to_stop() {
-            stderr_line(format!("warning: the driver on node 0 could not be told to stop: {e}"));
-        }
-    });
-    Ok(())
-}
-
 /// The file that a replay leaves in its folder.
 pub const COMPARISON: &str = "replay.json";
 
@@ -169,8 +151,11 @@ fn write_comparison(path: &Path, compared: &Comparison) -> Result<(), LaunchErro
 /// The first signal lets the step finish and saves; a second one ends the process at once.
 fn listen_for_signals() -> Result<Stop, LaunchError> {
     let stop = Stop::default();
+    // Others may ask to stop, too; that makes the first signal no second one.
+    let again = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.0.clone())
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, again.clone())
+            .and_then(|_| signal_hook::flag::register(signal, again.clone()))
             .and_then(|_| signal_hook::flag::register(signal, stop.0.clone()))
             .map_err(|e| LaunchError::Internal(format!("cannot listen for signal {signal}: {e}")))?;
     }

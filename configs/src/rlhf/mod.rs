@@ -32,8 +32,9 @@ pub struct Rlhf {
     /// Tokens that a rank computes with at once in training and scoring (verl: ppo_max_token_len_per_gpu). A longer sequence
     /// is computed alone. Each answer counts with its prompt, shared or not.
     pub ppo_max_token_len_per_rank: usize,
-    /// In training and scoring compute a prompt once for all its answers that are computed at once. The same
-    /// log-probabilities to the bit; gradients differ by rounding. Under ring attention every answer is computed whole.
+    /// In training and scoring compute a prompt once for all its answers that are computed at once. On a CPU
+    /// log-probabilities are the same to the bit; gradients differ by rounding. Under ring attention every answer is computed
+    /// whole.
     pub share_prompts: bool,
     /// Steps at the start in which only the critic learns.
     pub critic_warmup: usize,

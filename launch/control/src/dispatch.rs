@@ -139,7 +139,8 @@ pub struct Split {
 }
 
 impl Split {
-    /// Deals the rows of a batch, so that parts have about the same number of tokens; rows of a group stay together. `whom` is for the error.
+    /// Deals the rows of a batch, so that parts have about the same number of tokens; rows of a group stay together. `whom`
+    /// is for the error.
     ///
     /// # Errors
     /// Fewer groups than parts: some rank would have nothing to do, and its collectives would have no partner.

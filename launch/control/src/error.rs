@@ -54,7 +54,9 @@ impl Cause {
         match self {
             Cause::Handler => (K::Internal, Code::Unknown, "the rank's log has the details"),
             Cause::Panic => (K::Internal, Code::Internal, "this is a bug; the rank's log has the backtrace"),
-            Cause::Lost => (K::Peer, Code::Unavailable, "see the rank's log and the system's (out of memory?) for why"),
+            Cause::Lost => {
+                (K::Peer, Code::Unavailable, "its log says why, or the system's where it was killed (out of memory?)")
+            }
             Cause::Deadline => {
                 (K::Peer, Code::DeadlineExceeded, "it hangs, is stopped, or needs a longer deadline for this verb")
             }
@@ -259,7 +261,7 @@ mod tests {
             failure: RankFailure::new(Cause::Lost, "its process ended"),
         };
         expect![
-            "rank 5 (node 1) failed in policy.forward_backward of step 12: its process ended; see the rank's log and the system's (out of memory?) for why [trace 9f-3]"
+            "rank 5 (node 1) failed in policy.forward_backward of step 12: its process ended; its log says why, or the system's where it was killed (out of memory?) [trace 9f-3]"
         ]
         .assert_eq(&failure.to_string());
         failure.rank = None;

@@ -1,7 +1,7 @@
 //! Where a job's driver is found: files in the run folder, which all nodes of the job share. One holds the job's secret,
 //! another, written once the driver listens, its address; a third appears where a node other than the driver's was asked to
-//! end the job. All go when the job is over; what a killed or failed job left is replaced by the next one, and an address at
-//! which nobody listens is not taken for a driver.
+//! end the job. All go when the job is over; what a killed or failed job or a late signal left is replaced or removed by the
+//! next one, and an address at which nobody listens is not taken for a driver.
 
 use crate::error::ControlError;
 use crate::secret::Secret;
@@ -72,7 +72,12 @@ impl Meeting {
 
     /// Waits until a node asks for the end of the job.
     pub async fn until_asked_to_stop(&self) {
-        while !self.stop_file().exists() {
+        loop {
+            // A shared folder may take its time.
+            let path = self.stop_file();
+            if tokio::task::spawn_blocking(move || path.exists()).await.unwrap_or(false) {
+                return;
+            }
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }

@@ -263,6 +263,7 @@ impl Job<'_> {
             host: topology::own_address(&self.topology)?,
             run_id: "tangelo",
             restarts: (restarts, self.restarting.max_restarts),
+            run_folder: &self.run_folder,
             logs,
             grace: self.grace,
             terminal: self.terminal,
@@ -295,11 +296,11 @@ impl Job<'_> {
     }
 
     fn finished(&self, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
-        // Only the first node learns how far the run came. Nobody asked here, so somebody did elsewhere.
+        // Only the first node learns how far the run came. Nobody asked its launcher.
         if outcome.finished == Some(false) {
             let signal = SIGTERM;
-            events.append(EventKind::Signal, outcome.last_step, "on another node");
-            let message = format!("another node was asked to end: {}", ended_early(outcome));
+            events.append(EventKind::Signal, outcome.last_step, "on another node, or to a single process");
+            let message = format!("another node, or a single process, was asked to end: {}", ended_early(outcome));
             return Err(LaunchError::Interrupted { signal, message });
         }
         events.append(EventKind::Done, outcome.last_step, "all ranks ended well");

@@ -16,7 +16,7 @@ use super::culprit::{Death, Ending};
 use super::logs::{Forwarder, LogFolder, wait_for};
 use super::standing::{Standing, who_is_behind};
 use super::{Terminal, Topology};
-use crate::driver::{is_rank, of_node};
+use crate::driver::{DRIVER, is_rank, of_node};
 use crate::error::LaunchError;
 use crate::worker;
 use nix::sys::signal::{Signal, killpg};
@@ -25,12 +25,13 @@ use nix::unistd::Pid;
 use std::ffi::OsString;
 use std::io::PipeReader;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tangelo_control::Meeting;
 use tangelo_core::env;
 use tangelo_core::position::Behind;
 use tangelo_observe::{ErrorRecord, ProgressEvent, unix_millis};
@@ -53,6 +54,8 @@ pub struct Attempt<'a> {
     pub run_id: &'a str,
     /// Restarts so far and allowed.
     pub restarts: (u32, u32),
+    /// The run's folder, which all nodes share.
+    pub run_folder: &'a Path,
     /// Logs and error files.
     pub logs: LogFolder,
     /// From SIGTERM to SIGKILL when a rank failed.
@@ -274,8 +277,9 @@ impl Ranks {
         attempt.terminal.say(&format!("{name}: {running} rank(s) finish their step and save; once more to kill them"));
         let passed_on = if signal == Signal::SIGINT as i32 { Signal::SIGINT } else { Signal::SIGTERM };
         match self.ranks.iter_mut().find(|rank| !is_rank(rank.rank) && rank.death.is_none()) {
-            // Of another node: its agent tells the driver.
-            Some(driver) => driver.send(passed_on),
+            Some(driver) if driver.rank == DRIVER => driver.send(passed_on),
+            // The agent of another node only passes calls on; the driver alone can have all ranks finish the step.
+            Some(_) => ask_driver_to_stop(attempt),
             None => self.send(passed_on),
         }
         match phase {
@@ -337,6 +341,12 @@ fn start_rank(
     let mut command = Command::new(&attempt.worker);
     command.args(&attempt.arguments).envs(environment.iter().cloned());
     start_process(attempt, command, attempt.topology.rank(local_rank), local_rank, None, seen)
+}
+
+fn ask_driver_to_stop(attempt: &Attempt<'_>) {
+    if let Err(e) = Meeting::new(attempt.run_folder).ask_to_stop() {
+        attempt.terminal.warn(&format!("{e}: the driver on node 0 has to get the signal, too"));
+    }
 }
 
 /// Where a driver says that it listens: its address, and the file with the job's secret.

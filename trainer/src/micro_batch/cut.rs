@@ -23,11 +23,10 @@ impl MicroBatches {
             MicroBatches::Rows(rows) => lengths.len().div_ceil(rows.max(1)),
             MicroBatches::Tokens(most) => in_order(lengths, most).len(),
             MicroBatches::Balanced(most) => {
-                let runs = runs(lengths, together, most);
-                let loads: Vec<usize> = runs.iter().map(|run| lengths[run.clone()].iter().sum()).collect();
+                let (_, loads) = runs(lengths, together, most);
                 let fits = |count: usize| {
-                    let load = |runs: &Vec<usize>| runs.iter().map(|&run| loads[run]).sum::<usize>();
-                    evenly(&loads, count).iter().all(|runs| runs.len() <= 1 || load(runs) <= most)
+                    let load = |part: &Vec<usize>| part.iter().map(|&run| loads[run]).sum::<usize>();
+                    evenly(&loads, count).iter().all(|part| part.len() <= 1 || load(part) <= most)
                 };
                 // No two runs of more than half fit together.
                 let alone = loads.iter().filter(|&&load| 2 * load > most).count();
@@ -46,9 +45,8 @@ impl MicroBatches {
             }
             MicroBatches::Tokens(most) => in_order(lengths, most),
             MicroBatches::Balanced(most) => {
-                let runs = runs(lengths, together, most);
-                let loads: Vec<usize> = runs.iter().map(|run| lengths[run.clone()].iter().sum()).collect();
-                let rows = |taken: &Vec<usize>| taken.iter().flat_map(|&run| runs[run].clone()).collect();
+                let (runs, loads) = runs(lengths, together, most);
+                let rows = |part: &Vec<usize>| part.iter().flat_map(|&run| runs[run].clone()).collect();
                 evenly(&loads, count).iter().map(rows).collect()
             }
         };
@@ -76,14 +74,16 @@ fn first_that_fits(least: usize, most: usize, fits: impl Fn(usize) -> bool) -> u
     enough
 }
 
-/// Rows that are together, in runs of at most so many tokens.
-fn runs(lengths: &[usize], together: &[Range<usize>], most: usize) -> Vec<Range<usize>> {
+/// Rows that are together, in runs of at most so many tokens, and the tokens of each.
+fn runs(lengths: &[usize], together: &[Range<usize>], most: usize) -> (Vec<Range<usize>>, Vec<usize>) {
     let of = |family: &Range<usize>| {
         let first = family.start;
         let cuts = in_order(&lengths[family.clone()], most);
         cuts.into_iter().map(move |rows| first + rows[0]..first + rows[rows.len() - 1] + 1)
     };
-    together.iter().flat_map(of).collect()
+    let runs: Vec<Range<usize>> = together.iter().flat_map(of).collect();
+    let loads = runs.iter().map(|run| lengths[run.clone()].iter().sum()).collect();
+    (runs, loads)
 }
 
 fn in_order(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {

@@ -17,32 +17,64 @@ pub struct Family {
 
 /// Fewer tokens are not worth a document of their own.
 const LEAST_SHARED: usize = 4;
+/// Nor is a smaller part of a row worth that rows which share it are packed less evenly.
+const LEAST_PART: f64 = 1.0 / 16.0;
+
+impl Family {
+    /// How many tokens need not be computed.
+    fn saved(&self) -> usize {
+        (self.rows.len() - 1) * self.shared
+    }
+}
 
 /// Every row by itself.
 pub fn alone(num_rows: usize) -> Vec<Family> {
     (0..num_rows).map(|row| Family { rows: row..row + 1, shared: 0 }).collect()
 }
 
-/// The families of a batch, in its order. A row joins the ones before it where all of them then save more tokens than they
-/// did without it.
+/// The families of a batch, in its order: rows that share all that the ones before them share, then neighbouring families
+/// together where that saves more.
 pub fn find(flat: &Flat, counts: impl Fn(usize) -> bool) -> Vec<Family> {
+    let common = |a: usize, b: usize| common(flat, a, b, &counts);
     let mut families: Vec<Family> = Vec::new();
     for row in 0..flat.num_rows() {
-        let joined = families.last_mut().is_some_and(|family| {
-            let rows = family.rows.len();
-            let common = common(flat, family.rows.start, row, &counts);
-            let shared = if rows == 1 { common } else { common.min(family.shared) };
-            let joins = shared >= LEAST_SHARED && shared * rows > family.shared * (rows - 1);
-            if joins {
-                *family = Family { rows: family.rows.start..row + 1, shared };
-            }
-            joins
-        });
-        if !joined {
-            families.push(Family { rows: row..row + 1, shared: 0 });
+        let one = Family { rows: row..row + 1, shared: 0 };
+        match families.last().map(|before| (together(before, &one, common), before.shared)) {
+            Some((Some(both), shared)) if both.shared >= shared => *last(&mut families) = both,
+            _ => families.push(one),
         }
     }
-    families
+    let mut merged: Vec<Family> = Vec::new();
+    for family in families {
+        match merged.last().map(|before| (together(before, &family, common), before.saved())) {
+            Some((Some(both), saved)) if both.saved() > saved + family.saved() => *last(&mut merged) = both,
+            _ => merged.push(family),
+        }
+    }
+    merged
+        .into_iter()
+        .flat_map(|family| if is_worth_it(flat, &family) { vec![family] } else { apart(family) })
+        .collect()
+}
+
+fn last(families: &mut [Family]) -> &mut Family {
+    families.last_mut().expect("there is a family before")
+}
+
+/// Neighbours as one family, if they share enough.
+fn together(a: &Family, b: &Family, common: impl Fn(usize, usize) -> usize) -> Option<Family> {
+    let within = |family: &Family| if family.rows.len() > 1 { family.shared } else { usize::MAX };
+    let shared = common(a.rows.start, b.rows.start).min(within(a)).min(within(b));
+    (shared >= LEAST_SHARED).then_some(Family { rows: a.rows.start..b.rows.end, shared })
+}
+
+fn is_worth_it(flat: &Flat, family: &Family) -> bool {
+    let tokens: usize = family.rows.clone().map(|row| flat.row(row).len()).sum();
+    family.saved() as f64 >= LEAST_PART * tokens as f64
+}
+
+fn apart(family: Family) -> Vec<Family> {
+    family.rows.map(|row| Family { rows: row..row + 1, shared: 0 }).collect()
 }
 
 /// How many first tokens of two rows are the same. Each row keeps one of its first document's.
@@ -103,8 +135,18 @@ mod tests {
             prompts.iter().flat_map(|prompt| vec![(prompt.as_slice(), 1); each]).collect()
         };
         assert_eq!(found(&answers(1)), [(0..3, 5)]);
-        assert_eq!(found(&answers(2)), [(0..6, 5)], "10 tokens saved by three are more than 8 by two");
-        assert_eq!(found(&answers(4)), [(0..4, 8), (4..8, 8), (8..12, 8)], "20 by five are less than 24 by four");
+        assert_eq!(found(&answers(2)), [(0..2, 8), (2..4, 8), (4..6, 8)], "15 saved by all of two are less than 16");
+        assert_eq!(found(&answers(4)), [(0..4, 8), (4..8, 8), (8..12, 8)], "35 saved by all of two are less than 48");
+    }
+
+    #[test]
+    fn a_small_part_of_a_row_is_not_shared() {
+        let row = |last: u32, length: usize| [vec![1, 2, 3, 4], vec![last; length]].concat();
+        let rows = |length: usize| [row(5, length), row(6, length)];
+        let [a, b] = rows(20);
+        assert_eq!(found(&[(&a, 1), (&b, 1)]), [(0..2, 4)]);
+        let [a, b] = rows(40);
+        assert_eq!(found(&[(&a, 1), (&b, 1)]), [(0..1, 0), (1..2, 0)]);
     }
 
     #[test]

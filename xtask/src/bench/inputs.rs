@@ -2,7 +2,7 @@
 
 use crate::corpus;
 use crate::shell::{self, Repo};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -132,8 +132,13 @@ pub fn peer_script(repo: &Repo, script: &str, python_path: Option<&Path>, argume
         command.env("PYTHONPATH", folder);
     }
     let line = shell::command_line(&command);
-    let text = shell::output(&mut command).with_context(|| format!("`{line}` failed; run it to see why"))?;
-    last_json(&text).with_context(|| format!("`{line}`"))
+    let output = command.output().with_context(|| format!("`{line}` could not be started"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let last = said.trim_end().lines().last().unwrap_or_default();
+        bail!("`{line}` ended with {}: {last}", output.status);
+    }
+    last_json(&String::from_utf8_lossy(&output.stdout)).with_context(|| format!("`{line}`"))
 }
 
 /// The line of JSON that a peer's output ends with.

@@ -30,8 +30,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale: 
 /// Causal attention within documents that may begin with tokens of others: with a prompt that several answers share.
 ///
 /// As [`attention`]; `prefixes` has for each document the tokens of the pack that go before its own (an empty range where
-/// there are none), or is empty. A token's output has the bits that it has where the document stands whole; what the
-/// prefix's keys and values get back is summed over documents in order, in fp32 on a CPU.
+/// there are none), or is empty. On a CPU a token's output has the bits that it has where the document stands whole, and what
+/// the prefix's keys and values get back is summed over documents in order, in fp32.
 pub fn attention_with_prefixes(
     q: &Tensor,
     k: &Tensor,

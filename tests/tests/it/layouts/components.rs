@@ -60,7 +60,11 @@ impl Row {
     /// What the rows of a family begin with.
     fn draw_first(seed: u64, family: usize) -> Vec<u32> {
         let mut unit = units(seed ^ mix64(family as u64 + 7777));
-        let n = if family % 4 == 3 { 0 } else { 2 + (unit() * 16.0) as usize };
+        let n = match family % 4 {
+            0 => 6 + (unit() * 12.0) as usize,
+            3 => 0,
+            _ => 2 + (unit() * 16.0) as usize,
+        };
         (0..n).map(|_| (unit() * VOCAB as f64) as u32).collect()
     }
 
