@@ -33,8 +33,8 @@ pub struct Rlhf {
     /// is computed alone. Each answer counts with its prompt, shared or not.
     pub ppo_max_token_len_per_rank: usize,
     /// In training and scoring compute a prompt once for all its answers that are computed at once. On a CPU
-    /// log-probabilities are the same to the bit; gradients differ by rounding. Under ring attention every answer is computed
-    /// whole.
+    /// log-probabilities are the same to the bit; gradients differ by rounding. Under ring attention, and where it would save
+    /// less than a sixteenth of the tokens, every answer is computed whole.
     pub share_prompts: bool,
     /// Steps at the start in which only the critic learns.
     pub critic_warmup: usize,

@@ -170,5 +170,5 @@ fn bounds_must_cover_all_tokens() {
 #[should_panic(expected = "a prefix for each of 2 documents")]
 fn every_document_has_a_prefix_or_none() {
     let [q, k, v, _] = inputs(&case(&[0, 10], 1, 1, 8, None), Kind::Float);
-    let _ = op::attention_with_prefixes(&q, &k, &v, &[0, 4, 10], &[0..0], 1.0, None);
+    let _ = op::attention_with_prefixes(&q, &k, &v, &[0, 4, 10], &vec![0..0; 1], 1.0, None);
 }

@@ -292,7 +292,22 @@ impl Job<'_> {
         if outcome.finished == Some(true) {
             return self.finished(outcome, events);
         }
-        Err(LaunchError::Interrupted { signal, message: format!("{name}: {}", ended_early(outcome)) })
+        Err(LaunchError::Interrupted { signal, message: format!("{name}: {}", self.ended_early(outcome)) })
+    }
+
+    /// Where a run stopped that somebody asked to end; only the first node knows the step.
+    fn ended_early(&self, outcome: &Outcome) -> String {
+        let step = match (outcome.last_step, self.topology.node_rank) {
+            (Some(step), _) => format!(" after step {step}"),
+            (None, 0) => " before the first step".to_owned(),
+            (None, _) => String::new(),
+        };
+        let rest = if outcome.deaths.iter().all(Death::is_success) {
+            "the same command goes on from the newest checkpoint"
+        } else {
+            "ranks were ended before they could save, and steps since the newest checkpoint are lost"
+        };
+        format!("the run ended{step}; {rest}")
     }
 
     fn finished(&self, outcome: &Outcome, events: &mut EventLog) -> Result<(), LaunchError> {
@@ -300,7 +315,7 @@ impl Job<'_> {
         if outcome.finished == Some(false) {
             let signal = SIGTERM;
             events.append(EventKind::Signal, outcome.last_step, "on another node, or to a single process");
-            let message = format!("another node, or a single process, was asked to end: {}", ended_early(outcome));
+            let message = format!("another node, or a single process, was asked to end: {}", self.ended_early(outcome));
             return Err(LaunchError::Interrupted { signal, message });
         }
         events.append(EventKind::Done, outcome.last_step, "all ranks ended well");
@@ -334,17 +349,6 @@ impl Job<'_> {
         }
         Ok(())
     }
-}
-
-/// Where a run stopped that somebody asked to end.
-fn ended_early(outcome: &Outcome) -> String {
-    let step = outcome.last_step.map_or("before the first step".to_owned(), |step| format!("after step {step}"));
-    let rest = if outcome.deaths.iter().all(Death::is_success) {
-        "the same command goes on from the newest checkpoint"
-    } else {
-        "ranks were ended before they could save, and steps since the newest checkpoint are lost"
-    };
-    format!("the run ended {step}; {rest}")
 }
 
 fn train_arguments(config: &Path, kind: JobType) -> Vec<OsString> {

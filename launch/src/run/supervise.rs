@@ -280,6 +280,8 @@ impl Ranks {
             Some(driver) if driver.rank == DRIVER => driver.send(passed_on),
             // The agent of another node only passes calls on; the driver alone can have all ranks finish the step.
             Some(_) => ask_driver_to_stop(attempt),
+            // Ranks end with their driver.
+            None if attempt.driver.is_some() => {}
             None => self.send(passed_on),
         }
         match phase {

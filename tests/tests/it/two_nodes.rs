@@ -178,8 +178,12 @@ fn reinforcement_learning_on_two_nodes_is_that_on_one() {
     // A node without the driver is asked to end: both finish the step, save, and end well.
     let stopped = start_and_save("stopped");
     stopped[1].terminate();
-    // As a scheduler that signals all nodes, one after the other.
-    std::thread::sleep(Duration::from_millis(500));
+    // As a scheduler that signals all nodes, one after the other: the driver has heard of the first by then.
+    let begin = Instant::now();
+    while !job.path("stopped").join(".stop-asked").exists() && begin.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(250));
     stopped[0].terminate();
     let [(code, said), (other_code, other_said)] = stopped.map(Running::finish);
     assert_eq!((code, other_code), (Some(143), Some(143)), "node 0:\n{said}\nnode 1:\n{other_said}");

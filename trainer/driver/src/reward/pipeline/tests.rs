@@ -263,8 +263,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonu
         expect![[r#"python: KeyError: 'the dict that was returned has no "score"; its keys are [\'acc\']'"#]]
             .assert_eq(errors[4]);
         drop(pipeline);
-        let log = fs::read_to_string(folder.path().join("reward-python.log")).unwrap();
-        assert!(log.contains("scoring #### 1"), "{log}");
+        // A thread of its own carries what is printed.
+        let begin = Instant::now();
+        let log = || fs::read_to_string(folder.path().join("reward-python.log")).unwrap();
+        while !log().contains("scoring #### 1") {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{}", log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     #[test]
