@@ -232,7 +232,9 @@ fn within_limit(
         let tokens = renderer.render(&row.prompt.input);
         tokens.map(|t| t.len()).map_err(|reason| DriverError::Prompts(format!("{}: {reason}", row.place)))
     });
-    let lengths: Vec<usize> = lengths.collect::<Result<_>>()?;
+    // Of several errors the first row's is told, whichever thread came first.
+    let lengths: Vec<Result<usize>> = lengths.collect();
+    let lengths: Vec<usize> = lengths.into_iter().collect::<Result<_>>()?;
     let long: Vec<String> = rows
         .iter()
         .zip(&lengths)
